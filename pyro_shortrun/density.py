@@ -1,0 +1,676 @@
+"""A Pyro program as an unconstrained log density: the only module that reads model traces.
+
+:class:`Program` runs the model under handlers; one such run (a draw from the prior, :meth:`Program.draw`) tells the
+shapes, plates and subsample indices of a call, from which :func:`read_structure` decides the rows of the state.
+:class:`LogDensity` then is, for fixed model arguments,
+
+    log pi(u) = log p(x, z(u)) + log |dz/du|,      z = biject_to(support)(u),
+
+with every observed site and ``pyro.factor`` in it, enumerated discrete sites summed out, in nats, upwards.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from opt_einsum import shared_intermediates
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.ops import packed
+from pyro.ops.contract import contract_to_tensor
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _ENUM_ALLOCATOR
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+
+from .layout import LatentSite, Layout, Plate
+
+Site = dict[str, Any]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def _look_through_blocks(model: Callable) -> tuple[Callable, list[Callable[[Site], bool]]]:
+    """Rebuild ``model`` without its ``poutine.block`` wrappers and return what they hid.
+
+    A guide for ``poutine.block(model, hide=...)`` is a guide for the visible sites, but the hidden ones are still
+    part of the log density.
+    """
+    handler = getattr(model, "func", None)
+    if not (isinstance(handler, partial) and len(handler.args) == 2):
+        return model, []
+    messenger, inner = handler.args
+    if not isinstance(messenger, Messenger):
+        return model, []
+    inner, hidden = _look_through_blocks(inner)
+    if isinstance(messenger, BlockMessenger):
+        return inner, [*hidden, messenger.hide_fn]
+    return messenger(inner), hidden
+
+
+class _Reader(Messenger):
+    """Puts values into the latent sites, and keeps transforms and log-Jacobians.
+
+    Exactly one of these at each latent: ``free`` (unconstrained values), ``bound`` (site values), or neither (the
+    model draws it).
+    """
+
+    def __init__(
+        self,
+        hidden: list[Callable[[Site], bool]],
+        indices: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
+        free: Mapping[str, Tensor] | None = None,
+        bound: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden, self.indices, self.given = hidden, indices, given
+        self.free, self.bound = free, bound
+        self.unconstrained: dict[str, Tensor] = {}
+        self.transforms: dict[str, Transform] = {}
+
+    def _is_hidden(self, msg: Site) -> bool:
+        return any(hide(msg) for hide in self.hidden)
+
+    def _pyro_sample(self, msg: Site) -> None:
+        name = msg["name"]
+        if site_is_subsample(msg):
+            if msg["value"] is None and name in self.indices:
+                msg["value"] = self.indices[name]
+        elif msg["is_observed"]:
+            return
+        elif name in self.given:
+            msg["value"], msg["is_observed"] = self.given[name], True
+        elif _is_discrete(msg):
+            if self._is_hidden(msg):
+                msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
+        elif self.free is not None:
+            if name not in self.free:
+                raise ValueError(
+                    f"latent site '{name}' appeared in the middle of a run: the model's latent sites must not "
+                    "depend on the values of other sites."
+                )
+            transform = self._transform(msg)
+            self.unconstrained[name] = self.free[name]
+            msg["value"], msg["done"] = transform(self.free[name]), True
+        elif self.bound is not None and name in self.bound:
+            msg["value"], msg["done"] = self.bound[name], True
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if _is_latent(msg) and not self._is_hidden(msg) and msg["name"] not in self.unconstrained:
+            value = msg["value"]
+            with helpful_support_errors(msg):
+                self.unconstrained[msg["name"]] = self._transform(msg).inv(value)
+
+    def _transform(self, msg: Site) -> Transform:
+        with helpful_support_errors(msg):
+            transform = biject_to(msg["fn"].support)
+        self.transforms[msg["name"]] = transform
+        return transform
+
+
+def _is_discrete(msg: Site) -> bool:
+    return bool(getattr(msg["fn"], "has_enumerate_support", False)) or bool(
+        getattr(getattr(msg["fn"], "support", None), "is_discrete", False)
+    )
+
+
+def _is_latent(msg: Site) -> bool:
+    """A continuous site that is neither observed nor a plate's subsample."""
+    return (
+        msg["type"] == "sample"
+        and not msg["is_observed"]
+        and not site_is_subsample(msg)
+        and not _is_discrete(msg)
+    )
+
+
+def _is_data(site: Site) -> bool:
+    """An observed site, other than ``pyro.deterministic``."""
+    return bool(site["type"] == "sample" and site["is_observed"]) and not site["infer"].get(
+        "_deterministic", False
+    )
+
+
+def plates_of(site: Site) -> tuple[Plate, ...]:
+    return tuple(
+        Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size))
+        for f in site["cond_indep_stack"]
+        if f.vectorized
+    )
+
+
+@contextmanager
+def _own_enumeration_dims() -> Iterator[None]:
+    """Pyro's allocator of enumeration dims is global: give it back as the guide's caller left it."""
+    saved = dict(vars(_ENUM_ALLOCATOR))
+    try:
+        yield
+    finally:
+        vars(_ENUM_ALLOCATOR).clear()
+        vars(_ENUM_ALLOCATOR).update(saved)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A plate of the model as the guide has to make it."""
+
+    name: str
+    dim: int | None
+    full_size: int
+    is_subsampled: bool
+    around_latents: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One run of the model: its trace, and unconstrained values and transforms of the latents."""
+
+    trace: poutine.Trace
+    unconstrained: dict[str, Tensor]
+    transforms: dict[str, Transform]
+
+    @property
+    def latents(self) -> list[Site]:
+        return [self.trace.nodes[name] for name in self.unconstrained]
+
+    @property
+    def indices(self) -> dict[str, Tensor]:
+        """Subsample indices of every plate."""
+        nodes = self.trace.nodes.items()
+        return {k: s["value"] for k, s in nodes if s["type"] == "sample" and site_is_subsample(s)}
+
+    @property
+    def nesting(self) -> int:
+        """Number of dims that the model's plates take."""
+        sites = [s for s in self.trace.nodes.values() if s["type"] == "sample"]
+        return max((-p.dim for s in sites for p in plates_of(s)), default=0)
+
+    @property
+    def frames(self) -> list[Frame]:
+        """Every plate of the model, those without a dim (sequential) included."""
+        around = {p.name: p.dim for s in self.latents for p in plates_of(s)}
+        sites = [s for s in self.trace.nodes.values() if s["type"] == "sample"]
+        dims = {p.name: p.dim for s in sites for p in plates_of(s)}
+        out = []
+        for name, index in self.indices.items():
+            full = int(self.trace.nodes[name]["fn"].size)
+            out.append(Frame(name, dims.get(name), full, len(index) < full, name in around))
+        return out
+
+    @property
+    def signature(self) -> tuple:
+        """Everything that decides the structure of the density: names, shapes, plates, roles."""
+        return tuple(
+            (name, bool(s["is_observed"]), tuple(s["fn"].batch_shape), plates_of(s))
+            + ((tuple(self.unconstrained[name].shape),) if name in self.unconstrained else ())
+            for name, s in self.trace.nodes.items()
+            if s["type"] == "sample" and not site_is_subsample(s)
+        )
+
+    def log_jacobian(self, site: Site) -> Tensor | float:
+        """``log |dz/du|`` over the batch shape of a latent site."""
+        name = site["name"]
+        transform = self.transforms[name]
+        if not getattr(transform, "parts", True):  # the identity
+            return 0.0
+        term = transform.log_abs_det_jacobian(self.unconstrained[name], site["value"])
+        batch = site["value"].dim() - site["fn"].event_dim
+        return sum_rightmost(term, term.dim() - batch)
+
+
+class Program:
+    """A Pyro model, looked at through its ``poutine.block`` wrappers.
+
+    :param model: any callable with Pyro primitives.
+    """
+
+    def __init__(self, model: Callable) -> None:
+        self._model, self._hidden = _look_through_blocks(model)
+
+    @property
+    def hides(self) -> bool:
+        """Whether a ``poutine.block`` hides some of the sites."""
+        return bool(self._hidden)
+
+    def enum_dim(self, reading: Reading) -> int | None:
+        """First dim for enumerated sites, or None where all latents are continuous."""
+        sites = reading.trace.nodes.values()
+        discrete = any(
+            s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s) and _is_discrete(s)
+            for s in sites
+        )
+        return -1 - reading.nesting if discrete else None
+
+    def draw(
+        self,
+        args: tuple,
+        kwargs: dict,
+        indices: Mapping[str, Tensor] | None = None,
+        given: Mapping[str, Tensor] | None = None,
+        init: Callable | None = None,
+    ) -> Reading:
+        """Run the model forwards: latents from the prior (or from a Pyro ``init_to_*`` function)."""
+        reader = _Reader(self._hidden, indices or {}, given or {})
+        return self._read(reader, args, kwargs, init=init)
+
+    def check(self, reading: Reading) -> None:
+        """Refuse what short runs cannot infer.
+
+        :raises ValueError: where a latent site is discrete and neither enumerated nor hidden, where another part of
+            an ``AutoGuideList`` should have given a value, or where there is nothing to infer.
+        :raises NotImplementedError: where a latent lies in a sequential plate.
+        """
+        for site in reading.trace.nodes.values():
+            if site["type"] == "sample" and not site["is_observed"]:
+                self._check(site)
+        if not reading.unconstrained:
+            raise ValueError(
+                "the model has no continuous latent sites to infer; use an empty guide instead, "
+                "or remove the handler that hides or observes them."
+            )
+
+    def _check(self, site: Site) -> None:
+        name = site["name"]
+        hidden = any(hide(site) for hide in self._hidden)
+        if site_is_subsample(site):
+            return
+        if any(not f.vectorized for f in site["cond_indep_stack"]):
+            raise NotImplementedError(
+                f"latent site '{name}' lies in a sequential pyro.plate; write `with pyro.plate(...):` instead of "
+                "`for i in pyro.plate(...)`."
+            )
+        if _is_discrete(site):
+            if not hidden and site["infer"].get("enumerate") != "parallel":
+                raise ValueError(
+                    f"latent site '{name}' is discrete: sum it out exactly with pyro.infer.config_enumerate(model) "
+                    f"and TraceEnum_ELBO, or hide it with poutine.block(model, hide=['{name}'])."
+                )
+            if not site["fn"].has_enumerate_support:
+                raise ValueError(
+                    f"latent site '{name}' ({type(site['fn']).__name__}) has infinite support and cannot be "
+                    "enumerated; marginalise it by hand or truncate it."
+                )
+        elif hidden:
+            raise ValueError(
+                f"latent site '{name}' is hidden by poutine.block but the log density needs its value: in an "
+                "AutoGuideList append the part that samples it first and run under poutine.trace (as SVI does)."
+            )
+
+    def run(self, bind: Binding, values: Mapping[str, Tensor], free: bool = True) -> Reading:
+        """Run the model with latents at unconstrained values (``free``) or at site values."""
+        given = {"free" if free else "bound": values}
+        reader = _Reader(self._hidden, bind.indices, bind.given, **given)  # type: ignore[arg-type]
+        return self._read(reader, bind.args, bind.kwargs, enum_dim=bind.enum_dim)
+
+    def _read(
+        self,
+        reader: _Reader,
+        args: tuple,
+        kwargs: dict,
+        enum_dim: int | None = None,
+        init: Callable | None = None,
+    ) -> Reading:
+        tracer = poutine.trace()
+        with _own_enumeration_dims(), poutine.block(), tracer:
+            if enum_dim is None:
+                with reader:
+                    if init is None:
+                        self._model(*args, **kwargs)
+                    else:
+                        _continuous_init(init)(self._model)(*args, **kwargs)
+            else:
+                with poutine.enum(first_available_dim=enum_dim), reader:
+                    self._model(*args, **kwargs)
+        return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
+
+
+def _continuous_init(init: Callable) -> Messenger:
+    from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+
+    return InitMessenger(lambda site: (init_to_sample if _is_discrete(site) else init)(site))
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What one call fixes: model arguments, subsample indices, other parts' values, enumeration dims."""
+
+    args: tuple
+    kwargs: dict
+    indices: Mapping[str, Tensor]
+    given: Mapping[str, Tensor]
+    enum_dim: int | None
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What stays the same between calls whose sites, shapes and plates are the same."""
+
+    layout: Layout
+    data: frozenset[str]
+    summed: bool  # some discrete site is enumerated
+    static: bool  # no support depends on another latent site or on a parameter
+    dtype: torch.dtype
+    device: torch.device
+    vectorizes: dict[str, bool] = field(default_factory=dict)  # found out on first use, see `replicate`
+
+
+def read_structure(program: Program, reading: Reading, bind: Binding) -> Structure:
+    """Decide rows and supports from a draw and one evaluation in which the latents require gradients."""
+    sites = [
+        LatentSite(
+            s["name"],
+            torch.Size(s["fn"].batch_shape),
+            reading.unconstrained[s["name"]].shape[len(s["fn"].batch_shape) :],
+            plates_of(s),
+        )
+        for s in reading.latents
+    ]
+    leaves = {
+        k: v.detach().clone().requires_grad_() for k, v in reading.unconstrained.items()
+    }
+    _check_dtypes(leaves)
+    with torch.enable_grad(), pyro.validation_enabled(False):
+        probe = program.run(bind, leaves)
+        probe.trace.compute_log_prob()
+        rows = _row_plates(sites, probe, leaves)
+        static = not any(_has_graph(t, set()) for t in probe.transforms.values())
+    first = next(iter(leaves.values()))
+    return Structure(
+        layout=Layout(tuple(sites), rows),
+        data=frozenset(k for k, s in reading.trace.nodes.items() if _is_data(s)),
+        summed=bind.enum_dim is not None,
+        static=static,
+        dtype=first.dtype,
+        device=first.device,
+    )
+
+
+def _check_dtypes(values: Mapping[str, Tensor]) -> None:
+    kinds = {(v.dtype, v.device): k for k, v in values.items()}
+    if len(kinds) > 1:
+        found = ", ".join(f"'{k}' is {d} on {dev}" for (d, dev), k in kinds.items())
+        raise ValueError(
+            f"latent sites must share one dtype and device, but {found}: cast the distributions' parameters."
+        )
+
+
+def _row_plates(
+    sites: list[LatentSite], probe: Reading, leaves: Mapping[str, Tensor]
+) -> tuple[Plate, ...]:
+    """Plates common to all latents that lie in any plate, less those across which something couples them."""
+    plated = [set(s.plates) for s in sites if s.plates]
+    common = set.intersection(*plated) if plated else set()
+
+    def couples(plate: Plate) -> bool:
+        local = [leaves[s.name] for s in sites if plate in s.plates]
+        for site in probe.trace.nodes.values():
+            if site["type"] != "sample" or site_is_subsample(site) or plate in plates_of(site):
+                continue
+            if "_enumerate_dim" in site["infer"] or _reaches(site["log_prob"], local):
+                return True
+        return False
+
+    return tuple(sorted((p for p in common if not couples(p)), key=lambda p: p.dim))
+
+
+def _reaches(term: Any, leaves: list[Tensor]) -> bool:
+    if not (isinstance(term, Tensor) and term.requires_grad):
+        return False
+    grads = torch.autograd.grad(term.sum(), leaves, retain_graph=True, allow_unused=True)
+    return any(g is not None for g in grads)
+
+
+def _has_graph(transform: Transform, seen: set[int]) -> bool:
+    """Whether a transform holds a tensor in autograd's reach (made from a latent's value or a parameter)."""
+    if id(transform) in seen:  # a transform and its inverse refer to each other
+        return False
+    seen.add(id(transform))
+    for value in vars(transform).values():
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+        nested = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(v, Transform) and _has_graph(v, seen) for v in nested):
+            return True
+    return False
+
+
+class LogDensity:
+    """Unconstrained log density of a bound model, over states ``u`` of shape ``(chains, rows, size)``.
+
+    ``u -> log pi`` of shape ``(chains, rows)``; the sum over rows equals the trace's ``log_prob_sum`` plus
+    log-Jacobians. Chains are vectorised with ``torch.func.vmap`` where the model allows it and looped otherwise.
+    """
+
+    def __init__(self, program: Program, structure: Structure, bind: Binding, reading: Reading) -> None:
+        self.structure, self.layout, self.bind = structure, structure.layout, bind
+        self._program = program
+        self._transforms = reading.transforms
+        self._masks = {site["name"]: site["mask"] for site in reading.latents}
+        self._sites = {site.name: site for site in self.layout.sites}
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """``log pi(u)``, ``(chains, rows)``."""
+        return self._each(lambda one: self._terms(one, prior=False)[0], u)
+
+    def with_start(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """``log pi(u)`` and the prior's log density ``log p(z(u)) + log |dz/du|``, both ``(chains, rows)``."""
+        return self._each(lambda one: self._terms(one, prior=True), u)
+
+    def value_and_grad(self, u: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+        """``log pi(u)`` and its gradient; ``u`` must require gradients when a graph is wanted."""
+        with torch.enable_grad():
+            if not u.requires_grad:
+                u = u.detach().requires_grad_()
+            value = self(u)
+            if not value.requires_grad:  # the density is constant in u
+                return value, torch.zeros_like(u)
+            (grad,) = torch.autograd.grad(
+                value.sum(), u, create_graph=create_graph, materialize_grads=True
+            )
+        return (value if create_graph else value.detach()), grad
+
+    def hessian_product(self, u: Tensor, grad: Tensor, create_graph: bool) -> Callable[[Tensor], Tensor]:
+        """Products ``v -> H v`` for ``v`` of shape ``(m, chains, rows, size)``, from a ``grad`` with graph."""
+
+        def product(vectors: Tensor) -> Tensor:
+            if not grad.requires_grad:
+                return torch.zeros_like(vectors)
+            options = dict(retain_graph=True, create_graph=create_graph, materialize_grads=True)
+            if self.structure.vectorizes.get("hessian", True):
+                try:
+                    (out,) = torch.autograd.grad(grad, u, vectors, is_grads_batched=True, **options)
+                    return out
+                except (RuntimeError, NotImplementedError):  # an operation without a batching rule
+                    self.structure.vectorizes["hessian"] = False
+            return torch.stack([torch.autograd.grad(grad, u, v, **options)[0] for v in vectors])
+
+        return product
+
+    def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Site values ``(chains, *batch, *event)`` and ``log |dz/du|`` per row, ``(chains, rows)``."""
+        if self.structure.static:
+            return self._constrain(u, self.layout.unpack(u))
+        chains = [self._run(one) for one in u]
+        values = {k: torch.stack([r.trace.nodes[k]["value"] for r in chains]) for k in chains[0].unconstrained}
+        return values, torch.stack([self._jacobian(r) for r in chains])
+
+    def _constrain(self, u: Tensor, free: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        values, rows = {}, u.new_zeros(u.shape[:2])
+        for name, site in self._sites.items():
+            transform, x = self._transforms[name], free[name]
+            values[name] = transform(x)
+            if getattr(transform, "parts", True):
+                term = transform.log_abs_det_jacobian(x, values[name])
+                term = sum_rightmost(term, term.dim() - len(site.batch_shape) - 1)
+                rows = rows + self._weighted_rows(masked(term, self._masks[name]), site, lead=1)
+        return values, rows
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Site values of one chain to ``(rows, size)``."""
+        if self.structure.static:
+            free = {k: self._transforms[k].inv(v) for k, v in values.items()}
+        else:
+            with pyro.validation_enabled(False):
+                free = self._program.run(self.bind, values, free=False).unconstrained
+        return self.layout.pack(free)
+
+    def offender(self, u: Tensor) -> str:
+        """Name and value of the first site whose log density is not finite at ``u`` (one chain)."""
+        reading = self._run(u)
+        for name, site in reading.trace.nodes.items():
+            if site["type"] == "sample" and not torch.isfinite(site["log_prob"]).all():
+                value = site["value"]
+                bad = ", ".join(f"{v:.4g}" for v in value.detach().flatten()[:3].tolist())
+                return f"site '{name}' (value {bad}{', ...' if value.numel() > 3 else ''})"
+        return "the gradient of the log density"
+
+    def _each(self, fn: Callable[[Tensor], Any], u: Tensor) -> Any:
+        if u.shape[0] == 1:
+            out = fn(u[0])
+            return tuple(t.unsqueeze(0) for t in out) if isinstance(out, tuple) else out.unsqueeze(0)
+        return map_chains(fn, u, self.structure.vectorizes)
+
+    def warn_if_rows_mix(self, u: Tensor) -> None:
+        """Warn where the density is random, or where rows that should be independent are not (one chain)."""
+        with torch.no_grad():
+            first, again = self(u), self(u)
+            if not torch.allclose(first, again, rtol=1e-4, atol=1e-6, equal_nan=True):
+                warnings.warn(
+                    "the model's log density is random (two evaluations at the same latents differ): put dropout "
+                    "in eval mode and sample nothing inside the model except through pyro.sample.",
+                    stacklevel=2,
+                )
+            elif self.layout.rows > 1:
+                other = u.clone()
+                other[:, ::2] = u.roll(1, 1)[:, ::2]
+                if not torch.allclose(first[:, 1::2], self(other)[:, 1::2], rtol=1e-3, atol=1e-5, equal_nan=True):
+                    names = ", ".join(f"'{p.name}'" for p in self.layout.row_plates)
+                    warnings.warn(
+                        f"elements of plate {names} influence each other's log density although a plate declares "
+                        "them independent: put batch normalisation in eval mode, or remove the plate.",
+                        stacklevel=2,
+                    )
+
+    def _run(self, u: Tensor) -> Reading:
+        with pyro.validation_enabled(False):
+            reading = self._program.run(self.bind, self.layout.unpack(u))
+            reading.trace.compute_log_prob()
+        return reading
+
+    def _terms(self, u: Tensor, prior: bool) -> tuple[Tensor, ...]:
+        """Rows of ``log pi`` and, if asked for, of the prior, from one run of the model."""
+        reading = self._run(u)
+        sites = [s for s in reading.trace.nodes.values() if s["type"] == "sample"]
+        sites = [s for s in sites if not site_is_subsample(s)]
+        summed = _enumerated_factors(reading.trace, sites) if self.structure.summed else {}
+        joint = [
+            self.layout.sum_to_rows(s["log_prob"], plates_of(s)) for s in sites if s["name"] not in summed
+        ]
+        joint.append(self._jacobian(reading, joint=True))
+        if summed:
+            joint.append(self._contract(reading.trace, summed, scaled=True))
+        if not prior:
+            return (sum(joint),)  # type: ignore[return-value]
+        rows = [self._prior_rows(s) for s in reading.latents if s["name"] not in summed]
+        if any(s["name"] in summed for s in reading.latents):
+            unobserved = {k: s for k, s in summed.items() if not s["is_observed"]}
+            rows.append(self._contract(reading.trace, unobserved, scaled=False))
+        return sum(joint), sum(rows) + self._jacobian(reading)  # type: ignore[return-value]
+
+    def _prior_rows(self, site: Site) -> Tensor:
+        term = masked(site["unscaled_log_prob"], site["mask"])
+        return self._weighted_rows(term, self._sites[site["name"]])
+
+    def _jacobian(self, reading: Reading, joint: bool = False) -> Tensor:
+        """``log |dz/du|`` per row, masked sites left out; scaled like log-probabilities if part of the ``joint``."""
+        first = next(iter(reading.unconstrained.values()))
+        rows = first.new_zeros(self.layout.rows)
+        for site in reading.latents:
+            term = reading.log_jacobian(site)
+            if isinstance(term, Tensor):
+                shape, term = self._sites[site["name"]], masked(term, site["mask"])
+                scaled = self.layout.sum_to_rows(shape.scale * term, shape.plates) if joint else None
+                rows = rows + (self._weighted_rows(term, shape) if scaled is None else scaled)
+        return rows
+
+    def _weighted_rows(self, term: Tensor, site: LatentSite, lead: int = 0) -> Tensor:
+        """Parts of log q: an arrowhead's local sites count ``full_size / size`` times (its one row is not
+        inside the plate, so Pyro will not scale it)."""
+        weight = site.scale if self.layout.is_arrow else 1.0
+        return self.layout.sum_to_rows(weight * term, site.plates, lead)
+
+    def _contract(self, trace: poutine.Trace, sites: Mapping[str, Site], scaled: bool) -> Tensor:
+        """Sum the enumerated sites out of the product of ``sites``."""
+        plates = trace.plate_to_symbol
+        factors: OrderedDict = OrderedDict()
+        for site in sites.values():
+            ordinal = frozenset(plates[p.name] for p in plates_of(site))
+            term = packed.scale_and_mask(
+                site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"]
+            )
+            factors.setdefault(ordinal, []).append(term)
+        dims = set(trace.symbol_to_dim) - set(plates.values())
+        rows = frozenset(plates[p.name] for p in self.layout.row_plates if not self.layout.is_arrow)
+        with shared_intermediates() as cache:
+            term = contract_to_tensor(factors, dims, target_ordinal=rows, cache=cache)
+        term = packed.unpack(term, trace.symbol_to_dim)
+        if scaled:
+            term = term * _common_scale(sites)
+        return self.layout.sum_to_rows(term, self.layout.row_plates)
+
+
+def masked(term: Tensor, mask: Any) -> Tensor:
+    return term if mask is None else scale_and_mask(term, mask=mask)
+
+
+def _enumerated_factors(trace: poutine.Trace, sites: list[Site]) -> dict[str, Site]:
+    """The sites whose log-probability has an enumerated dimension."""
+    trace.pack_tensors()
+    plates = set(trace.plate_to_symbol.values())
+    enumerated = set(trace.symbol_to_dim) - plates
+    return {
+        s["name"]: s
+        for s in sites
+        if not enumerated.isdisjoint(s["packed"]["unscaled_log_prob"]._pyro_dims)
+    }
+
+
+def _common_scale(sites: Mapping[str, Site]) -> Any:
+    """As in TraceEnum_ELBO: the scale stands outside the sum over the discrete sites, so it must be one."""
+    scales = [s["scale"] for s in sites.values()]
+    if any(not torch.equal(torch.as_tensor(s), torch.as_tensor(scales[0])) for s in scales):
+        raise ValueError(
+            "enumerated sites and what depends on them must share one poutine.scale (or subsampled plate); "
+            f"found {sorted(float(torch.as_tensor(s)) for s in scales)} at {sorted(sites)}."
+        )
+    return scales[0]
+
+
+def map_chains(fn: Callable[[Tensor], Any], u: Tensor, vectorizes: dict[str, bool], key: str = "density") -> Any:
+    """``fn`` (to a tensor or a tuple of tensors) over the leading axis of ``u``.
+
+    By ``vmap``, or one after the other where an operation cannot be vectorised; which of the two is remembered in
+    ``vectorizes[key]``.
+    """
+    if vectorizes.get(key, True):
+        try:
+            with pyro.validation_enabled(False):
+                return torch.func.vmap(fn, randomness="different")(u)
+        except (RuntimeError, NotImplementedError, ValueError, AttributeError, TypeError) as reason:
+            vectorizes[key] = False
+            _LOGGER.info("chains run one after the other, since vmap failed: %s", reason)
+    each = [fn(one) for one in u]
+    return tuple(map(torch.stack, zip(*each))) if isinstance(each[0], tuple) else torch.stack(each)

@@ -1,0 +1,549 @@
+"""ShortRunGuide: a short MCMC run as a Pyro guide."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import Tensor, nn
+
+from .chain import Gradients, Runner, RunInfo, ShortRun, isolate, run
+from .density import Binding, LogDensity, Program, Reading, Structure, read_structure
+from .dynamics import Dynamics, Langevin
+from .objective import Objective, PathDensity
+from .start import Call, Drawn, FromGuide, Prior, Start
+from .step_size import StepSize
+
+_QUANTILE_DRAWS = 1000
+_ROWS_AT_ONCE = 2**16
+
+
+class ShortRunGuide(AutoGuide):
+    r"""A guide that draws the latents from a start and moves them by K steps of gradient dynamics.
+
+    The latents' unconstrained values ``u`` start at ``u_0 ~ q_0`` (the model's prior by default) and follow
+
+    .. math:: u_{k+1} = u_k + \eta_k \nabla \log\pi(u_k) + \sqrt{2 \eta_k}\, \epsilon_k , \qquad k = 0, \dots, K - 1,
+
+    on the model's own log joint :math:`\log\pi(u) = \log p(x, z(u)) + \log|dz/du|`. The guide reports the log density
+    of what it drew (see ``objective``), so that plain :class:`~pyro.infer.SVI` with
+    :class:`~pyro.infer.Trace_ELBO` trains the model *and* tunes the step sizes. Swap it for ``AutoNormal(model)``:
+
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> from pyro.infer import SVI, Trace_ELBO
+    >>> def model(x):
+    ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+    >>> guide = ShortRunGuide(model, num_steps=20, step_size=0.1)
+    >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    >>> loss = svi.step(torch.ones(3))
+    >>> draws = guide.sample_posterior(torch.ones(3), num_samples=5, num_chains=2)
+    >>> draws["loc"].shape
+    torch.Size([2, 5])
+
+    *Gradients.* The model's parameters get ``grad_theta log p_theta(x, z_K)`` with ``z_K`` held fixed, as maximum
+    likelihood by short runs prescribes; the step sizes (and a learned start) get the gradient of the bound through
+    the whole run. ``full_gradient=True`` lets the parameters have the exact gradient of the bound as well.
+
+    *Plates.* Latents that share a plate form independent rows with one log-determinant each. Latents outside the
+    plate besides are handled exactly through an arrowhead Jacobian. In a subsampled plate, the gradient of a local
+    latent is divided by ``full_size / size``, so that its posterior does not depend on the batch.
+
+    *Discrete latents* must be enumerated (``config_enumerate``, summed out exactly in ``log pi``) or hidden by
+    ``poutine.block``. The model is looked at through ``poutine.block``; the guide samples the visible sites.
+
+    Nijkamp, Pang, Han, Zhou, Zhu, Wu: Learning Multi-layer Latent Variable Model via Variational Optimization of
+    Short Run MCMC for Approximate Inference, ECCV 2020.
+
+    :param model: a Pyro model.
+    :param num_steps: ``K >= 1``.
+    :param step_size: ``eta``: a number, or a :class:`StepSize`. Recipes that write :math:`s^2/2` and :math:`s` have
+        ``eta = s ** 2 / 2``.
+    :param dynamics: a :class:`~pyro_shortrun.dynamics.Dynamics` instead of ``step_size``; default ``Langevin``.
+    :param start: :class:`Prior` (default), :class:`Persistent`, :class:`Init` or any Pyro guide over the same sites
+        (an ``AutoGuide``, an encoder), which is then trained too.
+    :param objective: how log q is accounted; default :class:`PathDensity`.
+    :param tune_every: step sizes (and a learned start) get gradients in every ``tune_every``-th training call. In
+        the calls between, in training mode, the log-determinants in log q are those of the last tuned run, since
+        computing them is most of the cost; ``guide.eval()`` makes every log q exact.
+    :param full_gradient: see above.
+    :param compile: reserved; must be False in this version.
+    :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
+    :raises ValueError: for arguments out of range, and at the first call for models that short runs cannot infer;
+        the message names the site and the remedy.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        num_steps: int = 20,
+        step_size: float | StepSize | None = None,
+        dynamics: Dynamics | None = None,
+        start: Start | Callable | None = None,
+        objective: Objective | None = None,
+        tune_every: int = 1,
+        full_gradient: bool = False,
+        compile: bool = False,
+        create_plates: Callable | None = None,
+    ) -> None:
+        super().__init__(model, create_plates=create_plates)
+        _check_count("num_steps", num_steps)
+        _check_count("tune_every", tune_every)
+        if dynamics is not None and step_size is not None:
+            raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
+        if compile:
+            raise NotImplementedError("compiled runs are not in this version; leave compile=False.")
+        self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
+        self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
+        self.objective = PathDensity() if objective is None else objective
+        self.start = Prior() if start is None else start
+        self.info: RunInfo | None = None
+        self._program = (Program(model),)
+        self._structures: dict[tuple, Structure] = {}
+        self._first: Structure | None = None
+        self._conditioned: tuple[tuple, dict] | None = None
+        self._calls = 0
+        self._warned = False
+        self.register_buffer("_carried", torch.zeros(()), persistent=False)
+
+    # ---------------------------------------------------------------- what a user calls
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw every latent site, inside its plates.
+
+        :return: dict from site name to value.
+        """
+        with _ordinary_autograd() as grad_enabled:
+            masked = poutine.get_mask() is False
+            outer = pyro.sample(
+                "_outer", dist.Delta(torch.zeros(())), infer={"is_auxiliary": True, "_do_not_trace": True}
+            ).shape
+            call = self._bind(args, kwargs, emit=True)
+            tune = self._tunes(grad_enabled and not masked)
+            carry = self.training and grad_enabled and not masked and not tune and self._calls > 1
+            account = not (masked or carry) and self._start.has_density
+            gradients = self._gradients(tune, grad_enabled and not masked)
+            drawn, result = self._run(call, outer.numel(), account, gradients)
+            if self.training and grad_enabled and not masked:
+                self._start.finish(call, result.end)
+            values, jacobian = isolate(
+                call.density.constrain, result.end, gradients is not Gradients.FULL
+            )
+            increment = result.increment
+            if account:
+                self._carried = increment.detach().mean()
+            elif carry:
+                increment = self._carried.to(increment).expand_as(increment)
+            log_q = drawn.log_q - increment - jacobian if self._start.has_density else -jacobian
+            return self._emit(call, outer, values, result.end, log_q)
+
+    def setup(self, *args: Any, **kwargs: Any) -> ShortRunGuide:
+        """Create every parameter now, so that optimisers, ``state_dict``, DDP and ``ELBOModule`` see them.
+
+        :return: the guide itself.
+        """
+        with _ordinary_autograd(), poutine.block(), _context(self):
+            self._bind(args, kwargs, emit=False)
+        return self
+
+    @torch.no_grad()
+    def sample_posterior(
+        self, *args: Any, num_samples: int = 1000, num_chains: int = 1, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Independent runs, vectorised.
+
+        :param num_samples: draws per chain; every draw is a run of its own.
+        :param num_chains: leading dimension, for ArviZ.
+        :return: dict from site to ``(num_chains, num_samples, *site shape)``.
+        """
+        _check_count("num_samples", num_samples)
+        _check_count("num_chains", num_chains)
+        parts: list[dict[str, Tensor]] = []
+        with _ordinary_autograd(), poutine.block():
+            call = self._bind(args, kwargs, emit=False)
+            left = num_samples * num_chains
+            while left:
+                chains = min(left, max(1, _ROWS_AT_ONCE // max(call.density.layout.rows, 1)))
+                _, result = self._run(call, chains, False, Gradients.NONE)
+                values, _ = call.density.constrain(result.end)
+                parts.append({k: v.detach() for k, v in values.items()})
+                left -= chains
+        draws = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in draws.items()}
+
+    def trajectory(self, *args: Any, num_chains: int = 1, **kwargs: Any) -> dict[str, Tensor]:
+        """The states of a run along its steps.
+
+        :return: dict from site to ``(num_steps + 1, num_chains, *site shape)``.
+        """
+        _check_count("num_chains", num_chains)
+        with _ordinary_autograd(), poutine.block():
+            call = self._bind(args, kwargs, emit=False)
+            _, result = self._run(call, num_chains, False, Gradients.NONE, keep_states=True)
+            assert result.states is not None
+            flat = result.states.flatten(0, 1)
+            values, _ = call.density.constrain(flat)
+        shape = result.states.shape[:2]
+        return {k: v.detach().unflatten(0, shape) for k, v in values.items()}
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior medians, estimated from 1000 runs (there is no closed form)."""
+        return {k: v.squeeze(0) for k, v in self.quantiles([0.5], *args, **kwargs).items()}
+
+    def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior quantiles, estimated from 1000 runs (there is no closed form).
+
+        :param quantiles: numbers between 0 and 1.
+        :return: dict from site to ``(len(quantiles), *site shape)``.
+        """
+        draws = self.sample_posterior(*args, num_samples=_QUANTILE_DRAWS, **kwargs)
+        levels = torch.as_tensor(quantiles)
+        return {k: v[0].quantile(levels.to(v), dim=0) for k, v in draws.items()}
+
+    def condition_on(self, *args: Any, **kwargs: Any) -> ShortRunGuide:
+        """Keep these model arguments for all later calls, whatever arguments those have.
+
+        The posterior depends on the data, so ``Predictive(model, guide=guide)`` on new inputs, which passes *its*
+        arguments to the guide, is right only after ``guide.condition_on(*training_args)``.
+
+        :return: the guide itself. See :meth:`forget`.
+        """
+        self._conditioned = (args, kwargs)
+        return self
+
+    def forget(self) -> ShortRunGuide:
+        """Undo :meth:`condition_on`."""
+        self._conditioned = None
+        return self
+
+    def step_sizes(self) -> Tensor | dict[str, Tensor]:
+        """Current step sizes: a tensor (shared, per step) or a dict from site to values (per site, per dimension).
+
+        :raises RuntimeError: before :meth:`setup` or a first call.
+        """
+        if self._first is None:
+            raise RuntimeError("the guide has no step sizes yet; call guide.setup(*args) with the model's arguments.")
+        return self.dynamics.step_size.by_site(self._first.layout)
+
+    # ---------------------------------------------------------------- one call, from arguments to sites
+
+    @property
+    def _start(self) -> Start:
+        return self.start if isinstance(self.start, Start) else FromGuide(self.start)
+
+    def _bind(self, args: tuple, kwargs: dict, emit: bool) -> Call:
+        """Read the model once, check it against earlier calls, and bind its log density."""
+        program = self._get_program()
+        plates = self._given_plates(args, kwargs) if emit or self.create_plates is not None else {}
+        fixed_args, fixed_kwargs = self._arguments(args, kwargs)
+        indices = {name: plate.indices for name, plate in plates.items() if plate.size is not None}
+        given = _values_of_other_parts() if program.hides else {}
+        reading = program.draw(fixed_args, fixed_kwargs, indices, given)
+        self._check_data(reading)
+        program.check(reading)
+        if emit:
+            self._make_plates(plates, reading)
+        bind = Binding(fixed_args, fixed_kwargs, reading.indices, given, program.enum_dim(reading))
+        signature = reading.signature
+        if signature not in self._structures:
+            self._structures[signature] = self._accept(read_structure(program, reading, bind))
+        structure = self._structures[signature]
+        call = Call(program, bind, reading, LogDensity(program, structure, bind, reading))
+        if self._first is None:
+            self._first = structure
+            self._start.setup(call.density)
+            if isinstance(self._start, FromGuide):
+                self._start.draw(call, 1)  # creates a lazily built guide's parameters
+            call.density.warn_if_rows_mix(call.prior(1).detach())
+        like = next(iter(reading.unconstrained.values()))
+        self.dynamics.step_size.setup(structure.layout, self.num_steps, like.detach())
+        return call
+
+    def _get_program(self) -> Program:
+        if self._program is None:
+            raise RuntimeError(
+                "this guide was unpickled, and pickling drops the model (as for every Pyro AutoGuide): call "
+                "guide.attach(model) first."
+            )
+        return self._program[0]
+
+    def attach(self, model: Callable) -> ShortRunGuide:
+        """Give a model to an unpickled guide."""
+        self._model, self._program = (model,), (Program(model),)
+        return self
+
+    def _arguments(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if self._conditioned is None:
+            return _plain(args), _plain(kwargs)
+        if (args or kwargs) and self._first is not None:
+            self._check_shapes(args, kwargs)
+        return self._conditioned
+
+    def _check_shapes(self, args: tuple, kwargs: dict) -> None:
+        """The model will run on these arguments with latents drawn for the conditioned ones."""
+        now = self._get_program().draw(_plain(args), _plain(kwargs)).unconstrained
+        assert self._first is not None and self._conditioned is not None
+        then = self._get_program().draw(*self._conditioned).unconstrained
+        for name in then:
+            if name in now and now[name].shape != then[name].shape:
+                raise ValueError(
+                    f"latent site '{name}' has unconstrained shape {tuple(then[name].shape)} for the arguments given "
+                    f"to condition_on but {tuple(now[name].shape)} for this call's arguments: local latents of the "
+                    "training data do not fit other data. Call guide.forget() to infer the new data's latents."
+                )
+
+    def _check_data(self, reading: Reading) -> None:
+        if self._first is None:
+            return
+        data = {k for k, s in reading.trace.nodes.items() if s["type"] == "sample" and s["is_observed"]}
+        missing = sorted(self._first.data - data)
+        if missing:
+            raise ValueError(
+                f"site '{missing[0]}' was observed when the guide was set up and is not now. The posterior depends "
+                "on the data: call guide.condition_on(*training_args) before Predictive(model, guide=guide), or "
+                "pass the observation."
+            )
+
+    def _accept(self, structure: Structure) -> Structure:
+        """Refuse latents that differ from those of the first call, other than in the number of rows."""
+        first = self._first
+        if first is not None:
+            new = {s.name: s for s in structure.layout.sites}
+            old = {s.name: s for s in first.layout.sites}
+            if set(new) != set(old):
+                raise ValueError(
+                    f"the model's latent sites changed between calls, from {sorted(old)} to {sorted(new)}; use one "
+                    "guide per model."
+                )
+            for name in old:
+                before, after = _row_size(first, name), _row_size(structure, name)
+                if before != after:
+                    raise ValueError(
+                        f"latent site '{name}' has {after} values in a row, {before} when the guide was set up: only "
+                        "the size of a plate that holds all latents may change between calls."
+                    )
+        if structure.layout.unscalable is not None and self._start.has_density:
+            raise NotImplementedError(
+                f"latent site '{structure.layout.unscalable}' lies in a subsampled plate that the other latents do not "
+                "share, so its part of log q cannot be scaled: use the full batch, or put all local latents into "
+                "one plate."
+            )
+        return structure
+
+    def _given_plates(self, args: tuple, kwargs: dict) -> dict[str, pyro.plate]:
+        if self.master is not None:
+            self.plates = dict(self.master().plates)
+        elif self.create_plates is None:
+            self.plates = {}
+        else:
+            plates = self.create_plates(*args, **kwargs)
+            plates = [plates] if isinstance(plates, pyro.plate) else list(plates)
+            if not all(isinstance(p, pyro.plate) for p in plates):
+                raise ValueError("create_plates() must return a pyro.plate or an iterable of them.")
+            self.plates = {p.name: p for p in plates}
+        return self.plates
+
+    def _make_plates(self, plates: dict[str, pyro.plate], reading: Reading) -> None:
+        """Plates that the user did not create, with the subsample of this call's model run."""
+        for frame in reading.frames:
+            if frame.name not in plates and (frame.around_latents or self.master is None):
+                index = reading.indices[frame.name] if frame.is_subsampled else None
+                plates[frame.name] = pyro.plate(frame.name, frame.full_size, dim=frame.dim, subsample=index)
+
+    def _tunes(self, training: bool) -> bool:
+        """Whether this call differentiates in the guide's parameters; counts training calls."""
+        if not (training and self.training):
+            return training and self._start.has_density
+        self._calls += 1
+        return self._start.has_density and (self._calls - 1) % self.tune_every == 0
+
+    def _gradients(self, tune: bool, training: bool) -> Gradients:
+        if self.full_gradient and training:
+            return Gradients.FULL
+        return Gradients.GUIDE if tune else Gradients.NONE
+
+    def _run(
+        self, call: Call, chains: int, account: bool, gradients: Gradients, keep_states: bool = False
+    ) -> tuple[Drawn, ShortRun]:
+        step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
+        drawn = self._draw_start(call, chains, gradients)
+        shape = (self.num_steps, *drawn.state.shape)
+        noise = torch.randn(shape, dtype=drawn.state.dtype, device=drawn.state.device)
+        runner = Runner(call.density, self.dynamics, self.objective, account)
+        result = run(runner, drawn.state, step_size, noise, gradients, keep_states)
+        self.info = result.info
+        self._warn_once(result.info)
+        return drawn, result
+
+    def _draw_start(self, call: Call, chains: int, gradients: Gradients) -> Drawn:
+        drawn = self._start.draw(call, chains)
+        finite = drawn.log_density.isfinite() & drawn.log_q.isfinite()
+        if not finite.all():
+            chain = int((~finite).any(1).nonzero()[0])
+            raise ValueError(
+                "the model's log density is not finite at the start of the run, first at "
+                f"{call.density.offender(drawn.state[chain].detach())}: check the data for NaN, the observation's "
+                "support, and the priors, or pass another start, such as start=Init(init_to_median)."
+            )
+        learned = isinstance(self._start, FromGuide)
+        if gradients is Gradients.FULL or (learned and gradients is Gradients.GUIDE):
+            return drawn
+        return Drawn(drawn.state.detach(), drawn.log_q.detach(), drawn.log_density.detach())
+
+    def _warn_once(self, info: RunInfo) -> None:
+        if not self._warned and info.frozen.any():
+            self._warned = True
+            warnings.warn(
+                f"{info.nonfinite} of {info.frozen.numel()} rows met a non-finite density or gradient and stay at "
+                "their last finite state (counted in guide.info.nonfinite; this warning is shown once). Try a smaller "
+                "step_size, or start=Init(init_to_median).",
+                stacklevel=3,
+            )
+
+    def _emit(
+        self, call: Call, outer: torch.Size, values: Mapping[str, Tensor], u: Tensor, log_q: Tensor
+    ) -> dict[str, Tensor]:
+        """Sample statements: one auxiliary site with all of log q, and every latent as a point mass.
+
+        All of log q sits in the auxiliary site because TraceMeanField_ELBO ignores a Delta's log_density.
+        """
+        layout = call.density.layout
+        nesting = max((-p.dim for s in layout.sites for p in s.plates), default=0)
+        place = _Placement(outer, max(nesting, call.reading.nesting))
+        rows = () if layout.is_arrow else tuple(layout.row_plates)
+        width = -min((p.dim for p in rows), default=0)
+        batch = [1] * width
+        for plate in rows:
+            batch[plate.dim] = plate.size
+        with ExitStack() as stack:
+            for plate in rows:
+                stack.enter_context(self.plates[plate.name])
+            flat = place(u.reshape(u.shape[0], *batch, -1), width)
+            density = place(log_q.reshape((u.shape[0], *batch)), width)
+            pyro.sample(
+                f"_{self._pyro_name}_latent",
+                dist.Delta(flat, log_density=density, event_dim=1),
+                infer={"is_auxiliary": True},
+            )
+        result = {}
+        for site in call.reading.latents:
+            name, fn = site["name"], site["fn"]
+            with ExitStack() as stack:
+                for frame in site["cond_indep_stack"]:
+                    stack.enter_context(self.plates[frame.name])
+                if site["mask"] is not None:  # for TraceMeanField_ELBO, which reads the guide's mask
+                    stack.enter_context(poutine.mask(mask=site["mask"]))
+                value = place(values[name], len(fn.batch_shape))
+                result[name] = pyro.sample(name, dist.Delta(value, event_dim=fn.event_dim))
+        return result
+
+    # ---------------------------------------------------------------- state
+
+    def _check_prototype(self, part_trace: Any) -> None:
+        """Called by an AutoGuide that serves as start."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in :class:`torch.nn.Module`, after :meth:`setup`.
+
+        :raises RuntimeError: before :meth:`setup`, when there is nothing to load into.
+        """
+        if self._first is None:
+            raise RuntimeError("call guide.setup(*args) with the model's arguments before load_state_dict.")
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        """Drop the model and what hangs on a call, without touching the live guide (Pyro's own AutoGuide does)."""
+        state = self.__dict__.copy()
+        state.update(_model=None, _program=None, master=None, info=None, plates={}, _conditioned=None)
+        state["_structures"] = {}
+        state["_modules"] = {k: _without_model(m) for k, m in self._modules.items()}
+        return state
+
+
+class _Placement:
+    """Moves the chain axis of a value to the dims of the plates outside the guide."""
+
+    def __init__(self, outer: torch.Size, nesting: int) -> None:
+        self.nesting = nesting
+        self.front = outer[: max(len(outer) - nesting, 0)]
+        if self.front.numel() != outer.numel():
+            raise ValueError(
+                "a plate around the guide takes one of the model's own plate dimensions; give it a dim to the left "
+                f"of {-nesting}."
+            )
+
+    def __call__(self, value: Tensor, batch: int) -> Tensor:
+        rest = value.shape[1:]
+        if not self.front:
+            return value.reshape(rest)
+        return value.reshape((*self.front, *((1,) * (self.nesting - batch)), *rest))
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def _row_size(structure: Structure, name: str) -> int:
+    layout = structure.layout
+    site = next(s for s in layout.sites if s.name == name)
+    rows = {p.name for p in layout.row_plates} <= {p.name for p in site.plates}
+    return site.shape.numel() // max(layout.row_shape.numel(), 1) if rows else site.shape.numel()
+
+
+def _values_of_other_parts() -> dict[str, Tensor]:
+    """Values that the guide being traced has sampled so far (other parts of an AutoGuideList)."""
+    values: dict[str, Tensor] = {}
+    for frame in _PYRO_STACK:
+        if isinstance(frame, TraceMessenger):
+            nodes = frame.trace.nodes.items()
+            values.update({k: s["value"].detach() for k, s in nodes if s["type"] == "sample"})
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Inference-mode tensors cannot take part in autograd: copy them."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(v) for v in value)
+    return value
+
+
+@contextmanager
+def _ordinary_autograd() -> Iterator[bool]:
+    """Gradients work inside, whatever mode the caller is in; yields whether the caller wants them."""
+    wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        yield wanted
+
+
+@contextmanager
+def _context(module: Any) -> Iterator[None]:
+    """Pyro's own __call__ context, in which PyroModule attributes are pyro.param statements."""
+    with module._pyro_context:
+        yield
+
+
+def _without_model(module: nn.Module | None) -> nn.Module | None:
+    """A shallow copy in which AutoGuides may lose their models when pickled (see AutoGuide.__getstate__)."""
+    if module is None or not any(isinstance(m, AutoGuide) for m in module.modules()):
+        return module
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__["_modules"] = {k: _without_model(m) for k, m in module._modules.items()}
+    return copy

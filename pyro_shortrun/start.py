@@ -1,0 +1,267 @@
+"""Where a run starts: the prior, the last state of the same datum, or any Pyro guide."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from .density import Binding, LogDensity, Program, Reading, map_chains, masked, plates_of
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the guide: the bound density and the forward run from which its shapes were read."""
+
+    program: Program
+    bind: Binding
+    reading: Reading
+    density: LogDensity
+
+    def replicate(self, draw: Callable[[], Tensor | tuple[Tensor, ...]], chains: int, key: str) -> Tensor | tuple:
+        """``draw()`` repeated independently along a new leading axis."""
+        if chains == 1:
+            out = draw()
+            return tuple(t.unsqueeze(0) for t in out) if isinstance(out, tuple) else out.unsqueeze(0)
+        index = torch.arange(chains)
+        return map_chains(lambda _: draw(), index, self.density.structure.vectorizes, key)
+
+    def prior(self, chains: int) -> Tensor:
+        """Draws from the prior, ``(chains, rows, size)``."""
+        layout, bind = self.density.layout, self.bind
+        first = layout.pack(self.reading.unconstrained).unsqueeze(0)
+        if chains == 1:
+            return first
+        more = self.replicate(
+            lambda: layout.pack(
+                self.program.draw(bind.args, bind.kwargs, bind.indices, bind.given).unconstrained
+            ),
+            chains - 1,
+            "prior",
+        )
+        return torch.cat([first, more])
+
+    def redraw(self) -> Tensor:
+        """One more draw from the prior, ``(rows, size)``."""
+        bind = self.bind
+        again = self.program.draw(bind.args, bind.kwargs, bind.indices, bind.given)
+        return self.density.layout.pack(again.unconstrained)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Start states ``(chains, rows, size)``, their log density and ``log pi`` there, ``(chains, rows)``."""
+
+    state: Tensor
+    log_q: Tensor
+    log_density: Tensor
+
+
+class Start(ABC):
+    """A distribution of ``u_0``.
+
+    ``has_density`` tells whether ``log q_0`` is known, so that there is a bound to tune by.
+    """
+
+    has_density = True
+
+    def setup(self, density: LogDensity) -> None:
+        """Create what the start stores."""
+        return None
+
+    @abstractmethod
+    def draw(self, call: Call, chains: int) -> Drawn:
+        """Draw ``u_0`` for every row of every chain."""
+
+    def finish(self, call: Call, end: Tensor) -> None:
+        """Told the end of every training run."""
+        return None
+
+
+class Prior(Start):
+    r"""Fresh draws from the model's own prior, for every run: the papers' start.
+
+    ``log q_0(u) = log p(z(u)) + log |dz/du|`` over the latent sites alone; ``pyro.factor`` terms do not belong to it.
+    Rows whose log density is not finite are drawn again.
+
+    :param tries: how often a row is drawn again before the run is refused.
+    """
+
+    def __init__(self, tries: int = 20) -> None:
+        self.tries = tries
+
+    def draw(self, call: Call, chains: int) -> Drawn:
+        u = call.prior(chains)
+        value, prior = call.density.with_start(u)
+        for _ in range(self.tries):
+            bad = ~(value.isfinite() & prior.isfinite())
+            if not bad.any():
+                break
+            with torch.no_grad():
+                again = torch.stack([call.redraw() if row.any() else one for row, one in zip(bad, u)])
+            u = torch.where(bad.unsqueeze(-1), again, u)
+            value, prior = call.density.with_start(u)
+        return Drawn(u, prior, value)
+
+
+class Init(Start):
+    r"""A Gaussian of fixed width around a Pyro initialisation: ``u_0 = init + scale * eps``.
+
+    :param init_loc_fn: ``pyro.infer.autoguide.init_to_median`` or a sibling.
+    :param scale: standard deviation in unconstrained space.
+    """
+
+    def __init__(self, init_loc_fn: Callable, scale: float = 0.1) -> None:
+        if not scale > 0:
+            raise ValueError(f"scale must be > 0, got {scale!r}.")
+        self.init_loc_fn, self.scale = init_loc_fn, scale
+
+    def draw(self, call: Call, chains: int) -> Drawn:
+        bind, layout = call.bind, call.density.layout
+        reading = call.program.draw(bind.args, bind.kwargs, bind.indices, bind.given, self.init_loc_fn)
+        center = layout.pack(reading.unconstrained).detach()
+        u = center + self.scale * torch.randn(chains, *center.shape).to(center)
+        log_q = torch.distributions.Normal(center, self.scale).log_prob(u)
+        if layout.arrow is not None:
+            local = torch.arange(layout.size, device=u.device) >= layout.arrow.shared
+            log_q = torch.where(local, layout.arrow.weight * log_q, log_q)
+        return Drawn(u, log_q.sum(-1), call.density(u))
+
+
+class Persistent(nn.Module, Start):
+    r"""Each datum's run starts where its last run ended; the first one starts at the prior.
+
+    This is alternating back-propagation (Han, Lu, Zhu, Wu, AAAI 2017). The law of such a start is not known, so there
+    is no bound: the loss that SVI prints is ``-log p(x, z_K)`` alone, and the step size stays as it is. In ``eval()``
+    mode nothing is stored. States are kept by the indices of the plate that holds the latents.
+
+    :param refresh: probability with which a row starts at the prior all the same.
+    :raises ValueError: where ``refresh`` is not in ``[0, 1]``.
+    """
+
+    has_density = False
+
+    def __init__(self, refresh: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= refresh <= 1:
+            raise ValueError(f"refresh is a probability, got {refresh!r}.")
+        self.refresh = refresh
+
+    def setup(self, density: LogDensity) -> None:
+        layout = density.layout
+        if "store" in self._buffers:
+            return
+        if layout.arrow is not None and layout.arrow.weight != 1 or layout.unscalable is not None:
+            raise NotImplementedError(
+                "Persistent cannot keep the states of a subsampled model that also has latents outside the plate; "
+                "use the full batch or Prior()."
+            )
+        count = 1 if layout.is_arrow else torch.Size(p.full_size for p in layout.row_plates).numel()
+        like = {"dtype": density.structure.dtype, "device": density.structure.device}
+        self.register_buffer("store", torch.zeros(count, layout.size, **like))
+        self.register_buffer("visited", torch.zeros(count, dtype=torch.bool, device=like["device"]))
+
+    def _index(self, call: Call) -> Tensor:
+        layout = call.density.layout
+        if layout.is_arrow or not layout.row_plates:
+            return torch.zeros(1, dtype=torch.long, device=self.store.device)
+        index = torch.zeros((), dtype=torch.long, device=self.store.device)
+        for plate in layout.row_plates:
+            index = index.unsqueeze(-1) * plate.full_size + call.bind.indices[plate.name].to(index.device)
+        index = index.reshape(-1)
+        full = torch.Size(p.full_size for p in layout.row_plates).numel()
+        if full != len(self.store):
+            raise ValueError(
+                f"Persistent keeps {len(self.store)} states but the plate now has {full} elements; build the "
+                "plate over the whole data set with subsample_size, or use Prior() for new data."
+            )
+        return index
+
+    def draw(self, call: Call, chains: int) -> Drawn:
+        index = self._index(call)
+        fresh = call.prior(chains).detach()
+        use = self.visited[index] & (torch.rand(chains, len(index), device=fresh.device) >= self.refresh)
+        u = torch.where(use.unsqueeze(-1), self.store[index], fresh)
+        value = call.density(u)
+        return Drawn(u, torch.zeros_like(value), value)
+
+    def finish(self, call: Call, end: Tensor) -> None:
+        if end.shape[0] != 1:
+            raise NotImplementedError(
+                "Persistent keeps one state per datum and cannot train with vectorised particles; use "
+                "num_particles=1."
+            )
+        index = self._index(call)
+        self.store[index] = end[0].detach()
+        self.visited[index] = True
+
+
+class FromGuide(Start):
+    """Adapter that lets any Pyro guide over the same sites be a start (an ``AutoGuide``, an encoder).
+
+    :param guide: a callable with the model's arguments.
+    """
+
+    def __init__(self, guide: Callable) -> None:
+        self._guide = guide
+
+    def draw(self, call: Call, chains: int) -> Drawn:
+        u, log_q = call.replicate(lambda: self._draw_one(call), chains, "start")
+        return Drawn(u, log_q, call.density(u.detach()))
+
+    def _draw_one(self, call: Call) -> tuple[Tensor, Tensor]:
+        tracer = poutine.trace()
+        with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), tracer:
+            with _SameSubsample(call.bind.indices):
+                self._guide(*call.bind.args, **call.bind.kwargs)
+        trace, layout = tracer.get_trace(), call.density.layout
+        names = [s.name for s in layout.sites]
+        missing = [name for name in names if name not in trace.nodes]
+        if missing:
+            raise ValueError(
+                f"the start guide does not sample {missing}; it must sample every latent site of the model that "
+                "ShortRunGuide infers."
+            )
+        trace.compute_log_prob()
+        u = call.density.unconstrain({name: trace.nodes[name]["value"] for name in names})
+        _, jacobian = call.density.constrain(u.unsqueeze(0))
+        log_q = jacobian[0]
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                log_q = log_q + self._rows(call, name, site)
+        return u, log_q
+
+    @staticmethod
+    def _rows(call: Call, name: str, site: Mapping) -> Tensor:
+        layout = call.density.layout
+        term, plates = masked(site["unscaled_log_prob"], site["mask"]), plates_of(site)
+        inside = {p.name for p in layout.row_plates} <= {p.name for p in plates}
+        scale = 1.0
+        for plate in layout.row_plates:
+            scale = scale * plate.scale
+        if not inside and scale != 1 and not layout.is_arrow:
+            raise NotImplementedError(
+                f"the start guide samples '{name}' outside the subsampled plates of the model's latents; use a "
+                "start that keeps the plates, such as AutoNormal(model, create_plates=...)."
+            )
+        if inside and layout.is_arrow:
+            term = scale * term
+        return layout.sum_to_rows(term, plates)
+
+
+class _SameSubsample(Messenger):
+    """Gives plates the subsample that the model has in this call."""
+
+    def __init__(self, indices: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.indices = indices
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.indices:
+            msg["value"] = self.indices[msg["name"]]
