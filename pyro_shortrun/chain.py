@@ -100,9 +100,7 @@ class Runner:
     def increment(
         self, u: Tensor, grad: Tensor, step_size: Tensor, aux: Tensor | None, graph: bool
     ) -> tuple[Tensor, Tensor]:
-        out = self.objective.account(
-            self.density, self.dynamics, u, grad, step_size, aux, create_graph=graph
-        )
+        out = self.objective.account(self.density, self.dynamics, u, grad, step_size, aux, create_graph=graph)
         return out.increment, out.singular
 
 
@@ -147,9 +145,7 @@ class _Walk:
         self._grad_norm: list[Tensor] = []
         self._log_det: list[Tensor] = []
 
-    def forward(
-        self, u: Tensor, step_size: Tensor, graph: bool, partials: list | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, u: Tensor, step_size: Tensor, graph: bool, partials: list | None = None) -> tuple[Tensor, Tensor]:
         """``u_K`` and the sum of increments.
 
         A step whose end has a non-finite density, gradient or determinant is undone and its row moves no more.
@@ -221,7 +217,12 @@ class _Walk:
 
 
 class _GuideOnly(torch.autograd.Function):
-    """The run as one node: gradients to the start and the step sizes only, one recomputed step at a time."""
+    """The run as one node: gradients to the start and the step sizes only, one recomputed step at a time.
+
+    A row that froze or took a singular step has no valid log q to differentiate. It takes the place of a row whose
+    loss is ``log eta`` (averaged over steps and coordinates), so that step sizes too large for some rows shrink at a
+    bounded rate instead of following a meaningless and often huge gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, walk: _Walk, start: Tensor, step_size: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,6 +238,8 @@ class _GuideOnly(torch.autograd.Function):
         walk, step_size = ctx.walk, ctx.step_size
         grad_u = grad_end
         grad_steps = torch.zeros_like(step_size)
+        invalid = (walk.singular | ~walk.accepted[-1]).unsqueeze(-1)
+        pull = torch.where(invalid.squeeze(-1), grad_total, torch.zeros_like(grad_total)).sum()
         for k in reversed(range(len(step_size))):
             ok = walk.accepted[k].unsqueeze(-1)
             with torch.enable_grad():
@@ -251,8 +254,9 @@ class _GuideOnly(torch.autograd.Function):
                 back_eta = back_eta + grad_total.unsqueeze(-1) * part_eta
             zero = torch.zeros_like(back_u)
             grad_u = torch.where(ok, back_u, grad_u)
-            grad_steps[k] = torch.where(ok, back_eta, zero).sum((0, 1))
-        return None, grad_u, grad_steps
+            back_eta = torch.where(ok & ~invalid, back_eta, zero)
+            grad_steps[k] = back_eta.sum((0, 1)) - pull / (step_size[k] * step_size.numel())
+        return None, torch.where(invalid, torch.zeros_like(grad_u), grad_u), grad_steps
 
 
 def isolate(

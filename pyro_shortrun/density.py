@@ -129,26 +129,17 @@ def _is_discrete(msg: Site) -> bool:
 
 def _is_latent(msg: Site) -> bool:
     """A continuous site that is neither observed nor a plate's subsample."""
-    return (
-        msg["type"] == "sample"
-        and not msg["is_observed"]
-        and not site_is_subsample(msg)
-        and not _is_discrete(msg)
-    )
+    return msg["type"] == "sample" and not msg["is_observed"] and not site_is_subsample(msg) and not _is_discrete(msg)
 
 
 def _is_data(site: Site) -> bool:
     """An observed site, other than ``pyro.deterministic``."""
-    return bool(site["type"] == "sample" and site["is_observed"]) and not site["infer"].get(
-        "_deterministic", False
-    )
+    return bool(site["type"] == "sample" and site["is_observed"]) and not site["infer"].get("_deterministic", False)
 
 
 def plates_of(site: Site) -> tuple[Plate, ...]:
     return tuple(
-        Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size))
-        for f in site["cond_indep_stack"]
-        if f.vectorized
+        Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in site["cond_indep_stack"] if f.vectorized
     )
 
 
@@ -378,9 +369,7 @@ def read_structure(program: Program, reading: Reading, bind: Binding) -> Structu
         )
         for s in reading.latents
     ]
-    leaves = {
-        k: v.detach().clone().requires_grad_() for k, v in reading.unconstrained.items()
-    }
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in reading.unconstrained.items()}
     _check_dtypes(leaves)
     with torch.enable_grad(), pyro.validation_enabled(False):
         probe = program.run(bind, leaves)
@@ -407,9 +396,7 @@ def _check_dtypes(values: Mapping[str, Tensor]) -> None:
         )
 
 
-def _row_plates(
-    sites: list[LatentSite], probe: Reading, leaves: Mapping[str, Tensor]
-) -> tuple[Plate, ...]:
+def _row_plates(sites: list[LatentSite], probe: Reading, leaves: Mapping[str, Tensor]) -> tuple[Plate, ...]:
     """Plates common to all latents that lie in any plate, less those across which something couples them."""
     plated = [set(s.plates) for s in sites if s.plates]
     common = set.intersection(*plated) if plated else set()
@@ -477,9 +464,7 @@ class LogDensity:
             value = self(u)
             if not value.requires_grad:  # the density is constant in u
                 return value, torch.zeros_like(u)
-            (grad,) = torch.autograd.grad(
-                value.sum(), u, create_graph=create_graph, materialize_grads=True
-            )
+            (grad,) = torch.autograd.grad(value.sum(), u, create_graph=create_graph, materialize_grads=True)
         return (value if create_graph else value.detach()), grad
 
     def hessian_product(self, u: Tensor, grad: Tensor, create_graph: bool) -> Callable[[Tensor], Tensor]:
@@ -576,9 +561,7 @@ class LogDensity:
         sites = [s for s in reading.trace.nodes.values() if s["type"] == "sample"]
         sites = [s for s in sites if not site_is_subsample(s)]
         summed = _enumerated_factors(reading.trace, sites) if self.structure.summed else {}
-        joint = [
-            self.layout.sum_to_rows(s["log_prob"], plates_of(s)) for s in sites if s["name"] not in summed
-        ]
+        joint = [self.layout.sum_to_rows(s["log_prob"], plates_of(s)) for s in sites if s["name"] not in summed]
         joint.append(self._jacobian(reading, joint=True))
         if summed:
             joint.append(self._contract(reading.trace, summed, scaled=True))
@@ -618,9 +601,7 @@ class LogDensity:
         factors: OrderedDict = OrderedDict()
         for site in sites.values():
             ordinal = frozenset(plates[p.name] for p in plates_of(site))
-            term = packed.scale_and_mask(
-                site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"]
-            )
+            term = packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"])
             factors.setdefault(ordinal, []).append(term)
         dims = set(trace.symbol_to_dim) - set(plates.values())
         rows = frozenset(plates[p.name] for p in self.layout.row_plates if not self.layout.is_arrow)
@@ -641,11 +622,7 @@ def _enumerated_factors(trace: poutine.Trace, sites: list[Site]) -> dict[str, Si
     trace.pack_tensors()
     plates = set(trace.plate_to_symbol.values())
     enumerated = set(trace.symbol_to_dim) - plates
-    return {
-        s["name"]: s
-        for s in sites
-        if not enumerated.isdisjoint(s["packed"]["unscaled_log_prob"]._pyro_dims)
-    }
+    return {s["name"]: s for s in sites if not enumerated.isdisjoint(s["packed"]["unscaled_log_prob"]._pyro_dims)}
 
 
 def _common_scale(sites: Mapping[str, Site]) -> Any:
@@ -674,3 +651,12 @@ def map_chains(fn: Callable[[Tensor], Any], u: Tensor, vectorizes: dict[str, boo
             _LOGGER.info("chains run one after the other, since vmap failed: %s", reason)
     each = [fn(one) for one in u]
     return tuple(map(torch.stack, zip(*each))) if isinstance(each[0], tuple) else torch.stack(each)
+
+
+def bind_model(model: Callable, args: tuple, kwargs: dict) -> LogDensity:
+    """The log density of ``model(*args, **kwargs)``, structure read from one draw of the prior."""
+    program = Program(model)
+    reading = program.draw(args, kwargs)
+    program.check(reading)
+    bind = Binding(args, kwargs, reading.indices, {}, program.enum_dim(reading))
+    return LogDensity(program, read_structure(program, reading, bind), bind, reading)

@@ -74,9 +74,7 @@ class Langevin(Dynamics):
     False
     """
 
-    def __init__(
-        self, step_size: StepSize | float = 0.1, *, noise: bool = True, max_drift: float = 10.0
-    ) -> None:
+    def __init__(self, step_size: StepSize | float = 0.1, *, noise: bool = True, max_drift: float = 10.0) -> None:
         super().__init__(step_size)
         if not max_drift > 0:
             raise ValueError(f"max_drift must be > 0, got {max_drift!r}; use float('inf') for no limit.")
@@ -98,4 +96,12 @@ class Langevin(Dynamics):
     ) -> LogDetResult:
         diagonal = (step_size * scale).expand_as(grad)
         free = (diagonal * grad).detach().abs() < self.max_drift
-        return logdet(product, torch.where(free, diagonal, torch.zeros_like(diagonal)), layout, probes)
+        clipped = torch.where(free, diagonal, torch.zeros_like(diagonal))
+        result = logdet(product, clipped, layout, probes)
+        if free.all():
+            return result
+        # The clip is locally a translation, but where eta * lambda_max(-H) >= 1 the step still folds the space:
+        # the run bounces between both sides of the mode.
+        with torch.no_grad():
+            whole = logdet(product, diagonal.detach(), layout, probes)
+        return LogDetResult(result.value, result.singular | whole.singular)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,15 +17,19 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
-from .chain import Gradients, Runner, RunInfo, ShortRun, isolate, run
+from .chain import Gradients, RunInfo, Runner, ShortRun, isolate, run
 from .density import Binding, LogDensity, Program, Reading, Structure, read_structure
 from .dynamics import Dynamics, Langevin
 from .objective import Objective, PathDensity
 from .start import Call, Drawn, FromGuide, Prior, Start
 from .step_size import StepSize
 
+_LOGGER = logging.getLogger("pyro_shortrun")
 _QUANTILE_DRAWS = 1000
 _ROWS_AT_ONCE = 2**16
+_PILOT_ROWS = 16
+_MAX_HALVINGS = 20
+_STIFF_DRIFT = 1.0
 
 
 class ShortRunGuide(AutoGuide):
@@ -68,8 +72,11 @@ class ShortRunGuide(AutoGuide):
 
     :param model: a Pyro model.
     :param num_steps: ``K >= 1``.
-    :param step_size: ``eta``: a number, or a :class:`StepSize`. Recipes that write :math:`s^2/2` and :math:`s` have
-        ``eta = s ** 2 / 2``.
+    :param step_size: ``eta``: a number (default 0.1), or a :class:`StepSize`. Recipes that write :math:`s^2/2` and
+        :math:`s` have ``eta = s ** 2 / 2``. A number is a first guess: at set-up it is halved until at most a quarter
+        of some pilot runs meet a step with ``eta * lambda_max(-H) >= 1`` (where log q would be wrong). If it had to
+        be halved, the drift per step is clipped at ``max_drift=1`` as well, and a logged warning says so. A
+        :class:`StepSize` is taken as it is.
     :param dynamics: a :class:`~pyro_shortrun.dynamics.Dynamics` instead of ``step_size``; default ``Langevin``.
     :param start: :class:`Prior` (default), :class:`Persistent`, :class:`Init` or any Pyro guide over the same sites
         (an ``AutoGuide``, an encoder), which is then trained too.
@@ -114,6 +121,7 @@ class ShortRunGuide(AutoGuide):
         self._structures: dict[tuple, Structure] = {}
         self._first: Structure | None = None
         self._conditioned: tuple[tuple, dict] | None = None
+        self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
         self._calls = 0
         self._warned = False
         self.register_buffer("_carried", torch.zeros(()), persistent=False)
@@ -136,11 +144,10 @@ class ShortRunGuide(AutoGuide):
             account = not (masked or carry) and self._start.has_density
             gradients = self._gradients(tune, grad_enabled and not masked)
             drawn, result = self._run(call, outer.numel(), account, gradients)
+            self._warn_once(result.info)
             if self.training and grad_enabled and not masked:
                 self._start.finish(call, result.end)
-            values, jacobian = isolate(
-                call.density.constrain, result.end, gradients is not Gradients.FULL
-            )
+            values, jacobian = isolate(call.density.constrain, result.end, gradients is not Gradients.FULL)
             increment = result.increment
             if account:
                 self._carried = increment.detach().mean()
@@ -177,6 +184,7 @@ class ShortRunGuide(AutoGuide):
             while left:
                 chains = min(left, max(1, _ROWS_AT_ONCE // max(call.density.layout.rows, 1)))
                 _, result = self._run(call, chains, False, Gradients.NONE)
+                self._warn_once(result.info)
                 values, _ = call.density.constrain(result.end)
                 parts.append({k: v.detach() for k, v in values.items()})
                 left -= chains
@@ -268,8 +276,31 @@ class ShortRunGuide(AutoGuide):
                 self._start.draw(call, 1)  # creates a lazily built guide's parameters
             call.density.warn_if_rows_mix(call.prior(1).detach())
         like = next(iter(reading.unconstrained.values()))
-        self.dynamics.step_size.setup(structure.layout, self.num_steps, like.detach())
+        created = self.dynamics.step_size.setup(structure.layout, self.num_steps, like.detach())
+        if created and self._backs_off:
+            self._back_off(call)
         return call
+
+    @torch.no_grad()
+    def _back_off(self, call: Call) -> None:
+        """Halve the step size until most pilot runs stay invertible (see ``step_size``)."""
+        chains = max(1, _PILOT_ROWS // max(call.density.layout.rows, 1))
+        first = self.dynamics.step_size.init
+        for halvings in range(_MAX_HALVINGS):
+            _, pilot = self._run(call, chains, True, Gradients.NONE)
+            if (pilot.info.frozen | pilot.info.singular).float().mean() <= 0.25:
+                break
+            self.dynamics.step_size.shrink(0.5)
+            self.dynamics.max_drift = _STIFF_DRIFT
+        if halvings:
+            _LOGGER.warning(
+                "step_size %g is too large for this model (eta * curvature > 1 along pilot runs from the start): "
+                "beginning at %.2g with max_drift=%g. Pass StepSize(%g) to insist on it.",
+                first,
+                first * 0.5**halvings,
+                _STIFF_DRIFT,
+                first,
+            )
 
     def _get_program(self) -> Program:
         if self._program is None:
@@ -384,7 +415,6 @@ class ShortRunGuide(AutoGuide):
         runner = Runner(call.density, self.dynamics, self.objective, account)
         result = run(runner, drawn.state, step_size, noise, gradients, keep_states)
         self.info = result.info
-        self._warn_once(result.info)
         return drawn, result
 
     def _draw_start(self, call: Call, chains: int, gradients: Gradients) -> Drawn:

@@ -143,9 +143,7 @@ class Layout:
         axes = self._row_axes(site)
         rest = [i for i in range(len(site.shape)) if i not in axes]
         order = [*range(lead), *(lead + i for i in axes), *(lead + i for i in rest)]
-        return value.permute(order).reshape(
-            *value.shape[:lead], self.row_shape.numel(), self._numel(site)
-        )
+        return value.permute(order).reshape(*value.shape[:lead], self.row_shape.numel(), self._numel(site))
 
     def _from_rows(self, site: LatentSite, value: Tensor) -> Tensor:
         lead = value.dim() - 2

@@ -38,9 +38,7 @@ class LogDet(ABC):
         return None
 
     @abstractmethod
-    def __call__(
-        self, product: Product, diagonal: Tensor, layout: Layout, probes: Tensor | None
-    ) -> LogDetResult:
+    def __call__(self, product: Product, diagonal: Tensor, layout: Layout, probes: Tensor | None) -> LogDetResult:
         """
         :param product: ``H`` times vectors, ``(m, chains, rows, size)`` to the same shape.
         :param diagonal: ``D >= 0``, ``(chains, rows, size)``.
@@ -134,9 +132,7 @@ class Lanczos(LogDet):
     def probes(self, like: Tensor) -> Tensor:
         return torch.randint(0, 2, (self.num_probes, *like.shape), device=like.device).to(like) * 2 - 1
 
-    def __call__(
-        self, product: Product, diagonal: Tensor, layout: Layout, probes: Tensor | None
-    ) -> LogDetResult:
+    def __call__(self, product: Product, diagonal: Tensor, layout: Layout, probes: Tensor | None) -> LogDetResult:
         if layout.arrow is not None and layout.arrow.weight != 1:
             raise NotImplementedError(
                 "the stochastic log-determinant cannot scale the local part of a subsampled model with shared "
@@ -215,7 +211,5 @@ class Automatic(LogDet):
     def probes(self, like: Tensor) -> Tensor:
         return self._stochastic.probes(like)
 
-    def __call__(
-        self, product: Product, diagonal: Tensor, layout: Layout, probes: Tensor | None
-    ) -> LogDetResult:
+    def __call__(self, product: Product, diagonal: Tensor, layout: Layout, probes: Tensor | None) -> LogDetResult:
         return self.choose(layout)(product, diagonal, layout, probes)

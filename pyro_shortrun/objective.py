@@ -91,7 +91,5 @@ class PathDensity(Objective):
         product = density.hessian_product(u, grad, create_graph)
         scale = density.layout.drift_scale(u)
         with torch.set_grad_enabled(create_graph):
-            value, singular = dynamics.log_abs_det(
-                grad, step_size, scale, product, density.layout, self.logdet, aux
-            )
+            value, singular = dynamics.log_abs_det(grad, step_size, scale, product, density.layout, self.logdet, aux)
         return Accounted(value, singular)

@@ -39,9 +39,7 @@ class Call:
         if chains == 1:
             return first
         more = self.replicate(
-            lambda: layout.pack(
-                self.program.draw(bind.args, bind.kwargs, bind.indices, bind.given).unconstrained
-            ),
+            lambda: layout.pack(self.program.draw(bind.args, bind.kwargs, bind.indices, bind.given).unconstrained),
             chains - 1,
             "prior",
         )
@@ -194,8 +192,7 @@ class Persistent(nn.Module, Start):
     def finish(self, call: Call, end: Tensor) -> None:
         if end.shape[0] != 1:
             raise NotImplementedError(
-                "Persistent keeps one state per datum and cannot train with vectorised particles; use "
-                "num_particles=1."
+                "Persistent keeps one state per datum and cannot train with vectorised particles; use num_particles=1."
             )
         index = self._index(call)
         self.store[index] = end[0].detach()

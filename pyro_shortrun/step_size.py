@@ -56,18 +56,27 @@ class StepSize(PyroModule):
     def is_set_up(self) -> bool:
         return "value_unconstrained" in self._parameters or "value" in self._buffers
 
-    def setup(self, layout: Layout, num_steps: int, like: Tensor) -> None:
-        """Create the values (once), in the dtype and on the device of ``like``."""
+    def setup(self, layout: Layout, num_steps: int, like: Tensor) -> bool:
+        """Create the values (once), in the dtype and on the device of ``like``.
+
+        :return: whether they were created now.
+        """
         index = layout.site_index if self.per == "site" else layout.dim_index
         self._index = index.to(like.device)
         if self.is_set_up:
-            return
+            return False
         counts = {"shared": 1, "step": num_steps, "site": len(layout.sites), "dim": _count(index)}
         value = like.new_full((counts[self.per],), self.init)
         if self.learnable:
             self.value = PyroParam(value, constraints.interval(0.0, self.max))
         else:
             self.register_buffer("value", value)
+        return True
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        """Multiply the current values by ``factor < 1``."""
+        self.value = self.value.detach() * factor
 
     def forward(self, layout: Layout, num_steps: int) -> Tensor:
         """Values at every step and coordinate, ``(num_steps, size)``."""

@@ -1,0 +1,90 @@
+"""Every example runs, README's code runs, imports go one way, importing changes nothing."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+
+# From the bottom up: a module may import those before it.
+LAYERS = "layout step_size logdet density dynamics objective chain start guide evaluation".split()
+
+
+def python(*args: str, cwd: Path | None = None) -> str:
+    env = {**os.environ, "MPLBACKEND": "Agg"}
+    done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_example_runs(path, tmp_path):
+    out = python(str(path), "--smoke", "--output", str(tmp_path))
+    assert "test MSE" in out
+    pictures = {p.name for p in tmp_path.glob("*.png")}
+    assert pictures == {"reconstructions.png", "samples.png", "training.png", "trajectories.png"}
+
+
+def test_posterior_file_of_the_quickstart_opens_in_arviz(tmp_path):
+    import arviz as az
+    import numpy as np
+
+    images = np.random.default_rng(0).integers(0, 255, (140, 6, 6), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", x_train=images[:120], x_test=images[120:])
+    python(str(ROOT / "examples" / "quickstart.py"), "--smoke", "--data", "data.npz", "--output", "out", cwd=tmp_path)
+    posterior = az.from_netcdf(str(tmp_path / "out" / "posterior.nc"))["posterior"]
+    assert dict(posterior.sizes)["chain"] == 4
+    assert set(posterior.data_vars) == {"z2", "z1_decentered"}
+
+
+def snippets(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_snippets_run_in_order(name):
+    code = "\n".join(snippets(name))
+    assert code or name != "README.md"
+    if code:
+        python("-W", "error", "-c", code)
+
+
+def test_readme_names_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"\bmake (\w+)", text)) == {"demo", "test"}
+
+
+def test_imports_go_one_way():
+    package = ROOT / "pyro_shortrun"
+    found = {p.stem for p in package.glob("*.py")} - {"__init__"}
+    assert found == set(LAYERS)
+    for name in found:
+        for node in ast.walk(ast.parse((package / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+                assert LAYERS.index(node.module) < LAYERS.index(name), f"{name} imports {node.module}"
+
+
+def test_importing_changes_nothing_global():
+    code = """
+import warnings, logging, torch, pyro, pyro.distributions as dist
+before = (torch.get_default_dtype(), torch.is_grad_enabled(), list(warnings.filters), logging.root.level,
+          torch.distributions.Distribution._Distribution__validate_args if hasattr(torch.distributions.Distribution,
+          '_Distribution__validate_args') else torch.distributions.Distribution._validate_args,
+          len(pyro.get_param_store()), torch.random.get_rng_state().sum().item())
+import pyro_shortrun
+after = (torch.get_default_dtype(), torch.is_grad_enabled(), list(warnings.filters), logging.root.level,
+         torch.distributions.Distribution._Distribution__validate_args if hasattr(torch.distributions.Distribution,
+          '_Distribution__validate_args') else torch.distributions.Distribution._validate_args,
+         len(pyro.get_param_store()), torch.random.get_rng_state().sum().item())
+assert before == after, (before, after)
+assert set(pyro_shortrun.__all__) <= set(dir(pyro_shortrun))
+"""
+    python("-c", code)
