@@ -271,7 +271,7 @@ def isolate(
             return fn(u)
     names: list[str] = []
     *values, last = _InputOnly.apply(fn, names, u)
-    return dict(zip(names, values)), last
+    return dict(zip(names, values, strict=True)), last
 
 
 class _InputOnly(torch.autograd.Function):
@@ -287,8 +287,8 @@ class _InputOnly(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        pairs = [(t, g) for t, g in zip(ctx.out, grads) if t.requires_grad]
-        outs, back = zip(*pairs)
+        pairs = [(t, g) for t, g in zip(ctx.out, grads, strict=True) if t.requires_grad]
+        outs, back = zip(*pairs, strict=True)
         (grad,) = torch.autograd.grad(outs, ctx.u, back, retain_graph=True, materialize_grads=True)
         return None, None, grad
 

@@ -1,12 +1,11 @@
-"""A Pyro program as an unconstrained log density: the only module that reads model traces.
+"""A Pyro program as an unconstrained log density over rows.
 
-:class:`Program` runs the model under handlers; one such run (a draw from the prior, :meth:`Program.draw`) tells the
-shapes, plates and subsample indices of a call, from which :func:`read_structure` decides the rows of the state.
-:class:`LogDensity` then is, for fixed model arguments,
+:class:`LogDensity` is, for fixed model arguments,
 
     log pi(u) = log p(x, z(u)) + log |dz/du|,      z = biject_to(support)(u),
 
 with every observed site and ``pyro.factor`` in it, enumerated discrete sites summed out, in nats, upwards.
+:func:`read_structure` decides the rows. Only this module and :mod:`pyro_shortrun.program` read model traces.
 """
 
 from __future__ import annotations
@@ -14,335 +13,25 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from opt_einsum import shared_intermediates
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask, sum_rightmost
-from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.distributions.util import sum_rightmost
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
-from pyro.poutine.block_messenger import BlockMessenger
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _ENUM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform
 
 from .layout import LatentSite, Layout, Plate
-
-Site = dict[str, Any]
+from .program import Binding, Program, Reading, Site, is_data, masked, plates_of
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def _look_through_blocks(model: Callable) -> tuple[Callable, list[Callable[[Site], bool]]]:
-    """Rebuild ``model`` without its ``poutine.block`` wrappers and return what they hid.
-
-    A guide for ``poutine.block(model, hide=...)`` is a guide for the visible sites, but the hidden ones are still
-    part of the log density.
-    """
-    handler = getattr(model, "func", None)
-    if not (isinstance(handler, partial) and len(handler.args) == 2):
-        return model, []
-    messenger, inner = handler.args
-    if not isinstance(messenger, Messenger):
-        return model, []
-    inner, hidden = _look_through_blocks(inner)
-    if isinstance(messenger, BlockMessenger):
-        return inner, [*hidden, messenger.hide_fn]
-    return messenger(inner), hidden
-
-
-class _Reader(Messenger):
-    """Puts values into the latent sites, and keeps transforms and log-Jacobians.
-
-    Exactly one of these at each latent: ``free`` (unconstrained values), ``bound`` (site values), or neither (the
-    model draws it).
-    """
-
-    def __init__(
-        self,
-        hidden: list[Callable[[Site], bool]],
-        indices: Mapping[str, Tensor],
-        given: Mapping[str, Tensor],
-        free: Mapping[str, Tensor] | None = None,
-        bound: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__()
-        self.hidden, self.indices, self.given = hidden, indices, given
-        self.free, self.bound = free, bound
-        self.unconstrained: dict[str, Tensor] = {}
-        self.transforms: dict[str, Transform] = {}
-
-    def _is_hidden(self, msg: Site) -> bool:
-        return any(hide(msg) for hide in self.hidden)
-
-    def _pyro_sample(self, msg: Site) -> None:
-        name = msg["name"]
-        if site_is_subsample(msg):
-            if msg["value"] is None and name in self.indices:
-                msg["value"] = self.indices[name]
-        elif msg["is_observed"]:
-            return
-        elif name in self.given:
-            msg["value"], msg["is_observed"] = self.given[name], True
-        elif _is_discrete(msg):
-            if self._is_hidden(msg):
-                msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
-        elif self.free is not None:
-            if name not in self.free:
-                raise ValueError(
-                    f"latent site '{name}' appeared in the middle of a run: the model's latent sites must not "
-                    "depend on the values of other sites."
-                )
-            transform = self._transform(msg)
-            self.unconstrained[name] = self.free[name]
-            msg["value"], msg["done"] = transform(self.free[name]), True
-        elif self.bound is not None and name in self.bound:
-            msg["value"], msg["done"] = self.bound[name], True
-
-    def _pyro_post_sample(self, msg: Site) -> None:
-        if _is_latent(msg) and not self._is_hidden(msg) and msg["name"] not in self.unconstrained:
-            value = msg["value"]
-            with helpful_support_errors(msg):
-                self.unconstrained[msg["name"]] = self._transform(msg).inv(value)
-
-    def _transform(self, msg: Site) -> Transform:
-        with helpful_support_errors(msg):
-            transform = biject_to(msg["fn"].support)
-        self.transforms[msg["name"]] = transform
-        return transform
-
-
-def _is_discrete(msg: Site) -> bool:
-    return bool(getattr(msg["fn"], "has_enumerate_support", False)) or bool(
-        getattr(getattr(msg["fn"], "support", None), "is_discrete", False)
-    )
-
-
-def _is_latent(msg: Site) -> bool:
-    """A continuous site that is neither observed nor a plate's subsample."""
-    return msg["type"] == "sample" and not msg["is_observed"] and not site_is_subsample(msg) and not _is_discrete(msg)
-
-
-def _is_data(site: Site) -> bool:
-    """An observed site, other than ``pyro.deterministic``."""
-    return bool(site["type"] == "sample" and site["is_observed"]) and not site["infer"].get("_deterministic", False)
-
-
-def plates_of(site: Site) -> tuple[Plate, ...]:
-    return tuple(
-        Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in site["cond_indep_stack"] if f.vectorized
-    )
-
-
-@contextmanager
-def _own_enumeration_dims() -> Iterator[None]:
-    """Pyro's allocator of enumeration dims is global: give it back as the guide's caller left it."""
-    saved = dict(vars(_ENUM_ALLOCATOR))
-    try:
-        yield
-    finally:
-        vars(_ENUM_ALLOCATOR).clear()
-        vars(_ENUM_ALLOCATOR).update(saved)
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A plate of the model as the guide has to make it."""
-
-    name: str
-    dim: int | None
-    full_size: int
-    is_subsampled: bool
-    around_latents: bool
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One run of the model: its trace, and unconstrained values and transforms of the latents."""
-
-    trace: poutine.Trace
-    unconstrained: dict[str, Tensor]
-    transforms: dict[str, Transform]
-
-    @property
-    def latents(self) -> list[Site]:
-        return [self.trace.nodes[name] for name in self.unconstrained]
-
-    @property
-    def indices(self) -> dict[str, Tensor]:
-        """Subsample indices of every plate."""
-        nodes = self.trace.nodes.items()
-        return {k: s["value"] for k, s in nodes if s["type"] == "sample" and site_is_subsample(s)}
-
-    @property
-    def nesting(self) -> int:
-        """Number of dims that the model's plates take."""
-        sites = [s for s in self.trace.nodes.values() if s["type"] == "sample"]
-        return max((-p.dim for s in sites for p in plates_of(s)), default=0)
-
-    @property
-    def frames(self) -> list[Frame]:
-        """Every plate of the model, those without a dim (sequential) included."""
-        around = {p.name: p.dim for s in self.latents for p in plates_of(s)}
-        sites = [s for s in self.trace.nodes.values() if s["type"] == "sample"]
-        dims = {p.name: p.dim for s in sites for p in plates_of(s)}
-        out = []
-        for name, index in self.indices.items():
-            full = int(self.trace.nodes[name]["fn"].size)
-            out.append(Frame(name, dims.get(name), full, len(index) < full, name in around))
-        return out
-
-    @property
-    def signature(self) -> tuple:
-        """Everything that decides the structure of the density: names, shapes, plates, roles."""
-        return tuple(
-            (name, bool(s["is_observed"]), tuple(s["fn"].batch_shape), plates_of(s))
-            + ((tuple(self.unconstrained[name].shape),) if name in self.unconstrained else ())
-            for name, s in self.trace.nodes.items()
-            if s["type"] == "sample" and not site_is_subsample(s)
-        )
-
-    def log_jacobian(self, site: Site) -> Tensor | float:
-        """``log |dz/du|`` over the batch shape of a latent site."""
-        name = site["name"]
-        transform = self.transforms[name]
-        if not getattr(transform, "parts", True):  # the identity
-            return 0.0
-        term = transform.log_abs_det_jacobian(self.unconstrained[name], site["value"])
-        batch = site["value"].dim() - site["fn"].event_dim
-        return sum_rightmost(term, term.dim() - batch)
-
-
-class Program:
-    """A Pyro model, looked at through its ``poutine.block`` wrappers.
-
-    :param model: any callable with Pyro primitives.
-    """
-
-    def __init__(self, model: Callable) -> None:
-        self._model, self._hidden = _look_through_blocks(model)
-
-    @property
-    def hides(self) -> bool:
-        """Whether a ``poutine.block`` hides some of the sites."""
-        return bool(self._hidden)
-
-    def enum_dim(self, reading: Reading) -> int | None:
-        """First dim for enumerated sites, or None where all latents are continuous."""
-        sites = reading.trace.nodes.values()
-        discrete = any(
-            s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s) and _is_discrete(s)
-            for s in sites
-        )
-        return -1 - reading.nesting if discrete else None
-
-    def draw(
-        self,
-        args: tuple,
-        kwargs: dict,
-        indices: Mapping[str, Tensor] | None = None,
-        given: Mapping[str, Tensor] | None = None,
-        init: Callable | None = None,
-    ) -> Reading:
-        """Run the model forwards: latents from the prior (or from a Pyro ``init_to_*`` function)."""
-        reader = _Reader(self._hidden, indices or {}, given or {})
-        return self._read(reader, args, kwargs, init=init)
-
-    def check(self, reading: Reading) -> None:
-        """Refuse what short runs cannot infer.
-
-        :raises ValueError: where a latent site is discrete and neither enumerated nor hidden, where another part of
-            an ``AutoGuideList`` should have given a value, or where there is nothing to infer.
-        :raises NotImplementedError: where a latent lies in a sequential plate.
-        """
-        for site in reading.trace.nodes.values():
-            if site["type"] == "sample" and not site["is_observed"]:
-                self._check(site)
-        if not reading.unconstrained:
-            raise ValueError(
-                "the model has no continuous latent sites to infer; use an empty guide instead, "
-                "or remove the handler that hides or observes them."
-            )
-
-    def _check(self, site: Site) -> None:
-        name = site["name"]
-        hidden = any(hide(site) for hide in self._hidden)
-        if site_is_subsample(site):
-            return
-        if any(not f.vectorized for f in site["cond_indep_stack"]):
-            raise NotImplementedError(
-                f"latent site '{name}' lies in a sequential pyro.plate; write `with pyro.plate(...):` instead of "
-                "`for i in pyro.plate(...)`."
-            )
-        if _is_discrete(site):
-            if not hidden and site["infer"].get("enumerate") != "parallel":
-                raise ValueError(
-                    f"latent site '{name}' is discrete: sum it out exactly with pyro.infer.config_enumerate(model) "
-                    f"and TraceEnum_ELBO, or hide it with poutine.block(model, hide=['{name}'])."
-                )
-            if not site["fn"].has_enumerate_support:
-                raise ValueError(
-                    f"latent site '{name}' ({type(site['fn']).__name__}) has infinite support and cannot be "
-                    "enumerated; marginalise it by hand or truncate it."
-                )
-        elif hidden:
-            raise ValueError(
-                f"latent site '{name}' is hidden by poutine.block but the log density needs its value: in an "
-                "AutoGuideList append the part that samples it first and run under poutine.trace (as SVI does)."
-            )
-
-    def run(self, bind: Binding, values: Mapping[str, Tensor], free: bool = True) -> Reading:
-        """Run the model with latents at unconstrained values (``free``) or at site values."""
-        given = {"free" if free else "bound": values}
-        reader = _Reader(self._hidden, bind.indices, bind.given, **given)  # type: ignore[arg-type]
-        return self._read(reader, bind.args, bind.kwargs, enum_dim=bind.enum_dim)
-
-    def _read(
-        self,
-        reader: _Reader,
-        args: tuple,
-        kwargs: dict,
-        enum_dim: int | None = None,
-        init: Callable | None = None,
-    ) -> Reading:
-        tracer = poutine.trace()
-        with _own_enumeration_dims(), poutine.block(), tracer:
-            if enum_dim is None:
-                with reader:
-                    if init is None:
-                        self._model(*args, **kwargs)
-                    else:
-                        _continuous_init(init)(self._model)(*args, **kwargs)
-            else:
-                with poutine.enum(first_available_dim=enum_dim), reader:
-                    self._model(*args, **kwargs)
-        return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
-
-
-def _continuous_init(init: Callable) -> Messenger:
-    from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
-
-    return InitMessenger(lambda site: (init_to_sample if _is_discrete(site) else init)(site))
-
-
-@dataclass(frozen=True)
-class Binding:
-    """What one call fixes: model arguments, subsample indices, other parts' values, enumeration dims."""
-
-    args: tuple
-    kwargs: dict
-    indices: Mapping[str, Tensor]
-    given: Mapping[str, Tensor]
-    enum_dim: int | None
 
 
 @dataclass(frozen=True)
@@ -379,7 +68,7 @@ def read_structure(program: Program, reading: Reading, bind: Binding) -> Structu
     first = next(iter(leaves.values()))
     return Structure(
         layout=Layout(tuple(sites), rows),
-        data=frozenset(k for k, s in reading.trace.nodes.items() if _is_data(s)),
+        data=frozenset(k for k, s in reading.trace.nodes.items() if is_data(s)),
         summed=bind.enum_dim is not None,
         static=static,
         dtype=first.dtype,
@@ -613,10 +302,6 @@ class LogDensity:
         return self.layout.sum_to_rows(term, self.layout.row_plates)
 
 
-def masked(term: Tensor, mask: Any) -> Tensor:
-    return term if mask is None else scale_and_mask(term, mask=mask)
-
-
 def _enumerated_factors(trace: poutine.Trace, sites: list[Site]) -> dict[str, Site]:
     """The sites whose log-probability has an enumerated dimension."""
     trace.pack_tensors()
@@ -650,7 +335,7 @@ def map_chains(fn: Callable[[Tensor], Any], u: Tensor, vectorizes: dict[str, boo
             vectorizes[key] = False
             _LOGGER.info("chains run one after the other, since vmap failed: %s", reason)
     each = [fn(one) for one in u]
-    return tuple(map(torch.stack, zip(*each))) if isinstance(each[0], tuple) else torch.stack(each)
+    return tuple(map(torch.stack, zip(*each, strict=True))) if isinstance(each[0], tuple) else torch.stack(each)
 
 
 def bind_model(model: Callable, args: tuple, kwargs: dict) -> LogDensity:
@@ -660,3 +345,51 @@ def bind_model(model: Callable, args: tuple, kwargs: dict) -> LogDensity:
     program.check(reading)
     bind = Binding(args, kwargs, reading.indices, {}, program.enum_dim(reading))
     return LogDensity(program, read_structure(program, reading, bind), bind, reading)
+
+
+def check_data(first: Structure, reading: Reading) -> None:
+    """Refuse a call in which a site of the set-up's data is not observed."""
+    nodes = reading.trace.nodes.items()
+    missing = sorted(first.data - {k for k, s in nodes if s["type"] == "sample" and s["is_observed"]})
+    if missing:
+        raise ValueError(
+            f"site '{missing[0]}' was observed when the guide was set up and is not now. The posterior depends "
+            "on the data: call guide.condition_on(*training_args) before Predictive(model, guide=guide), or "
+            "pass the observation."
+        )
+
+
+def check_latents(first: Structure | None, now: Structure, needs_log_q: bool) -> None:
+    """Refuse latents that differ from those of the first call, other than in the number of rows."""
+    if now.layout.unscalable is not None and needs_log_q:
+        raise NotImplementedError(
+            f"latent site '{now.layout.unscalable}' lies in a subsampled plate that the other latents do not "
+            "share, so its part of log q cannot be scaled: use the full batch, or put all local latents into "
+            "one plate."
+        )
+    if first is None:
+        return
+    new, old = now.layout.row_sizes, first.layout.row_sizes
+    if set(new) != set(old):
+        raise ValueError(
+            f"the model's latent sites changed between calls, from {sorted(old)} to {sorted(new)}; use one "
+            "guide per model."
+        )
+    for name in old:
+        if old[name] != new[name]:
+            raise ValueError(
+                f"latent site '{name}' has {new[name]} values in a row, {old[name]} when the guide was set up: only "
+                "the size of a plate that holds all latents may change between calls."
+            )
+
+
+def check_shapes(program: Program, conditioned: tuple[tuple, dict], now: tuple[tuple, dict]) -> None:
+    """Refuse latents drawn for conditioned arguments where this call's arguments want other shapes."""
+    wanted = program.draw(*now).unconstrained
+    for name, value in program.draw(*conditioned).unconstrained.items():
+        if name in wanted and wanted[name].shape != value.shape:
+            raise ValueError(
+                f"latent site '{name}' has unconstrained shape {tuple(value.shape)} for the arguments given "
+                f"to condition_on but {tuple(wanted[name].shape)} for this call's arguments: local latents of the "
+                "training data do not fit other data. Call guide.forget() to infer the new data's latents."
+            )

@@ -37,8 +37,8 @@ def importance_log_likelihood(
     model: Callable,
     draws: Mapping[str, Tensor],
     *args: Any,
-    num_samples: int = 500,
-    rounds: int = 3,
+    num_samples: int = 1000,
+    rounds: int = 6,
     **kwargs: Any,
 ) -> LogLikelihood:
     r"""``log p(x)`` per row by adaptive importance sampling around given posterior draws.

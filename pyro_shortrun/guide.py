@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.trace_messenger import TraceMessenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from .chain import Gradients, RunInfo, Runner, ShortRun, isolate, run
-from .density import Binding, LogDensity, Program, Reading, Structure, read_structure
+from .density import LogDensity, Structure, check_data, check_latents, check_shapes, read_structure
 from .dynamics import Dynamics, Langevin
+from .interop import emit, ordinary_autograd, outer_shape, plain, values_of_other_parts, without_model
 from .objective import Objective, PathDensity
+from .program import Binding, Program, Reading
 from .start import Call, Drawn, FromGuide, Prior, Start
 from .step_size import StepSize
 
@@ -106,8 +104,8 @@ class ShortRunGuide(AutoGuide):
         create_plates: Callable | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
-        _check_count("num_steps", num_steps)
-        _check_count("tune_every", tune_every)
+        check_count("num_steps", num_steps)
+        check_count("tune_every", tune_every)
         if dynamics is not None and step_size is not None:
             raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
         if compile:
@@ -133,11 +131,9 @@ class ShortRunGuide(AutoGuide):
 
         :return: dict from site name to value.
         """
-        with _ordinary_autograd() as grad_enabled:
+        with ordinary_autograd() as grad_enabled:
             masked = poutine.get_mask() is False
-            outer = pyro.sample(
-                "_outer", dist.Delta(torch.zeros(())), infer={"is_auxiliary": True, "_do_not_trace": True}
-            ).shape
+            outer = outer_shape()
             call = self._bind(args, kwargs, emit=True)
             tune = self._tunes(grad_enabled and not masked)
             carry = self.training and grad_enabled and not masked and not tune and self._calls > 1
@@ -154,14 +150,14 @@ class ShortRunGuide(AutoGuide):
             elif carry:
                 increment = self._carried.to(increment).expand_as(increment)
             log_q = drawn.log_q - increment - jacobian if self._start.has_density else -jacobian
-            return self._emit(call, outer, values, result.end, log_q)
+            return emit(call, self.plates, self._pyro_name, outer, values, result.end, log_q)
 
     def setup(self, *args: Any, **kwargs: Any) -> ShortRunGuide:
         """Create every parameter now, so that optimisers, ``state_dict``, DDP and ``ELBOModule`` see them.
 
         :return: the guide itself.
         """
-        with _ordinary_autograd(), poutine.block(), _context(self):
+        with ordinary_autograd(), poutine.block(), self._pyro_context:
             self._bind(args, kwargs, emit=False)
         return self
 
@@ -175,10 +171,10 @@ class ShortRunGuide(AutoGuide):
         :param num_chains: leading dimension, for ArviZ.
         :return: dict from site to ``(num_chains, num_samples, *site shape)``.
         """
-        _check_count("num_samples", num_samples)
-        _check_count("num_chains", num_chains)
+        check_count("num_samples", num_samples)
+        check_count("num_chains", num_chains)
         parts: list[dict[str, Tensor]] = []
-        with _ordinary_autograd(), poutine.block():
+        with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs, emit=False)
             left = num_samples * num_chains
             while left:
@@ -196,8 +192,8 @@ class ShortRunGuide(AutoGuide):
 
         :return: dict from site to ``(num_steps + 1, num_chains, *site shape)``.
         """
-        _check_count("num_chains", num_chains)
-        with _ordinary_autograd(), poutine.block():
+        check_count("num_chains", num_chains)
+        with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs, emit=False)
             _, result = self._run(call, num_chains, False, Gradients.NONE, keep_states=True)
             assert result.states is not None
@@ -257,16 +253,19 @@ class ShortRunGuide(AutoGuide):
         plates = self._given_plates(args, kwargs) if emit or self.create_plates is not None else {}
         fixed_args, fixed_kwargs = self._arguments(args, kwargs)
         indices = {name: plate.indices for name, plate in plates.items() if plate.size is not None}
-        given = _values_of_other_parts() if program.hides else {}
+        given = values_of_other_parts() if program.hides else {}
         reading = program.draw(fixed_args, fixed_kwargs, indices, given)
-        self._check_data(reading)
+        if self._first is not None:
+            check_data(self._first, reading)
         program.check(reading)
         if emit:
             self._make_plates(plates, reading)
         bind = Binding(fixed_args, fixed_kwargs, reading.indices, given, program.enum_dim(reading))
         signature = reading.signature
         if signature not in self._structures:
-            self._structures[signature] = self._accept(read_structure(program, reading, bind))
+            structure = read_structure(program, reading, bind)
+            check_latents(self._first, structure, self._start.has_density)
+            self._structures[signature] = structure
         structure = self._structures[signature]
         call = Call(program, bind, reading, LogDensity(program, structure, bind, reading))
         if self._first is None:
@@ -286,12 +285,11 @@ class ShortRunGuide(AutoGuide):
         """Halve the step size until most pilot runs stay invertible (see ``step_size``)."""
         chains = max(1, _PILOT_ROWS // max(call.density.layout.rows, 1))
         first = self.dynamics.step_size.init
-        for halvings in range(_MAX_HALVINGS):
-            _, pilot = self._run(call, chains, True, Gradients.NONE)
-            if (pilot.info.frozen | pilot.info.singular).float().mean() <= 0.25:
-                break
+        halvings = 0
+        while halvings < _MAX_HALVINGS and self._pilot_fails(call, chains):
             self.dynamics.step_size.shrink(0.5)
             self.dynamics.max_drift = _STIFF_DRIFT
+            halvings += 1
         if halvings:
             _LOGGER.warning(
                 "step_size %g is too large for this model (eta * curvature > 1 along pilot runs from the start): "
@@ -301,6 +299,10 @@ class ShortRunGuide(AutoGuide):
                 _STIFF_DRIFT,
                 first,
             )
+
+    def _pilot_fails(self, call: Call, chains: int) -> bool:
+        info = self._run(call, chains, True, Gradients.NONE)[1].info
+        return bool((info.frozen | info.singular).float().mean() > 0.25)
 
     def _get_program(self) -> Program:
         if self._program is None:
@@ -317,61 +319,10 @@ class ShortRunGuide(AutoGuide):
 
     def _arguments(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if self._conditioned is None:
-            return _plain(args), _plain(kwargs)
-        if (args or kwargs) and self._first is not None:
-            self._check_shapes(args, kwargs)
+            return plain(args), plain(kwargs)
+        if args or kwargs:  # the model will run on these with latents drawn for the conditioned ones
+            check_shapes(self._get_program(), self._conditioned, (plain(args), plain(kwargs)))
         return self._conditioned
-
-    def _check_shapes(self, args: tuple, kwargs: dict) -> None:
-        """The model will run on these arguments with latents drawn for the conditioned ones."""
-        now = self._get_program().draw(_plain(args), _plain(kwargs)).unconstrained
-        assert self._first is not None and self._conditioned is not None
-        then = self._get_program().draw(*self._conditioned).unconstrained
-        for name in then:
-            if name in now and now[name].shape != then[name].shape:
-                raise ValueError(
-                    f"latent site '{name}' has unconstrained shape {tuple(then[name].shape)} for the arguments given "
-                    f"to condition_on but {tuple(now[name].shape)} for this call's arguments: local latents of the "
-                    "training data do not fit other data. Call guide.forget() to infer the new data's latents."
-                )
-
-    def _check_data(self, reading: Reading) -> None:
-        if self._first is None:
-            return
-        data = {k for k, s in reading.trace.nodes.items() if s["type"] == "sample" and s["is_observed"]}
-        missing = sorted(self._first.data - data)
-        if missing:
-            raise ValueError(
-                f"site '{missing[0]}' was observed when the guide was set up and is not now. The posterior depends "
-                "on the data: call guide.condition_on(*training_args) before Predictive(model, guide=guide), or "
-                "pass the observation."
-            )
-
-    def _accept(self, structure: Structure) -> Structure:
-        """Refuse latents that differ from those of the first call, other than in the number of rows."""
-        first = self._first
-        if first is not None:
-            new = {s.name: s for s in structure.layout.sites}
-            old = {s.name: s for s in first.layout.sites}
-            if set(new) != set(old):
-                raise ValueError(
-                    f"the model's latent sites changed between calls, from {sorted(old)} to {sorted(new)}; use one "
-                    "guide per model."
-                )
-            for name in old:
-                before, after = _row_size(first, name), _row_size(structure, name)
-                if before != after:
-                    raise ValueError(
-                        f"latent site '{name}' has {after} values in a row, {before} when the guide was set up: only "
-                        "the size of a plate that holds all latents may change between calls."
-                    )
-        if structure.layout.unscalable is not None and self._start.has_density:
-            raise NotImplementedError(
-                f"latent site '{structure.layout.unscalable}' lies in a subsampled plate that the other latents do not "
-                "share, so its part of log q cannot be scaled: use the full batch, or put all local latents into "
-                "one plate."
-            )
-        return structure
 
     def _given_plates(self, args: tuple, kwargs: dict) -> dict[str, pyro.plate]:
         if self.master is not None:
@@ -442,43 +393,6 @@ class ShortRunGuide(AutoGuide):
                 stacklevel=3,
             )
 
-    def _emit(
-        self, call: Call, outer: torch.Size, values: Mapping[str, Tensor], u: Tensor, log_q: Tensor
-    ) -> dict[str, Tensor]:
-        """Sample statements: one auxiliary site with all of log q, and every latent as a point mass.
-
-        All of log q sits in the auxiliary site because TraceMeanField_ELBO ignores a Delta's log_density.
-        """
-        layout = call.density.layout
-        nesting = max((-p.dim for s in layout.sites for p in s.plates), default=0)
-        place = _Placement(outer, max(nesting, call.reading.nesting))
-        rows = () if layout.is_arrow else tuple(layout.row_plates)
-        width = -min((p.dim for p in rows), default=0)
-        batch = [1] * width
-        for plate in rows:
-            batch[plate.dim] = plate.size
-        with ExitStack() as stack:
-            for plate in rows:
-                stack.enter_context(self.plates[plate.name])
-            flat = place(u.reshape(u.shape[0], *batch, -1), width)
-            density = place(log_q.reshape((u.shape[0], *batch)), width)
-            pyro.sample(
-                f"_{self._pyro_name}_latent",
-                dist.Delta(flat, log_density=density, event_dim=1),
-                infer={"is_auxiliary": True},
-            )
-        result = {}
-        for site in call.reading.latents:
-            name, fn = site["name"], site["fn"]
-            with ExitStack() as stack:
-                for frame in site["cond_indep_stack"]:
-                    stack.enter_context(self.plates[frame.name])
-                if site["mask"] is not None:  # for TraceMeanField_ELBO, which reads the guide's mask
-                    stack.enter_context(poutine.mask(mask=site["mask"]))
-                value = place(values[name], len(fn.batch_shape))
-                result[name] = pyro.sample(name, dist.Delta(value, event_dim=fn.event_dim))
-        return result
-
     # ---------------------------------------------------------------- state
 
     def _check_prototype(self, part_trace: Any) -> None:
@@ -498,82 +412,11 @@ class ShortRunGuide(AutoGuide):
         state = self.__dict__.copy()
         state.update(_model=None, _program=None, master=None, info=None, plates={}, _conditioned=None)
         state["_structures"] = {}
-        state["_modules"] = {k: _without_model(m) for k, m in self._modules.items()}
+        state["_modules"] = {k: without_model(m) for k, m in self._modules.items()}
         return state
 
 
-class _Placement:
-    """Moves the chain axis of a value to the dims of the plates outside the guide."""
-
-    def __init__(self, outer: torch.Size, nesting: int) -> None:
-        self.nesting = nesting
-        self.front = outer[: max(len(outer) - nesting, 0)]
-        if self.front.numel() != outer.numel():
-            raise ValueError(
-                "a plate around the guide takes one of the model's own plate dimensions; give it a dim to the left "
-                f"of {-nesting}."
-            )
-
-    def __call__(self, value: Tensor, batch: int) -> Tensor:
-        rest = value.shape[1:]
-        if not self.front:
-            return value.reshape(rest)
-        return value.reshape((*self.front, *((1,) * (self.nesting - batch)), *rest))
-
-
-def _check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int) -> None:
+    """Refuse anything but a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
-
-
-def _row_size(structure: Structure, name: str) -> int:
-    layout = structure.layout
-    site = next(s for s in layout.sites if s.name == name)
-    rows = {p.name for p in layout.row_plates} <= {p.name for p in site.plates}
-    return site.shape.numel() // max(layout.row_shape.numel(), 1) if rows else site.shape.numel()
-
-
-def _values_of_other_parts() -> dict[str, Tensor]:
-    """Values that the guide being traced has sampled so far (other parts of an AutoGuideList)."""
-    values: dict[str, Tensor] = {}
-    for frame in _PYRO_STACK:
-        if isinstance(frame, TraceMessenger):
-            nodes = frame.trace.nodes.items()
-            values.update({k: s["value"].detach() for k, s in nodes if s["type"] == "sample"})
-    return values
-
-
-def _plain(value: Any) -> Any:
-    """Inference-mode tensors cannot take part in autograd: copy them."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_plain(v) for v in value)
-    return value
-
-
-@contextmanager
-def _ordinary_autograd() -> Iterator[bool]:
-    """Gradients work inside, whatever mode the caller is in; yields whether the caller wants them."""
-    wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        yield wanted
-
-
-@contextmanager
-def _context(module: Any) -> Iterator[None]:
-    """Pyro's own __call__ context, in which PyroModule attributes are pyro.param statements."""
-    with module._pyro_context:
-        yield
-
-
-def _without_model(module: nn.Module | None) -> nn.Module | None:
-    """A shallow copy in which AutoGuides may lose their models when pickled (see AutoGuide.__getstate__)."""
-    if module is None or not any(isinstance(m, AutoGuide) for m in module.modules()):
-        return module
-    copy = object.__new__(type(module))
-    copy.__dict__.update(module.__dict__)
-    copy.__dict__["_modules"] = {k: _without_model(m) for k, m in module._modules.items()}
-    return copy

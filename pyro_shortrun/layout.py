@@ -137,6 +137,13 @@ class Layout:
         axes = self._row_axes(site)
         return math.prod(n for i, n in enumerate(site.shape) if i not in axes)
 
+    @cached_property
+    def row_sizes(self) -> dict[str, int]:
+        """Number of coordinates of each site in a row (or local block)."""
+        shared, local = self._split
+        sizes = {s.name: s.shape.numel() for s in shared}
+        return sizes | {s.name: self._numel(s) for s in local}
+
     def _to_rows(self, site: LatentSite, value: Tensor) -> Tensor:
         """``(*lead, *batch, *event)`` to ``(*lead, rows, numel per row)``."""
         lead = value.dim() - len(site.shape)

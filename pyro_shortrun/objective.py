@@ -53,7 +53,8 @@ class PathDensity(Objective):
 
     For a fixed noise path :math:`\epsilon` the run is a map :math:`u_0 \mapsto u_K`, so
 
-    .. math:: \log q(u_K \mid \epsilon) = \log q_0(u_0) - \sum_k \log\Big|\det\frac{\partial u_{k+1}}{\partial u_k}\Big|,
+    .. math::
+        \log q(u_K \mid \epsilon) = \log q_0(u_0) - \sum_k \log\Big|\det\frac{\partial u_{k+1}}{\partial u_k}\Big|,
               \qquad \frac{\partial u_{k+1}}{\partial u_k} = I + \eta_k \nabla^2 \log\pi(u_k) .
 
     In nats, one value per row. Averaged over noise paths, ``E[log pi(u_K) - log q(u_K | eps)] <= log p(x)``: a lower

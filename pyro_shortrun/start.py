@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -12,7 +13,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from .density import Binding, LogDensity, Program, Reading, map_chains, masked, plates_of
+from .density import LogDensity, map_chains
+from .program import Binding, Program, Reading, masked, plates_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Call:
     reading: Reading
     density: LogDensity
 
-    def replicate(self, draw: Callable[[], Tensor | tuple[Tensor, ...]], chains: int, key: str) -> Tensor | tuple:
+    def replicate(self, draw: Callable[[], Any], chains: int, key: str) -> Any:
         """``draw()`` repeated independently along a new leading axis."""
         if chains == 1:
             out = draw()
@@ -102,7 +104,7 @@ class Prior(Start):
             if not bad.any():
                 break
             with torch.no_grad():
-                again = torch.stack([call.redraw() if row.any() else one for row, one in zip(bad, u)])
+                again = torch.stack([call.redraw() if row.any() else one for row, one in zip(bad, u, strict=True)])
             u = torch.where(bad.unsqueeze(-1), again, u)
             value, prior = call.density.with_start(u)
         return Drawn(u, prior, value)
@@ -144,6 +146,8 @@ class Persistent(nn.Module, Start):
     """
 
     has_density = False
+    store: Tensor
+    visited: Tensor
 
     def __init__(self, refresh: float = 0.0) -> None:
         super().__init__()
@@ -161,9 +165,9 @@ class Persistent(nn.Module, Start):
                 "use the full batch or Prior()."
             )
         count = 1 if layout.is_arrow else torch.Size(p.full_size for p in layout.row_plates).numel()
-        like = {"dtype": density.structure.dtype, "device": density.structure.device}
-        self.register_buffer("store", torch.zeros(count, layout.size, **like))
-        self.register_buffer("visited", torch.zeros(count, dtype=torch.bool, device=like["device"]))
+        dtype, device = density.structure.dtype, density.structure.device
+        self.register_buffer("store", torch.zeros(count, layout.size, dtype=dtype, device=device))
+        self.register_buffer("visited", torch.zeros(count, dtype=torch.bool, device=device))
 
     def _index(self, call: Call) -> Tensor:
         layout = call.density.layout
@@ -217,7 +221,8 @@ class FromGuide(Start):
         with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), tracer:
             with _SameSubsample(call.bind.indices):
                 self._guide(*call.bind.args, **call.bind.kwargs)
-        trace, layout = tracer.get_trace(), call.density.layout
+        trace: Any = tracer.get_trace()
+        layout = call.density.layout
         names = [s.name for s in layout.sites]
         missing = [name for name in names if name not in trace.nodes]
         if missing:
@@ -259,6 +264,6 @@ class _SameSubsample(Messenger):
         super().__init__()
         self.indices = indices
 
-    def _pyro_sample(self, msg: dict) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.indices:
             msg["value"] = self.indices[msg["name"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from pyro.nn import PyroModule, PyroParam
@@ -33,6 +33,9 @@ class StepSize(PyroModule):
     1.0
     """
 
+    value: Any  # a PyroParam, or a buffer
+    _index: Tensor
+
     def __init__(
         self,
         init: float = 0.1,
@@ -50,7 +53,6 @@ class StepSize(PyroModule):
         if not (math.isfinite(self.max) and init < self.max):
             raise ValueError(f"step_size {init} must be below max={max!r}; pass a larger finite max.")
         self.init, self.per, self.learnable = float(init), per, learnable
-        self._index: Tensor | None = None
 
     @property
     def is_set_up(self) -> bool:
@@ -73,14 +75,18 @@ class StepSize(PyroModule):
             self.register_buffer("value", value)
         return True
 
+    @property
+    def _current(self) -> Tensor:
+        return cast(Tensor, self.value)
+
     @torch.no_grad()
     def shrink(self, factor: float) -> None:
         """Multiply the current values by ``factor < 1``."""
-        self.value = self.value.detach() * factor
+        self.value = self._current.detach() * factor
 
     def forward(self, layout: Layout, num_steps: int) -> Tensor:
         """Values at every step and coordinate, ``(num_steps, size)``."""
-        value = self.value
+        value = self._current
         if self.per == "shared":
             return value.expand(num_steps, layout.size)
         if self.per == "step":
@@ -89,7 +95,7 @@ class StepSize(PyroModule):
 
     def by_site(self, layout: Layout) -> Tensor | dict[str, Tensor]:
         """Current values: a tensor if shared or per step, else a dict from site to values."""
-        value = self.value.detach().clone()
+        value = self._current.detach().clone()
         if self.per in ("shared", "step"):
             return value.squeeze(-1) if self.per == "shared" else value
         if self.per == "site":

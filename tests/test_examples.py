@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 # From the bottom up: a module may import those before it.
-LAYERS = "layout step_size logdet density dynamics objective chain start guide evaluation".split()
+LAYERS = "layout step_size logdet program density dynamics objective chain start interop guide evaluation".split()
 
 
 def python(*args: str, cwd: Path | None = None) -> str:
