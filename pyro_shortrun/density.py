@@ -64,7 +64,7 @@ def read_structure(program: Program, reading: Reading, bind: Binding) -> Structu
         probe = program.run(bind, leaves)
         probe.trace.compute_log_prob()
         rows = _row_plates(sites, probe, leaves)
-        static = not any(_has_graph(t, set()) for t in probe.transforms.values())
+        static = _supports_stay(program, bind, probe)
     first = next(iter(leaves.values()))
     return Structure(
         layout=Layout(tuple(sites), rows),
@@ -109,18 +109,35 @@ def _reaches(term: Any, leaves: list[Tensor]) -> bool:
     return any(g is not None for g in grads)
 
 
-def _has_graph(transform: Transform, seen: set[int]) -> bool:
-    """Whether a transform holds a tensor in autograd's reach (made from a latent's value or a parameter)."""
-    if id(transform) in seen:  # a transform and its inverse refer to each other
+def _supports_stay(program: Program, bind: Binding, probe: Reading) -> bool:
+    """Whether no support depends on a latent or a parameter, by graph or (without one) by value in more draws."""
+    first = [_tensors(t, set()) for t in probe.transforms.values()]
+    if not any(first):
+        return True
+    if any(bound.requires_grad for bounds in first for bound in bounds):
         return False
+    for _ in range(8):
+        again = program.draw(bind.args, bind.kwargs, bind.indices, bind.given).transforms.values()
+        for old, new in zip(first, (_tensors(t, set()) for t in again), strict=True):
+            if len(old) != len(new) or not all(map(torch.equal, old, new)):
+                return False
+    return True
+
+
+def _tensors(transform: Transform, seen: set[int]) -> list[Tensor]:
+    """The tensors that a transform holds, such as the bounds of an interval."""
+    if id(transform) in seen:  # a transform and its inverse refer to each other
+        return []
     seen.add(id(transform))
+    found: list[Tensor] = []
     for value in vars(transform).values():
-        if isinstance(value, Tensor) and value.requires_grad:
-            return True
         nested = value if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(v, Transform) and _has_graph(v, seen) for v in nested):
-            return True
-    return False
+        for item in nested:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, Transform):
+                found += _tensors(item, seen)
+    return found
 
 
 class LogDensity:
@@ -177,9 +194,13 @@ class LogDensity:
         """Site values ``(chains, *batch, *event)`` and ``log |dz/du|`` per row, ``(chains, rows)``."""
         if self.structure.static:
             return self._constrain(u, self.layout.unpack(u))
-        chains = [self._run(one) for one in u]
-        values = {k: torch.stack([r.trace.nodes[k]["value"] for r in chains]) for k in chains[0].unconstrained}
-        return values, torch.stack([self._jacobian(r) for r in chains])
+
+        def one_chain(one: Tensor) -> tuple[Tensor, ...]:
+            reading = self._run(one)
+            return *(reading.trace.nodes[k]["value"] for k in self._sites), self._jacobian(reading)
+
+        *values, jacobian = self._each(one_chain, u)
+        return dict(zip(self._sites, values, strict=True)), jacobian
 
     def _constrain(self, u: Tensor, free: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         values, rows = {}, u.new_zeros(u.shape[:2])

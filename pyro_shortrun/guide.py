@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -113,6 +114,9 @@ class ShortRunGuide(AutoGuide):
         self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
         self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
         self.objective = PathDensity() if objective is None else objective
+        if isinstance(start, AutoGuide) and start.create_plates is not None:  # plates are the outer guide's business
+            self.create_plates = create_plates or start.create_plates
+            start.create_plates = None
         self.start = Prior() if start is None else start
         self.info: RunInfo | None = None
         self._program = (Program(model),)
@@ -134,7 +138,7 @@ class ShortRunGuide(AutoGuide):
         with ordinary_autograd() as grad_enabled:
             masked = poutine.get_mask() is False
             outer = outer_shape()
-            call = self._bind(args, kwargs, emit=True)
+            call = self._bind(args, kwargs)
             tune = self._tunes(grad_enabled and not masked)
             carry = self.training and grad_enabled and not masked and not tune and self._calls > 1
             account = not (masked or carry) and self._start.has_density
@@ -158,7 +162,7 @@ class ShortRunGuide(AutoGuide):
         :return: the guide itself.
         """
         with ordinary_autograd(), poutine.block(), self._pyro_context:
-            self._bind(args, kwargs, emit=False)
+            self._bind(args, kwargs)
         return self
 
     @torch.no_grad()
@@ -175,7 +179,7 @@ class ShortRunGuide(AutoGuide):
         check_count("num_chains", num_chains)
         parts: list[dict[str, Tensor]] = []
         with ordinary_autograd(), poutine.block():
-            call = self._bind(args, kwargs, emit=False)
+            call = self._bind(args, kwargs)
             left = num_samples * num_chains
             while left:
                 chains = min(left, max(1, _ROWS_AT_ONCE // max(call.density.layout.rows, 1)))
@@ -194,7 +198,7 @@ class ShortRunGuide(AutoGuide):
         """
         check_count("num_chains", num_chains)
         with ordinary_autograd(), poutine.block():
-            call = self._bind(args, kwargs, emit=False)
+            call = self._bind(args, kwargs)
             _, result = self._run(call, num_chains, False, Gradients.NONE, keep_states=True)
             assert result.states is not None
             flat = result.states.flatten(0, 1)
@@ -247,10 +251,10 @@ class ShortRunGuide(AutoGuide):
     def _start(self) -> Start:
         return self.start if isinstance(self.start, Start) else FromGuide(self.start)
 
-    def _bind(self, args: tuple, kwargs: dict, emit: bool) -> Call:
+    def _bind(self, args: tuple, kwargs: dict) -> Call:
         """Read the model once, check it against earlier calls, and bind its log density."""
         program = self._get_program()
-        plates = self._given_plates(args, kwargs) if emit or self.create_plates is not None else {}
+        plates = self._given_plates(args, kwargs)
         fixed_args, fixed_kwargs = self._arguments(args, kwargs)
         indices = {name: plate.indices for name, plate in plates.items() if plate.size is not None}
         given = values_of_other_parts() if program.hides else {}
@@ -258,8 +262,7 @@ class ShortRunGuide(AutoGuide):
         if self._first is not None:
             check_data(self._first, reading)
         program.check(reading)
-        if emit:
-            self._make_plates(plates, reading)
+        self._make_plates(plates, reading)
         bind = Binding(fixed_args, fixed_kwargs, reading.indices, given, program.enum_dim(reading))
         signature = reading.signature
         if signature not in self._structures:
@@ -326,7 +329,7 @@ class ShortRunGuide(AutoGuide):
 
     def _given_plates(self, args: tuple, kwargs: dict) -> dict[str, pyro.plate]:
         if self.master is not None:
-            self.plates = dict(self.master().plates)
+            self.plates = dict(getattr(self.master(), "plates", {}))
         elif self.create_plates is None:
             self.plates = {}
         else:
@@ -359,8 +362,12 @@ class ShortRunGuide(AutoGuide):
     def _run(
         self, call: Call, chains: int, account: bool, gradients: Gradients, keep_states: bool = False
     ) -> tuple[Drawn, ShortRun]:
-        step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
-        drawn = self._draw_start(call, chains, gradients)
+        # Where nothing is differentiated, no pyro.param statement may show: SVI's optimiser moves every parameter it
+        # sees, by momentum, even if its gradient is zero.
+        silent = poutine.block() if gradients is Gradients.NONE else nullcontext()
+        with silent:
+            step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
+            drawn = self._draw_start(call, chains, gradients)
         shape = (self.num_steps, *drawn.state.shape)
         noise = torch.randn(shape, dtype=drawn.state.dtype, device=drawn.state.device)
         runner = Runner(call.density, self.dynamics, self.objective, account)

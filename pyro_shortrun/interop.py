@@ -42,7 +42,8 @@ def emit(
     :param log_q: ``(chains, rows)``.
     """
     layout = call.density.layout
-    place = _Placement(outer, call.reading.nesting)
+    # Only the latents' own plates: Predictive(parallel=True) counts the plates that it finds in the guide.
+    place = _Placement(outer, max((-p.dim for s in layout.sites for p in s.plates), default=0))
     rows = () if layout.is_arrow else layout.row_plates
     width = -min((p.dim for p in rows), default=0)
     batch = [1] * width

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pyro
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
@@ -91,9 +92,9 @@ class _Reader(Messenger):
                 )
             transform = self._transform(msg)
             self.unconstrained[name] = self.free[name]
-            msg["value"], msg["done"] = transform(self.free[name]), True
+            msg["value"] = transform(self.free[name])  # not "done": EnumMessenger must still see the site
         elif self.bound is not None and name in self.bound:
-            msg["value"], msg["done"] = self.bound[name], True
+            msg["value"] = self.bound[name]
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if _is_latent(msg) and not self._is_hidden(msg) and msg["name"] not in self.unconstrained:
@@ -242,7 +243,8 @@ class Program:
     ) -> Reading:
         """Run the model forwards: latents from the prior (or from a Pyro ``init_to_*`` function)."""
         reader = _Reader(self._hidden, indices or {}, given or {})
-        return self._read(reader, args, kwargs, init=init)
+        with pyro.validation_enabled(False):  # what is not finite is refused by name at the start of the run
+            return self._read(reader, args, kwargs, init=init)
 
     def check(self, reading: Reading) -> None:
         """Refuse what short runs cannot infer.

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from zoo import CASES, EXTRA
 
-from pyro_shortrun.density import Binding, LogDensity, Program, read_structure
+from pyro_shortrun.density import LogDensity, read_structure
 from pyro_shortrun.layout import Arrow
+from pyro_shortrun.program import Binding, Program
 from pyro_shortrun.start import Call
 
 # ------------------------------------------------------------------------------------------------ small models
@@ -158,9 +159,9 @@ def local_support(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
-def stepwise_support(x: Tensor) -> None:
-    sign = pyro.sample("sign", dist.Normal(0.0, 1.0))
-    top = torch.where(sign > 0, torch.tensor(4.0), torch.tensor(1.0))  # no graph from top to sign
+def stepwise_support(x: Tensor, step: float = 0.0) -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    top = torch.where(a > step, torch.tensor(4.0), torch.tensor(1.0))  # no graph from top to a
     z = pyro.sample("z", dist.Uniform(0.0, top))
     with pyro.plate("n", len(x)):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
@@ -221,7 +222,7 @@ def masked_mixture(x: Tensor) -> None:
         k = pyro.sample("k", dist.Categorical(torch.tensor([0.2, 0.3, 0.5])))
         z = pyro.sample("z", dist.Normal(torch.tensor(LOCS)[k], 1.0))
         with poutine.mask(mask=keep):
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+            pyro.sample("x", dist.Normal(z + 2 * k, 0.5), obs=x)
 
 
 @config_enumerate
@@ -470,7 +471,8 @@ def test_chains_are_independent(bound: Bound, vmap: bool) -> None:
     for whole, *parts in zip(together, *apart, strict=True):
         scale = 1 + whole.detach().abs().max()
         close(whole / scale, torch.cat(parts) / scale)
-    assert vectorizes.get("density", True) == (vmap and not density.structure.summed)
+    assert density.structure.summed or vectorizes.get("density", True) == vmap
+    assert vectorizes.get("hessian", True) == vmap
 
 
 def test_constrain_and_unconstrain(bound: Bound) -> None:
@@ -556,15 +558,33 @@ def test_support_moves_with_the_chain() -> None:
     close(jacobian, (2 * s * (1 - s)).log())
 
 
-def test_support_moves_without_a_graph() -> None:
-    density = bind(stepwise_support, data(5)).density
-    u = torch.tensor([[[1.0, 0.3]], [[-1.0, 0.3]]])
+@pytest.mark.parametrize("step", [0.0, 4.0])  # nearly all draws of the prior lie below 4
+def test_support_moves_without_a_graph(step: float) -> None:
+    density = bind(stepwise_support, data(5), step).density
+    u = torch.tensor([[[step + 1, 0.3]], [[step - 1, 0.3]]])
     values, jacobian = density.constrain(u)
     s, top = torch.tensor(0.3).sigmoid(), torch.tensor([4.0, 1.0])
     close(values["z"], top * s)
     close(jacobian.squeeze(-1), (top * s * (1 - s)).log())
     for c in range(2):
         close(density.unconstrain({k: v[c] for k, v in values.items()}), u[c])
+
+
+def test_mask_moves_with_the_chain() -> None:
+    """Either draw of the shared latent at set-up must not decide the mask of the log-Jacobian later."""
+
+    def model(x: Tensor) -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        keep: Any = a > 0
+        with pyro.plate("n", len(x)):
+            with poutine.mask(mask=keep):
+                z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    density = bind(model, data(5)).density
+    u = torch.randn((2, 1, 6))
+    u[:, 0, 0] = torch.tensor([1.0, -1.0])
+    close(density.constrain(u)[1].squeeze(-1), torch.stack([u[0, 0, 1:].sum(), torch.zeros(())]))
 
 
 def test_control_flow_runs_chain_by_chain() -> None:

@@ -39,7 +39,7 @@ def test_log_abs_det_is_that_of_the_step(name):
     """The reported determinant against the Jacobian of ``step`` itself, by autograd, row by row."""
     dynamics = DYNAMICS[name]()
     guide = ShortRunGuide(curved(3), num_steps=1, dynamics=dynamics)
-    density = guide._bind((), {}, emit=False).density
+    density = guide._bind((), {}).density
     eta = dynamics.step_size(density.layout, 1)[0]
     scale = density.layout.drift_scale(eta)
     u, noise = torch.randn(1, 3, 3), torch.randn(1, 3, 3)
@@ -61,7 +61,7 @@ def test_log_abs_det_is_that_of_the_step(name):
 @pytest.mark.parametrize("name", DYNAMICS)
 def test_a_step_at_zero_noise_climbs_and_rows_do_not_mix(name):
     dynamics = DYNAMICS[name]()
-    density = ShortRunGuide(curved(4), num_steps=1, dynamics=dynamics)._bind((), {}, emit=False).density
+    density = ShortRunGuide(curved(4), num_steps=1, dynamics=dynamics)._bind((), {}).density
     eta = dynamics.step_size(density.layout, 1)[0]
     scale = density.layout.drift_scale(eta)
     u = torch.randn(1, 4, 3)
@@ -94,7 +94,7 @@ def test_no_coordinate_drifts_further_than_max_drift():
 
 
 def layout_of(model):
-    return ShortRunGuide(model, num_steps=4)._bind((), {}, emit=False).density.layout
+    return ShortRunGuide(model, num_steps=4)._bind((), {}).density.layout
 
 
 @pytest.mark.parametrize("per,count", [("shared", 1), ("step", 4), ("site", 2), ("dim", 3)])

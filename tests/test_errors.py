@@ -204,6 +204,19 @@ def test_parts_of_a_list_in_the_wrong_order():
         poutine.trace(guide).get_trace(torch.ones(3), torch.ones(3))
 
 
+def test_list_called_without_a_trace():
+    """The short run finds the other parts' draws in the trace: the error says so also after training."""
+    x, y = torch.ones(3), torch.ones(3)
+    guide = AutoGuideList(latent_regression)
+    guide.append(AutoNormal(poutine.block(latent_regression, expose=["w"])))
+    guide.append(ShortRunGuide(poutine.block(latent_regression, expose=["z"]), num_steps=2, step_size=0.01))
+    for trained in (False, True):
+        if trained:
+            SVI(latent_regression, guide, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO()).step(x, y)
+        with pytest.raises(ValueError, match="'w' is hidden.*run under poutine.trace"):
+            guide(x, y)
+
+
 def test_create_plates_must_return_plates():
     guide = ShortRunGuide(local, create_plates=lambda x: ["data"])
     refuses(guide, (torch.ones(3),), ValueError, "create_plates.*pyro.plate")
@@ -360,6 +373,17 @@ def test_persistent_with_vectorised_particles():
     elbo = Trace_ELBO(num_particles=3, vectorize_particles=True)
     with pytest.raises(NotImplementedError, match="one state per datum.*num_particles=1"):
         elbo.loss_and_grads(local, guide, torch.ones(4))
+
+
+def test_persistent_with_shared_latents_beside_a_subsampled_plate():
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(w, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    guide = ShortRunGuide(model, start=Persistent())
+    refuses(guide, (torch.ones(6),), NotImplementedError, "subsampled", r"full batch or Prior\(\)")
 
 
 def test_subsampled_plates_that_do_not_nest():

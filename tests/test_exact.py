@@ -41,7 +41,7 @@ def exact_bound(lam: float, m: float, steps: int, eta: Tensor, noise: bool) -> T
     model, evidence = gaussian(lam, m)
     points = sigma_points(steps)
     guide = ShortRunGuide(model, num_steps=steps, step_size=0.001)
-    call = guide._bind((len(points),), {}, emit=False)
+    call = guide._bind((len(points),), {})
     runner = Runner(call.density, Langevin(0.001, noise=noise), PathDensity())
     start = points[:, :1].unsqueeze(0)
     result = run(runner, start, eta.expand(steps, 1), points[:, 1:].T.reshape(steps, 1, -1, 1), Gradients.GUIDE)
@@ -120,7 +120,7 @@ def test_log_q_of_a_linear_gaussian_model(per):
     aux = next(s for s in trace.nodes.values() if s["name"].endswith("_latent"))
     # Undo the affine map with the recorded trajectory of the same seed: u_0 from the prior, then closed form.
     pyro.set_rng_seed(3)
-    call = guide._bind((x,), {}, emit=False)
+    call = guide._bind((x,), {})
     drawn, result = guide._run(call, 1, True, Gradients.NONE, keep_states=True)
     start = result.states[0, 0]
     expected = dist.Normal(0.0, 1.0).log_prob(start).sum(-1) - 3 * torch.logdet(torch.eye(2) - 0.05 * precision)
@@ -152,7 +152,7 @@ def test_exp_log_weight_is_unbiased_by_quadrature(noise):
     line = torch.linspace(-14, 14, 8001)
     eta, steps = torch.full((3, 1), 0.06), 3
     guide = ShortRunGuide(model, num_steps=steps, step_size=0.06)
-    call = guide._bind((len(line),), {}, emit=False)
+    call = guide._bind((len(line),), {})
     runner = Runner(call.density, Langevin(0.06, noise=noise), PathDensity())
     joint = dist.Normal(0.0, 1.0).log_prob(line) + dist.Normal(torch.tanh(2 * line), 0.8).log_prob(y)
     evidence = torch.trapezoid(joint.exp(), line).item()
@@ -250,7 +250,7 @@ def test_step_size_gradient_is_that_of_the_unrolled_graph(noise, logdet):
     """The node with recomputed steps against plain autograd through everything, same start, noise and probes."""
     model, _ = parametrised("param")
     guide = ShortRunGuide(model, num_steps=5, step_size=0.05)
-    call = guide._bind((torch.randn(3, 3),), {}, emit=False)
+    call = guide._bind((torch.randn(3, 3),), {})
     runner = Runner(call.density, Langevin(0.05, noise=noise), PathDensity(logdet))
     start = torch.randn(2, 3, 2)
     noises = torch.randn(5, 2, 3, 2)
@@ -298,7 +298,7 @@ def test_without_tuning_no_graph_is_kept():
     counts = []
     for steps in (5, 50):
         guide = ShortRunGuide(model, num_steps=steps, step_size=StepSize(0.01, learnable=False)).setup(x)
-        call = guide._bind((x,), {}, emit=False)
+        call = guide._bind((x,), {})
         peak = Peak()
         with peak:
             _, result = guide._run(call, 1, False, Gradients.NONE)

@@ -294,10 +294,12 @@ def test_a_non_finite_row_stays_alone(estimator: Callable, bad: float) -> None:
 
 
 @every_estimator
-def test_a_non_finite_arrowhead_stays_alone(estimator: Callable) -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 3], ids=["shared", "local"])
+def test_a_non_finite_arrowhead_stays_alone(estimator: Callable, bad: float, place: int) -> None:
     problem = arrow()
     h = problem.hessian.detach().clone()
-    h[1, 0, 3, 3] = math.nan
+    h[1, 0, place, place] = bad
     result = apply(estimator(problem.layout.size), replace(problem, product=times(h)))
     close(result.value[0], problem.oracle()[0], rtol=1e-10)
     assert not result.value[1, 0].isfinite()
