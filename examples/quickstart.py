@@ -250,7 +250,7 @@ def load(path: str | None) -> tuple[Tensor, Tensor]:
 
 
 def main(args: argparse.Namespace) -> None:
-    pyro.clear_param_store()
+    torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     train_x, test_x = (x.to(device) for x in load(args.data))
     test_x = test_x[:300]
@@ -282,6 +282,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--num-steps", type=int, default=20, help="K, steps of a short run")
     out.add_argument("--output", default="demo-output")
     out.add_argument("--device", default="cpu")
+    out.add_argument("--threads", type=int, default=1, help="CPU threads; small images gain nothing from more")
     out.add_argument("--smoke", action="store_true", help="tiny settings, to see that it runs")
     return out
 

@@ -21,12 +21,10 @@ import pyro
 import torch
 from opt_einsum import shared_intermediates
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Transform
 
 from .layout import LatentSite, Layout, Plate
 from .program import Binding, Program, Reading, Site, is_data, masked, plates_of
@@ -41,14 +39,13 @@ class Structure:
     layout: Layout
     data: frozenset[str]
     summed: bool  # some discrete site is enumerated
-    static: bool  # no support depends on another latent site or on a parameter
     dtype: torch.dtype
     device: torch.device
     vectorizes: dict[str, bool] = field(default_factory=dict)  # found out on first use, see `replicate`
 
 
 def read_structure(program: Program, reading: Reading, bind: Binding) -> Structure:
-    """Decide rows and supports from a draw and one evaluation in which the latents require gradients."""
+    """Decide the rows from a draw and one evaluation in which the latents require gradients."""
     sites = [
         LatentSite(
             s["name"],
@@ -64,13 +61,11 @@ def read_structure(program: Program, reading: Reading, bind: Binding) -> Structu
         probe = program.run(bind, leaves)
         probe.trace.compute_log_prob()
         rows = _row_plates(sites, probe, leaves)
-        static = _supports_stay(program, bind, probe)
     first = next(iter(leaves.values()))
     return Structure(
         layout=Layout(tuple(sites), rows),
         data=frozenset(k for k, s in reading.trace.nodes.items() if is_data(s)),
         summed=bind.enum_dim is not None,
-        static=static,
         dtype=first.dtype,
         device=first.device,
     )
@@ -109,37 +104,6 @@ def _reaches(term: Any, leaves: list[Tensor]) -> bool:
     return any(g is not None for g in grads)
 
 
-def _supports_stay(program: Program, bind: Binding, probe: Reading) -> bool:
-    """Whether no support depends on a latent or a parameter, by graph or (without one) by value in more draws."""
-    first = [_tensors(t, set()) for t in probe.transforms.values()]
-    if not any(first):
-        return True
-    if any(bound.requires_grad for bounds in first for bound in bounds):
-        return False
-    for _ in range(8):
-        again = program.draw(bind.args, bind.kwargs, bind.indices, bind.given).transforms.values()
-        for old, new in zip(first, (_tensors(t, set()) for t in again), strict=True):
-            if len(old) != len(new) or not all(map(torch.equal, old, new)):
-                return False
-    return True
-
-
-def _tensors(transform: Transform, seen: set[int]) -> list[Tensor]:
-    """The tensors that a transform holds, such as the bounds of an interval."""
-    if id(transform) in seen:  # a transform and its inverse refer to each other
-        return []
-    seen.add(id(transform))
-    found: list[Tensor] = []
-    for value in vars(transform).values():
-        nested = value if isinstance(value, (list, tuple)) else [value]
-        for item in nested:
-            if isinstance(item, Tensor):
-                found.append(item)
-            elif isinstance(item, Transform):
-                found += _tensors(item, seen)
-    return found
-
-
 class LogDensity:
     """Unconstrained log density of a bound model, over states ``u`` of shape ``(chains, rows, size)``.
 
@@ -147,11 +111,9 @@ class LogDensity:
     log-Jacobians. Chains are vectorised with ``torch.func.vmap`` where the model allows it and looped otherwise.
     """
 
-    def __init__(self, program: Program, structure: Structure, bind: Binding, reading: Reading) -> None:
+    def __init__(self, program: Program, structure: Structure, bind: Binding) -> None:
         self.structure, self.layout, self.bind = structure, structure.layout, bind
         self._program = program
-        self._transforms = reading.transforms
-        self._masks = {site["name"]: site["mask"] for site in reading.latents}
         self._sites = {site.name: site for site in self.layout.sites}
 
     def __call__(self, u: Tensor) -> Tensor:
@@ -191,36 +153,23 @@ class LogDensity:
         return product
 
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Site values ``(chains, *batch, *event)`` and ``log |dz/du|`` per row, ``(chains, rows)``."""
-        if self.structure.static:
-            return self._constrain(u, self.layout.unpack(u))
+        """Site values ``(chains, *batch, *event)`` and ``log |dz/du|`` per row, ``(chains, rows)``.
+
+        Supports and masks may depend on other sites, so they are read at ``u``, by a run of the model.
+        """
 
         def one_chain(one: Tensor) -> tuple[Tensor, ...]:
-            reading = self._run(one)
+            with pyro.validation_enabled(False):
+                reading = self._program.run(self.bind, self.layout.unpack(one))
             return *(reading.trace.nodes[k]["value"] for k in self._sites), self._jacobian(reading)
 
         *values, jacobian = self._each(one_chain, u)
         return dict(zip(self._sites, values, strict=True)), jacobian
 
-    def _constrain(self, u: Tensor, free: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        values, rows = {}, u.new_zeros(u.shape[:2])
-        for name, site in self._sites.items():
-            transform, x = self._transforms[name], free[name]
-            values[name] = transform(x)
-            if getattr(transform, "parts", True):
-                term = transform.log_abs_det_jacobian(x, values[name])
-                term = sum_rightmost(term, term.dim() - len(site.batch_shape) - 1)
-                rows = rows + self._weighted_rows(masked(term, self._masks[name]), site, lead=1)
-        return values, rows
-
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Site values of one chain to ``(rows, size)``."""
-        if self.structure.static:
-            free = {k: self._transforms[k].inv(v) for k, v in values.items()}
-        else:
-            with pyro.validation_enabled(False):
-                free = self._program.run(self.bind, values, free=False).unconstrained
-        return self.layout.pack(free)
+        with pyro.validation_enabled(False):
+            return self.layout.pack(self._program.run(self.bind, values, free=False).unconstrained)
 
     def offender(self, u: Tensor) -> str:
         """Name and value of the first site whose log density is not finite at ``u`` (one chain)."""
@@ -299,11 +248,11 @@ class LogDensity:
                 rows = rows + (self._weighted_rows(term, shape) if scaled is None else scaled)
         return rows
 
-    def _weighted_rows(self, term: Tensor, site: LatentSite, lead: int = 0) -> Tensor:
+    def _weighted_rows(self, term: Tensor, site: LatentSite) -> Tensor:
         """Parts of log q: an arrowhead's local sites count ``full_size / size`` times (its one row is not
         inside the plate, so Pyro will not scale it)."""
         weight = site.scale if self.layout.is_arrow else 1.0
-        return self.layout.sum_to_rows(weight * term, site.plates, lead)
+        return self.layout.sum_to_rows(weight * term, site.plates)
 
     def _contract(self, trace: poutine.Trace, sites: Mapping[str, Site], scaled: bool) -> Tensor:
         """Sum the enumerated sites out of the product of ``sites``."""
@@ -365,7 +314,7 @@ def bind_model(model: Callable, args: tuple, kwargs: dict) -> LogDensity:
     reading = program.draw(args, kwargs)
     program.check(reading)
     bind = Binding(args, kwargs, reading.indices, {}, program.enum_dim(reading))
-    return LogDensity(program, read_structure(program, reading, bind), bind, reading)
+    return LogDensity(program, read_structure(program, reading, bind), bind)
 
 
 def check_data(first: Structure, reading: Reading) -> None:

@@ -270,7 +270,7 @@ class ShortRunGuide(AutoGuide):
             check_latents(self._first, structure, self._start.has_density)
             self._structures[signature] = structure
         structure = self._structures[signature]
-        call = Call(program, bind, reading, LogDensity(program, structure, bind, reading))
+        call = Call(program, bind, reading, LogDensity(program, structure, bind))
         if self._first is None:
             self._first = structure
             self._start.setup(call.density)

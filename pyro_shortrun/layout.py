@@ -191,23 +191,21 @@ class Layout:
             start = stop
         return {s.name: values[s.name] for s in self.sites}
 
-    def sum_to_rows(self, term: Tensor, plates: Iterable[Plate], lead: int = 0) -> Tensor:
-        """Sum log-probabilities ``(*lead, *batch)`` to ``(*lead, rows)``.
+    def sum_to_rows(self, term: Tensor, plates: Iterable[Plate]) -> Tensor:
+        """Sum a batch of log-probabilities to ``(rows,)``.
 
         A term outside the rows is a constant to them and is shared equally, so that rows add up to the total.
         """
-        front = term.shape[:lead]
         inside = {p.name for p in self.row_plates} <= {p.name for p in plates}
         if self.is_arrow or not self.row_plates or not inside:
-            total = term.reshape(*front, -1).sum(-1, keepdim=True)
-            return (total / max(self.rows, 1)).expand(*front, self.rows)
-        missing = -min(p.dim for p in self.row_plates) - (term.dim() - lead)
-        term = term.reshape((*front, *((1,) * max(missing, 0)), *term.shape[lead:]))
+            return (term.sum() / max(self.rows, 1)).expand(self.rows)
+        missing = -min(p.dim for p in self.row_plates) - term.dim()
+        term = term.reshape((1,) * max(missing, 0) + tuple(term.shape))
         axes = [term.dim() + p.dim for p in self.row_plates]
-        rest = [i for i in range(lead, term.dim()) if i not in axes]
-        term = term.permute(*range(lead), *axes, *rest)
-        term = term.expand(*front, *self.row_shape, *term.shape[lead + len(axes) :])
-        return term.reshape(*front, self.rows, -1).sum(-1)
+        rest = [i for i in range(term.dim()) if i not in axes]
+        term = term.permute(*axes, *rest)
+        term = term.expand(*self.row_shape, *term.shape[len(axes) :])
+        return term.reshape(self.rows, -1).sum(-1)
 
     def constant(self, values: Mapping[str, float]) -> Tensor:
         """A ``(size,)`` tensor (float64, CPU) that has ``values[site]`` at every coordinate of each site."""

@@ -318,7 +318,7 @@ def bind(model: Callable, *args: Any, indices: Mapping | None = None, given: Map
     program.check(reading)
     fixed = Binding(args, {}, reading.indices, given or {}, program.enum_dim(reading))
     structure = read_structure(program, reading, fixed)
-    call = Call(program, fixed, reading, LogDensity(program, structure, fixed, reading))
+    call = Call(program, fixed, reading, LogDensity(program, structure, fixed))
     return Bound(model, args, call)
 
 

@@ -224,8 +224,8 @@ def test_create_plates_must_return_plates():
 
 def test_plate_around_the_guide_that_collides_with_the_models():
     guide = ShortRunGuide(local, num_steps=1, step_size=0.01)
-    with pytest.raises(ValueError, match="dim to the left of -2"):
-        with pyro.plate("around", 2, dim=-1):  # so that Pyro gives the model's plate dim -2
+    with pytest.raises(ValueError, match=r"dim to the left of -\d"):
+        with pyro.plate("around", 2, dim=-1):
             guide(torch.ones(3))
 
 

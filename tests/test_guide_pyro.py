@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -456,12 +457,12 @@ def test_condition_on_keeps_the_training_posterior(parallel, inference_mode):
         with pytest.raises(ValueError, match="condition_on"):
             Predictive(linear, guide=guide, num_samples=2, parallel=parallel)(torch.ones(3))
         assert guide.condition_on(x, y) is guide
-        samples = 500
+        samples = 500 if parallel else 100
         draws = Predictive(linear, guide=guide, num_samples=samples, parallel=parallel)(torch.ones(3))
         assert draws["y"].shape == (samples, 3)
         w = draws["w"].flatten()
         assert abs(w.mean().item() - mean) < 5 * (precision * samples) ** -0.5
-        assert w.std().item() == pytest.approx(precision**-0.5, rel=0.2)
+        assert w.std().item() == pytest.approx(precision**-0.5, rel=0.4)
         for mine, direct in [
             (guide.sample_posterior(torch.ones(3), num_samples=samples), guide.sample_posterior(x, y)),
             (guide.median(), guide.median(x, y)),
@@ -602,6 +603,25 @@ def test_calls_between_tunings_carry_the_log_determinant():
     for _ in range(4):
         loss = elbo.loss_and_grads(local, guide, x)
         assert loss == pytest.approx(-linear_log_weight(seen[-1]["z"], x, eta, steps).sum().item(), rel=1e-5)
+
+
+def test_evaluation_is_exact_between_tunings():
+    """``SVI.evaluate_loss`` and ``eval()`` mode do not use carried log-determinants; training in between does."""
+    model, (x,) = ALL["two_layer"].make()
+    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.02), tune_every=3).setup(x)
+    elbo = Trace_ELBO()
+    elbo.loss_and_grads(model, guide, x)
+    losses = []
+    for mode, loss in [
+        (True, elbo.loss),
+        (False, elbo.loss),
+        (False, elbo.loss_and_grads),
+        (True, elbo.loss_and_grads),
+    ]:
+        pyro.set_rng_seed(5)
+        losses.append(loss(model, guide.train(mode), x))
+    assert losses[1:3] == [pytest.approx(losses[0], rel=1e-5)] * 2
+    assert losses[3] != pytest.approx(losses[0], rel=1e-5)
 
 
 def test_evaluation_neither_tunes_nor_counts():
@@ -756,16 +776,26 @@ def test_list_with_an_automatic_guide_before_the_short_run(dtype):
         assert elbo.loss(nested, guide, x) == pytest.approx(-EXACT["nested"].evidence(x), **close(dtype))
 
 
-def test_list_with_vectorised_particles(dtype):
+@pytest.mark.parametrize("called_before", [True, False])
+def test_list_with_vectorised_particles(called_before, dtype):
     """Every particle's run is given that particle's draw; or the combination is refused."""
     x = data()
-    guide = exact_list(x)
+    if called_before:
+        guide = exact_list(x)
+    else:
+        guide = AutoGuideList(nested)
+        guide.append(AutoNormal(nested_parts(["mu"])))
+        guide.append(ShortRunGuide(nested_parts(["z"]), num_steps=2, dynamics=frozen()))
     elbo = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
     try:
         loss = elbo.loss(nested, guide, x)
+        with pyro.plate("particles", 3, dim=-2):
+            values = poutine.trace(guide).get_trace(x).nodes
     except NotImplementedError:
         return
-    assert loss == pytest.approx(-EXACT["nested"].evidence(x), **close(dtype))
+    assert values["mu"]["value"].shape == (3, 1) and values["z"]["value"].shape == (3, 5)
+    if called_before:
+        assert loss == pytest.approx(-EXACT["nested"].evidence(x), **close(dtype))
 
 
 def test_list_trains_both_parts():
@@ -1008,6 +1038,19 @@ class PyroEncoder(PyroModule):
             pyro.sample("z", dist.Normal(loc, raw.exp()))
 
 
+class PlainEncoder(nn.Module):
+    """Not a PyroModule: Pyro registers its parameters as those of a submodule of the guide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+
+    def forward(self, x: Tensor) -> None:
+        loc, scale = self.encoder(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale))
+
+
 def encoder_function() -> Callable[[Tensor], None]:
     encoder = Encoder()
 
@@ -1024,6 +1067,7 @@ LEARNED: dict[str, Callable[[], Any]] = {
     "AutoNormal": lambda: AutoNormal(local),
     "AutoMultivariateNormal": lambda: AutoMultivariateNormal(local),
     "pyro.module in a function": encoder_function,
+    "nn.Module": PlainEncoder,
     "PyroModule": PyroEncoder,
 }
 
@@ -1476,20 +1520,22 @@ def test_nothing_is_printed_or_logged(capfd, caplog):
 
 
 SWAP: dict[str, tuple[int, float]] = {  # number of steps, step size
-    "eight_schools": (10, 0.01),
-    "baseball": (10, 0.01),
-    "regression": (10, 0.001),
-    "lkj": (10, 0.0001),
-    "gamma_def": (4, 0.0001),
-    "vae": (10, 0.1),
-    "dmm": (4, 0.01),
-    "gp_regression": (4, 0.0001),
+    "eight_schools": (8, 0.01),
+    "baseball": (8, 0.01),
+    "regression": (8, 0.001),
+    "lkj": (5, 0.0001),
+    "gamma_def": (3, 0.0001),
+    "vae": (8, 0.1),
+    "dmm": (3, 0.01),
+    "gp_regression": (3, 0.0001),
 }
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_swap_for_an_automatic_guide(case: Case):
+def test_swap_for_an_automatic_guide(case: Case, dtype: torch.dtype):
     """SVI improves the bound on every model of the zoo; the first and the last draws use the same random numbers."""
+    if dtype == torch.float32:  # the far tails of the priors leave its range, which freezes a row and says so
+        warnings.filterwarnings("ignore", ".*last finite state")
     model, args = case.make()
     num_steps, eta = SWAP[case.name]
     guide = ShortRunGuide(model, num_steps=num_steps, step_size=eta)
