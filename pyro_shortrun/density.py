@@ -64,7 +64,7 @@ def read_structure(program: Program, reading: Reading, bind: Binding) -> Structu
     first = next(iter(leaves.values()))
     return Structure(
         layout=Layout(tuple(sites), rows),
-        data=frozenset(k for k, s in reading.trace.nodes.items() if is_data(s)),
+        data=frozenset(k for k, s in reading.trace.nodes.items() if is_data(s) and k not in bind.given),
         summed=bind.enum_dim is not None,
         dtype=first.dtype,
         device=first.device,

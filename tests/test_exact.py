@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pyro
@@ -322,7 +323,8 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(t, Tensor) and 6 <= t.numel() <= 24:
-                self._live[id(t)] = weakref.ref(t, lambda _, key=id(t): self._live.pop(key, None))
+                key = id(t)
+                self._live[key] = weakref.ref(t, functools.partial(lambda k, _: self._live.pop(k, None), key))
         self.largest = max(self.largest, len(self._live))
         return out
 
