@@ -179,17 +179,17 @@ def show(ax: plt.Axes, images: Tensor, side: int, columns: int) -> None:
 def draw_pictures(results: list[Result], x: Tensor, side: int, folder: Path) -> None:
     some = x[:16]
     figure, axes = plt.subplots(len(results) + 1, figsize=(9, 3.2), layout="constrained")
-    show(axes[0], some, side, 16)
+    show(axes[0], some, side, len(some))
     axes[0].set_title("test images", loc="left", fontsize=8)
     for ax, result in zip(axes[1:], results, strict=True):
-        show(ax, reconstruct(result.model, result.draw(some, 1), some), side, 16)
+        show(ax, reconstruct(result.model, result.draw(some, 1), some), side, len(some))
         ax.set_title(f"reconstructed by {result.name}", loc="left", fontsize=8)
     figure.savefig(folder / "reconstructions.png", dpi=150)
 
     figure, axes = plt.subplots(1, len(results), figsize=(12, 4.4), layout="constrained")
     for ax, result in zip(np.atleast_1d(axes), results, strict=True):
         with torch.no_grad():
-            show(ax, result.model(x[:64]), side, 8)
+            show(ax, result.model(x.new_zeros(64, x.shape[1])), side, 8)
         ax.set_title(f"samples, model trained by {result.name}", fontsize=8)
     figure.savefig(folder / "samples.png", dpi=150)
 

@@ -299,7 +299,9 @@ def map_chains(fn: Callable[[Tensor], Any], u: Tensor, vectorizes: dict[str, boo
     """
     if vectorizes.get(key, True):
         try:
-            with pyro.validation_enabled(False):
+            with pyro.validation_enabled(False), warnings.catch_warnings():
+                # torch itself loops over an operation without a batching rule, and says so.
+                warnings.filterwarnings("ignore", message="There is a performance drop")
                 return torch.func.vmap(fn, randomness="different")(u)
         except (RuntimeError, NotImplementedError, ValueError, AttributeError, TypeError) as reason:
             vectorizes[key] = False

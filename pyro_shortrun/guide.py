@@ -138,7 +138,7 @@ class ShortRunGuide(AutoGuide):
         with ordinary_autograd() as grad_enabled:
             masked = poutine.get_mask() is False
             outer = outer_shape()
-            call = self._bind(args, kwargs)
+            call = self._bind(args, kwargs, outer.numel())
             tune = self._tunes(grad_enabled and not masked)
             carry = self.training and grad_enabled and not masked and not tune and self._calls > 1
             account = not (masked or carry) and self._start.has_density
@@ -149,7 +149,7 @@ class ShortRunGuide(AutoGuide):
                 self._start.finish(call, result.end)
             values, jacobian = isolate(call.density.constrain, result.end, gradients is not Gradients.FULL)
             increment = result.increment
-            if account:
+            if account and self.training and grad_enabled:
                 self._carried = increment.detach().mean()
             elif carry:
                 increment = self._carried.to(increment).expand_as(increment)
@@ -251,7 +251,7 @@ class ShortRunGuide(AutoGuide):
     def _start(self) -> Start:
         return self.start if isinstance(self.start, Start) else FromGuide(self.start)
 
-    def _bind(self, args: tuple, kwargs: dict) -> Call:
+    def _bind(self, args: tuple, kwargs: dict, chains: int = 1) -> Call:
         """Read the model once, check it against earlier calls, and bind its log density."""
         program = self._get_program()
         plates = self._given_plates(args, kwargs)
@@ -259,6 +259,11 @@ class ShortRunGuide(AutoGuide):
         indices = {name: plate.indices for name, plate in plates.items() if plate.size is not None}
         given = values_of_other_parts() if program.hides else {}
         reading = program.draw(fixed_args, fixed_kwargs, indices, given)
+        if chains > 1 and any(name in reading.trace.nodes for name in given):
+            raise NotImplementedError(
+                "ShortRunGuide as a part of an AutoGuideList needs the other parts' values and takes one set of "
+                "them per call: use num_particles without vectorize_particles, and Predictive(parallel=False)."
+            )
         if self._first is not None:
             check_data(self._first, reading)
         program.check(reading)
@@ -279,7 +284,7 @@ class ShortRunGuide(AutoGuide):
             call.density.warn_if_rows_mix(call.prior(1).detach())
         like = next(iter(reading.unconstrained.values()))
         created = self.dynamics.step_size.setup(structure.layout, self.num_steps, like.detach())
-        if created and self._backs_off:
+        if created and self._backs_off and self.dynamics.step_size.is_at_init:  # a param store may know better
             self._back_off(call)
         return call
 
@@ -325,7 +330,7 @@ class ShortRunGuide(AutoGuide):
             return plain(args), plain(kwargs)
         if args or kwargs:  # the model will run on these with latents drawn for the conditioned ones
             check_shapes(self._get_program(), self._conditioned, (plain(args), plain(kwargs)))
-        return self._conditioned
+        return plain(self._conditioned[0]), plain(self._conditioned[1])
 
     def _given_plates(self, args: tuple, kwargs: dict) -> dict[str, pyro.plate]:
         if self.master is not None:

@@ -102,13 +102,15 @@ def values_of_other_parts() -> dict[str, Tensor]:
 
 
 def plain(value: Any) -> Any:
-    """Inference-mode tensors cannot take part in autograd: copy them."""
+    """Inference-mode tensors cannot take part in autograd: copy them, and leave everything else as it is."""
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
+    if type(value) is dict:
+        copied: Any = {k: plain(v) for k, v in value.items()}
+        return copied if any(copied[k] is not value[k] for k in value) else value
     if type(value) in (list, tuple):
-        return type(value)(plain(v) for v in value)
+        copied = type(value)(plain(v) for v in value)
+        return copied if any(a is not b for a, b in zip(copied, value, strict=True)) else value
     return value
 
 

@@ -20,7 +20,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _ENUM_ALLOCATOR
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to
@@ -132,14 +132,16 @@ def plates_of(site: Site) -> tuple[Plate, ...]:
 
 
 @contextmanager
-def _own_enumeration_dims() -> Iterator[None]:
-    """Pyro's allocator of enumeration dims is global: give it back as the guide's caller left it."""
-    saved = dict(vars(_ENUM_ALLOCATOR))
+def _own_dims() -> Iterator[None]:
+    """Pyro's allocators of plate and enumeration dims are global: start afresh, and give them back as they were."""
+    plates, enumeration = _DIM_ALLOCATOR._stack, dict(vars(_ENUM_ALLOCATOR))
+    _DIM_ALLOCATOR._stack = []
     try:
         yield
     finally:
+        _DIM_ALLOCATOR._stack = plates
         vars(_ENUM_ALLOCATOR).clear()
-        vars(_ENUM_ALLOCATOR).update(saved)
+        vars(_ENUM_ALLOCATOR).update(enumeration)
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,7 @@ class Program:
         init: Callable | None = None,
     ) -> Reading:
         tracer = poutine.trace()
-        with _own_enumeration_dims(), poutine.block(), tracer:
+        with _own_dims(), poutine.block(), tracer:
             if enum_dim is None:
                 with reader:
                     if init is None:

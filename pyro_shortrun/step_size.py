@@ -79,6 +79,12 @@ class StepSize(PyroModule):
     def _current(self) -> Tensor:
         return cast(Tensor, self.value)
 
+    @property
+    def is_at_init(self) -> bool:
+        """Whether the values are those of the constructor."""
+        value = self._current.detach()
+        return torch.allclose(value, torch.full_like(value, self.init), rtol=1e-4)
+
     @torch.no_grad()
     def shrink(self, factor: float) -> None:
         """Multiply the current values by ``factor < 1``."""
