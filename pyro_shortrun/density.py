@@ -351,7 +351,7 @@ def check_latents(first: Structure | None, now: Structure, needs_log_q: bool) ->
         if old[name] != new[name]:
             raise ValueError(
                 f"latent site '{name}' has {new[name]} values in a row, {old[name]} when the guide was set up: only "
-                "the size of a plate that holds all latents may change between calls."
+                "the size of the plate that makes the rows may change between calls."
             )
 
 

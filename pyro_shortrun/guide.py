@@ -82,7 +82,8 @@ class ShortRunGuide(AutoGuide):
     :param objective: how log q is accounted; default :class:`PathDensity`.
     :param tune_every: step sizes (and a learned start) get gradients in every ``tune_every``-th training call. In
         the calls between, in training mode, the log-determinants in log q are those of the last tuned run, since
-        computing them is most of the cost; ``guide.eval()`` makes every log q exact.
+        computing them is most of the cost; ``guide.eval()`` makes every log q exact. Every call in training mode
+        counts, also each of an ELBO's ``num_particles`` if they are not vectorised.
     :param full_gradient: see above.
     :param compile: reserved; must be False in this version.
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
@@ -321,7 +322,10 @@ class ShortRunGuide(AutoGuide):
         return self._program[0]
 
     def attach(self, model: Callable) -> ShortRunGuide:
-        """Give a model to an unpickled guide."""
+        """Give a model to an unpickled guide.
+
+        A start that is an AutoGuide and was pickled before its first call lost its model too; give it a new one.
+        """
         self._model, self._program = (model,), (Program(model),)
         return self
 

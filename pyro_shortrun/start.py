@@ -113,6 +113,8 @@ class Prior(Start):
 class Init(Start):
     r"""A Gaussian of fixed width around a Pyro initialisation: ``u_0 = init + scale * eps``.
 
+    The initialisation is computed in every call; if it is random, ``log q_0`` is that given its draw.
+
     :param init_loc_fn: ``pyro.infer.autoguide.init_to_median`` or a sibling.
     :param scale: standard deviation in unconstrained space.
     """
