@@ -142,7 +142,7 @@ def vae(pixels: int, device: torch.device) -> Result:
 def short_run(name: str, noise: bool, pixels: int, device: torch.device, num_steps: int) -> Result:
     torch.manual_seed(1)
     model = make_model(Generator(pixels).to(device))
-    guide = ShortRunGuide(model, num_steps=num_steps, dynamics=Langevin(StepSize(0.03), noise=noise), tune_every=20)
+    guide = ShortRunGuide(model, num_steps=num_steps, dynamics=Langevin(StepSize(0.03), noise=noise), tune_every=10)
 
     def draw(x: Tensor, count: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in guide.sample_posterior(x, num_samples=count).items()}
@@ -194,10 +194,10 @@ def draw_pictures(results: list[Result], x: Tensor, side: int, folder: Path) -> 
     figure.savefig(folder / "samples.png", dpi=150)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for result in results:
-        axes[0].plot(result.losses, label=result.name)
+    for color, result in zip(("C0", "C1", "C2"), results, strict=True):
+        axes[0].plot(result.losses, color, label=result.name)
         if result.steps:
-            axes[1].plot(result.steps, label=result.name)
+            axes[1].plot(result.steps, color, label=result.name)
     axes[0].set(xlabel="epoch", ylabel="bound on log p(x), nats per image", ylim=_upper(results))
     axes[1].set(xlabel="update", ylabel="step size")
     axes[0].legend()

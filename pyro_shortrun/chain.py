@@ -12,7 +12,7 @@ Three ways to run, chosen by :class:`Gradients`:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -35,10 +35,12 @@ class Gradients(Enum):
 class RunInfo:
     """What happened in a run; per step and averaged over the rows that were still moving.
 
-    ``log_density`` is ``log pi(u_k)`` per row for k = 0..K, ``grad_norm`` and ``log_det`` are for k = 0..K-1
-    (``log_det`` is empty where log q was not asked for), ``step_size`` is ``(K, size)``. ``frozen`` marks rows
-    ``(chains, rows)`` that met a non-finite state, gradient or determinant and stayed at their last finite state;
-    ``singular`` marks rows in which some step was not invertible, so that their log q is not reliable.
+    ``log_density`` is ``log pi(u_k)`` per row (times ``full_size / size`` under subsampling) for k = 0..K;
+    ``grad_norm`` and ``log_det`` are for k = 0..K-1 (``log_det`` is empty where log q was not asked for);
+    ``step_size`` is ``(K, size)``. ``frozen`` marks rows ``(chains, rows)`` that met a non-finite state, gradient or
+    determinant and stayed at their last finite state; ``singular`` marks rows in which some step was not invertible,
+    so that their log q is not reliable. ``carried`` tells whether log q had the log-determinants of an earlier run
+    (``tune_every``).
     """
 
     log_density: Tensor
@@ -259,38 +261,35 @@ class _GuideOnly(torch.autograd.Function):
         return None, torch.where(invalid, torch.zeros_like(grad_u), grad_u), grad_steps
 
 
-def isolate(
-    fn: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], u: Tensor, isolated: bool
-) -> tuple[dict[str, Tensor], Tensor]:
-    """``fn(u)`` (a dict of values and a tensor), differentiable in ``u`` alone if ``isolated``.
+def isolate(fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], isolated: bool) -> tuple[Tensor, ...]:
+    """``fn(*inputs)``, differentiable in its inputs alone if ``isolated``.
 
     ``fn`` may hold the model's parameters, as a support that depends on them does.
     """
-    if not isolated or not u.requires_grad:
-        with torch.set_grad_enabled(not isolated):
-            return fn(u)
-    names: list[str] = []
-    *values, last = _InputOnly.apply(fn, names, u)
-    return dict(zip(names, values, strict=True)), last
+    if not isolated:
+        return fn(*inputs)
+    if not any(t.requires_grad for t in inputs):
+        with torch.no_grad():
+            return fn(*inputs)
+    return _InputOnly.apply(fn, *inputs)
 
 
 class _InputOnly(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, fn: Callable, names: list[str], u: Tensor) -> tuple[Tensor, ...]:
-        ctx.u = u.detach().requires_grad_()
+    def forward(ctx: Any, fn: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
         with torch.enable_grad():
-            values, last = fn(ctx.u)
-        names.extend(values)
-        ctx.out = (*values.values(), last)
+            ctx.out = fn(*ctx.inputs)
         return tuple(t.detach().clone() for t in ctx.out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
+        wanted = [t for t in ctx.inputs if t.requires_grad]
         pairs = [(t, g) for t, g in zip(ctx.out, grads, strict=True) if t.requires_grad]
         outs, back = zip(*pairs, strict=True)
-        (grad,) = torch.autograd.grad(outs, ctx.u, back, retain_graph=True, materialize_grads=True)
-        return None, None, grad
+        found = iter(torch.autograd.grad(outs, wanted, back, retain_graph=True, materialize_grads=True))
+        return None, *(next(found) if t.requires_grad else None for t in ctx.inputs)
 
 
 def _partials(extra: Tensor, x: Tensor, eta: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:

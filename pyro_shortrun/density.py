@@ -26,7 +26,7 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .layout import LatentSite, Layout, Plate
+from .layout import Arrow, LatentSite, Layout, Plate
 from .program import Binding, Program, Reading, Site, is_data, masked, plates_of
 
 _LOGGER = logging.getLogger(__name__)
@@ -197,6 +197,8 @@ class LogDensity:
                     "in eval mode and sample nothing inside the model except through pyro.sample.",
                     stacklevel=2,
                 )
+            elif self.layout.arrow is not None:
+                self._warn_if_blocks_mix(u, self.layout.arrow)
             elif self.layout.rows > 1:
                 other = u.clone()
                 other[:, ::2] = u.roll(1, 1)[:, ::2]
@@ -204,9 +206,27 @@ class LogDensity:
                     names = ", ".join(f"'{p.name}'" for p in self.layout.row_plates)
                     warnings.warn(
                         f"elements of plate {names} influence each other's log density although a plate declares "
-                        "them independent: put batch normalisation in eval mode, or remove the plate.",
+                        "them independent: put batch normalisation in eval mode (every step of a run would also "
+                        "update its running statistics), or remove the plate.",
                         stacklevel=2,
                     )
+
+    def _warn_if_blocks_mix(self, u: Tensor, arrow: Arrow) -> None:
+        """The same for an arrowhead: the Hessian must not connect the first local block to the others."""
+        leaf = u.detach().clone().requires_grad_()
+        _, grad = self.value_and_grad(leaf, create_graph=True)
+        vector = torch.zeros_like(u)
+        first = slice(arrow.shared, arrow.shared + arrow.local)
+        vector[..., first] = 1.0
+        column = self.hessian_product(leaf, grad, create_graph=False)(vector.unsqueeze(0))[0, 0, 0]
+        rest = column[arrow.shared + arrow.local :].abs()
+        if rest.numel() and rest.max() > 1e-4 * (1 + column[first].abs().max()):
+            names = ", ".join(f"'{p.name}'" for p in self.layout.row_plates)
+            warnings.warn(
+                f"elements of plate {names} influence each other's log density although a plate declares them "
+                "independent: log q is wrong; remove the plate.",
+                stacklevel=2,
+            )
 
     def _run(self, u: Tensor) -> Reading:
         with pyro.validation_enabled(False):

@@ -23,6 +23,10 @@ class Dynamics(PyroModule):
         super().__init__()
         self.step_size = step_size if isinstance(step_size, StepSize) else StepSize(step_size)
 
+    def draw_noise(self, num_steps: int, like: Tensor) -> Tensor:
+        """Standard normal noise of all steps, ``(num_steps, *like.shape)``."""
+        return torch.randn((num_steps, *like.shape), dtype=like.dtype, device=like.device)
+
     @abstractmethod
     def step(self, u: Tensor, grad: Tensor, step_size: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
         """The next state.
@@ -80,6 +84,11 @@ class Langevin(Dynamics):
             raise ValueError(f"max_drift must be > 0, got {max_drift!r}; use float('inf') for no limit.")
         self.noise, self.max_drift = noise, max_drift
 
+    def draw_noise(self, num_steps: int, like: Tensor) -> Tensor:
+        if self.noise:
+            return super().draw_noise(num_steps, like)
+        return torch.zeros((), dtype=like.dtype, device=like.device).expand(num_steps, *like.shape)
+
     def step(self, u: Tensor, grad: Tensor, step_size: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
         moved = u + (step_size * scale * grad).clamp(-self.max_drift, self.max_drift)
         return moved + (2 * step_size).sqrt() * noise if self.noise else moved
@@ -97,11 +106,24 @@ class Langevin(Dynamics):
         diagonal = (step_size * scale).expand_as(grad)
         free = (diagonal * grad).detach().abs() < self.max_drift
         clipped = torch.where(free, diagonal, torch.zeros_like(diagonal))
-        result = logdet(product, clipped, layout, probes)
         if free.all():
-            return result
+            return logdet(product, clipped, layout, probes)
+        product = _once(product)
+        result = logdet(product, clipped, layout, probes)
         # The clip is locally a translation, but where eta * lambda_max(-H) >= 1 the step still folds the space:
         # the run bounces between both sides of the mode.
         with torch.no_grad():
             whole = logdet(product, diagonal.detach(), layout, probes)
         return LogDetResult(result.value, result.singular | whole.singular)
+
+
+def _once(product: Product) -> Product:
+    """Remembers the last block of products: the columns of the Hessian serve both diagonals."""
+    last: list[tuple[Tensor, Tensor]] = []
+
+    def remembered(vectors: Tensor) -> Tensor:
+        if not (last and last[0][0].shape == vectors.shape and torch.equal(last[0][0], vectors)):
+            last[:] = [(vectors.detach(), product(vectors))]
+        return last[0][1]
+
+    return remembered

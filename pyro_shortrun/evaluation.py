@@ -61,6 +61,9 @@ def importance_log_likelihood(
     :raises ValueError: where a site is missing from ``draws`` or there are too few of them.
     """
     density = bind_model(model, args, kwargs)
+    thinned = [s.name for s in density.layout.sites if s.scale != 1]
+    if thinned:
+        raise ValueError(f"latent sites {thinned} lie in a subsampled plate: evaluate on the full plate.")
     missing = [s.name for s in density.layout.sites if s.name not in draws]
     if missing:
         raise ValueError(f"draws lack the latent sites {missing}.")

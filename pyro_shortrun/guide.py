@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -25,7 +26,7 @@ from .step_size import StepSize
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _QUANTILE_DRAWS = 1000
-_ROWS_AT_ONCE = 2**16
+_NOISE_AT_ONCE = 2**24  # numbers
 _PILOT_ROWS = 16
 _MAX_HALVINGS = 20
 _STIFF_DRIFT = 1.0
@@ -112,6 +113,12 @@ class ShortRunGuide(AutoGuide):
             raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
         if compile:
             raise NotImplementedError("compiled runs are not in this version; leave compile=False.")
+        _check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
+        _check_kind("objective", objective, Objective, "PathDensity()")
+        if start is not None and (isinstance(start, type) or not (isinstance(start, Start) or callable(start))):
+            raise ValueError(f"start must be Prior(), Persistent(), Init(...) or a Pyro guide, got {start!r}.")
+        if getattr(start, "__module__", "") == "pyro.infer.autoguide.initialization":
+            raise ValueError(f"start={start!r} is an initialisation, not a guide: use start=Init({start!r}).")
         self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
         self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
         self.objective = PathDensity() if objective is None else objective
@@ -126,7 +133,7 @@ class ShortRunGuide(AutoGuide):
         self._conditioned: tuple[tuple, dict] | None = None
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
         self._calls = 0
-        self._warned = False
+        self._warned = self._told = False
         self.register_buffer("_carried", torch.zeros(()), persistent=False)
 
     # ---------------------------------------------------------------- what a user calls
@@ -148,13 +155,14 @@ class ShortRunGuide(AutoGuide):
             self._warn_once(result.info)
             if self.training and grad_enabled and not masked:
                 self._start.finish(call, result.end)
-            values, jacobian = isolate(call.density.constrain, result.end, gradients is not Gradients.FULL)
+            values, jacobian = self._constrain(call, result.end, gradients)
             increment = result.increment
             if account and self.training and grad_enabled:
                 self._carried = increment.detach().mean()
             elif carry:
                 increment = self._carried.to(increment).expand_as(increment)
-            log_q = drawn.log_q - increment - jacobian if self._start.has_density else -jacobian
+                self.info = replace(result.info, carried=True)
+            log_q = drawn.log_q - increment - jacobian if self._start.has_density else torch.zeros_like(jacobian)
             return emit(call, self.plates, self._pyro_name, outer, values, result.end, log_q)
 
     def setup(self, *args: Any, **kwargs: Any) -> ShortRunGuide:
@@ -183,7 +191,8 @@ class ShortRunGuide(AutoGuide):
             call = self._bind(args, kwargs)
             left = num_samples * num_chains
             while left:
-                chains = min(left, max(1, _ROWS_AT_ONCE // max(call.density.layout.rows, 1)))
+                numbers = self.num_steps * call.density.layout.rows * call.density.layout.size
+                chains = min(left, max(1, _NOISE_AT_ONCE // max(numbers, 1)))
                 _, result = self._run(call, chains, False, Gradients.NONE)
                 self._warn_once(result.info)
                 values, _ = call.density.constrain(result.end)
@@ -376,13 +385,24 @@ class ShortRunGuide(AutoGuide):
         silent = poutine.block() if gradients is Gradients.NONE else nullcontext()
         with silent:
             step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
-            drawn = self._draw_start(call, chains, gradients)
-        shape = (self.num_steps, *drawn.state.shape)
-        noise = torch.randn(shape, dtype=drawn.state.dtype, device=drawn.state.device)
+            drawn = self._draw_start(replace(call, isolated=gradients is Gradients.GUIDE), chains, gradients)
+        noise = self.dynamics.draw_noise(self.num_steps, drawn.state)
         runner = Runner(call.density, self.dynamics, self.objective, account)
         result = run(runner, drawn.state, step_size, noise, gradients, keep_states)
         self.info = result.info
         return drawn, result
+
+    @staticmethod
+    def _constrain(call: Call, u: Tensor, gradients: Gradients) -> tuple[dict[str, Tensor], Tensor]:
+        """Site values and log-Jacobian, with gradients to ``u`` only unless they are to be full."""
+        names = [s.name for s in call.density.layout.sites]
+
+        def flat(state: Tensor) -> tuple[Tensor, ...]:
+            values, jacobian = call.density.constrain(state)
+            return *(values[name] for name in names), jacobian
+
+        *values, jacobian = isolate(flat, [u], gradients is not Gradients.FULL)
+        return dict(zip(names, values, strict=True)), jacobian
 
     def _draw_start(self, call: Call, chains: int, gradients: Gradients) -> Drawn:
         drawn = self._start.draw(call, chains)
@@ -400,6 +420,14 @@ class ShortRunGuide(AutoGuide):
         return Drawn(drawn.state.detach(), drawn.log_q.detach(), drawn.log_density.detach())
 
     def _warn_once(self, info: RunInfo) -> None:
+        if not self._told and info.singular.float().mean() > 0.25:
+            self._told = True
+            _LOGGER.warning(
+                "%d of %d rows took a step with eta * curvature >= 1: their log q, and the loss, is not reliable "
+                "(guide.info.noninvertible; told once). Use a smaller step size.",
+                info.noninvertible,
+                info.singular.numel(),
+            )
         if not self._warned and info.frozen.any():
             self._warned = True
             warnings.warn(
@@ -436,3 +464,8 @@ def check_count(name: str, value: int) -> None:
     """Refuse anything but a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def _check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__name__} object such as {example}, got {value!r}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from .chain import isolate
 from .density import LogDensity, map_chains
 from .program import Binding, Program, Reading, masked, plates_of
+
+_LOGGER = logging.getLogger("pyro_shortrun")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Call:
     bind: Binding
     reading: Reading
     density: LogDensity
+    isolated: bool = False  # whether the model's parameters must not be reached by gradients
 
     def replicate(self, draw: Callable[[], Any], chains: int, key: str) -> Any:
         """``draw()`` repeated independently along a new leading axis."""
@@ -88,13 +93,16 @@ class Prior(Start):
     r"""Fresh draws from the model's own prior, for every run: the papers' start.
 
     ``log q_0(u) = log p(z(u)) + log |dz/du|`` over the latent sites alone; ``pyro.factor`` terms do not belong to it.
-    Rows whose log density is not finite are drawn again.
+    Rows whose log density is not finite are drawn again (a logged warning says so once). The start is then the prior
+    cut to where the model's density is finite while ``log q_0`` stays the prior's, so that the bound is too high by
+    ``-log P(finite)`` per row.
 
     :param tries: how often a row is drawn again before the run is refused.
     """
 
     def __init__(self, tries: int = 20) -> None:
         self.tries = tries
+        self._told = False
 
     def draw(self, call: Call, chains: int) -> Drawn:
         u = call.prior(chains)
@@ -103,6 +111,14 @@ class Prior(Start):
             bad = ~(value.isfinite() & prior.isfinite())
             if not bad.any():
                 break
+            if not self._told:
+                self._told = True
+                _LOGGER.warning(
+                    "%d of %d start rows had no finite log density and are drawn again: the bound is too high by "
+                    "-log P(finite). Consider start=Init(init_to_median).",
+                    int(bad.sum()),
+                    bad.numel(),
+                )
             with torch.no_grad():
                 again = torch.stack([call.redraw() if row.any() else one for row, one in zip(bad, u, strict=True)])
             u = torch.where(bad.unsqueeze(-1), again, u)
@@ -130,6 +146,7 @@ class Init(Start):
         center = layout.pack(reading.unconstrained).detach()
         u = center + self.scale * torch.randn(chains, *center.shape).to(center)
         log_q = torch.distributions.Normal(center, self.scale).log_prob(u)
+        log_q = torch.where(_unmasked(call, center), log_q, torch.zeros_like(log_q))
         if layout.arrow is not None:
             local = torch.arange(layout.size, device=u.device) >= layout.arrow.shared
             log_q = torch.where(local, layout.arrow.weight * log_q, log_q)
@@ -208,6 +225,8 @@ class Persistent(nn.Module, Start):
 class FromGuide(Start):
     """Adapter that lets any Pyro guide over the same sites be a start (an ``AutoGuide``, an encoder).
 
+    Like any guide, it should mask what the model masks (``poutine.mask``).
+
     :param guide: a callable with the model's arguments.
     """
 
@@ -233,9 +252,13 @@ class FromGuide(Start):
                 "ShortRunGuide infers."
             )
         trace.compute_log_prob()
-        u = call.density.unconstrain({name: trace.nodes[name]["value"] for name in names})
-        _, jacobian = call.density.constrain(u.unsqueeze(0))
-        log_q = jacobian[0]
+        values = [trace.nodes[name]["value"] for name in names]
+
+        def to_state(*given: Tensor) -> tuple[Tensor, ...]:
+            u = call.density.unconstrain(dict(zip(names, given, strict=True)))
+            return u, call.density.constrain(u.unsqueeze(0))[1][0]
+
+        u, log_q = isolate(to_state, values, call.isolated)
         for name, site in trace.nodes.items():
             if site["type"] == "sample" and not site_is_subsample(site):
                 log_q = log_q + self._rows(call, name, site)
@@ -257,6 +280,16 @@ class FromGuide(Start):
         if inside and layout.is_arrow:
             term = scale * term
         return layout.sum_to_rows(term, plates)
+
+
+def _unmasked(call: Call, like: Tensor) -> Tensor:
+    """Which coordinates of a row belong to latents that no ``poutine.mask`` takes out, ``(rows, size)``."""
+    keep = {}
+    for site, shape in zip(call.reading.latents, call.density.layout.sites, strict=True):
+        mask = True if site["mask"] is None else site["mask"]
+        batch = torch.as_tensor(mask, device=like.device).expand(shape.batch_shape)
+        keep[shape.name] = batch.reshape((*shape.batch_shape, *((1,) * len(shape.event_shape)))).expand(shape.shape)
+    return call.density.layout.pack(keep).bool()
 
 
 class _SameSubsample(Messenger):

@@ -45,7 +45,8 @@ class StepSize(PyroModule):
         learnable: bool = True,
     ) -> None:
         super().__init__()
-        if not (isinstance(init, (int, float)) and math.isfinite(init) and init > 0):
+        init = _number(init)
+        if not (isinstance(init, float) and math.isfinite(init) and init > 0):
             raise ValueError(f"step_size must be a finite number > 0, got {init!r}; try 0.1.")
         if per not in ("shared", "step", "site", "dim"):
             raise ValueError(f"per must be 'shared', 'step', 'site' or 'dim', got {per!r}.")
@@ -117,3 +118,11 @@ def _count(index: Tensor) -> int:
 def builtin_max(a: float, b: float) -> float:
     """``max`` is an argument above, as the design names it."""
     return a if a > b else b
+
+
+def _number(value: Any) -> Any:
+    """A float from anything that is one number (0-dim tensors, numpy scalars); anything else as it is."""
+    try:
+        return value if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return value

@@ -14,10 +14,11 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_median, init_to_value
 from torch import Tensor, nn
 
-from pyro_shortrun import Init, Lanczos, Langevin, Persistent, ShortRunGuide, StepSize
+from pyro_shortrun import Init, Lanczos, Langevin, PathDensity, Persistent, Prior, ShortRunGuide, StepSize
+from pyro_shortrun.evaluation import importance_log_likelihood
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -572,3 +573,66 @@ def test_every_row_frozen_at_the_start():
         loss = Trace_ELBO().loss(model, guide, x)
     expected = dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.5)) * 2 + dist.Normal(1.5, 1.0).log_prob(x).sum()
     assert loss == pytest.approx(-expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments,match",
+    [
+        ({"start": Prior}, r"start must be Prior\(\)"),
+        ({"start": "prior"}, r"start must be Prior\(\)"),
+        ({"start": init_to_median}, "start=Init"),
+        ({"objective": PathDensity}, r"objective must be a Objective.*PathDensity\(\)"),
+        ({"dynamics": 0.1}, r"dynamics must be a Dynamics.*Langevin\(0.1\)"),
+    ],
+)
+def test_classes_and_strings_where_objects_belong(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        ShortRunGuide(lambda: None, **arguments)
+
+
+def test_a_step_size_may_be_any_one_number():
+    import numpy as np
+
+    assert StepSize(torch.tensor(0.1)).init == pytest.approx(0.1)
+    assert StepSize(np.float32(0.25)).init == 0.25
+
+
+def test_blocks_of_an_arrowhead_that_mix_warn():
+    mix = torch.randn(4, 4)
+
+    def model() -> None:
+        g = pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(g, 1.0))
+            pyro.sample("x", dist.Normal(z @ mix, 1.0), obs=torch.zeros(4))
+
+    with pytest.warns(UserWarning, match="'data' influence each other"):
+        ShortRunGuide(model, num_steps=1, step_size=StepSize(0.01)).setup()
+
+
+def test_evaluation_refuses_a_subsample():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 20, subsample_size=5) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    with pytest.raises(ValueError, match="subsampled plate"):
+        importance_log_likelihood(model, {"z": torch.zeros(9, 5)}, torch.ones(20))
+
+
+def test_rows_drawn_again_are_told(caplog):
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", torch.where(z > 1.0, torch.zeros(()), torch.tensor(-torch.inf)))
+
+    ShortRunGuide(model, num_steps=1, step_size=StepSize(1e-6))()
+    assert "drawn again" in caplog.text and "-log P(finite)" in caplog.text
+
+
+def test_many_singular_rows_are_told(caplog):
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.2), obs=torch.tensor(0.1))
+
+    ShortRunGuide(model, num_steps=3, step_size=StepSize(0.1, learnable=False))()
+    assert "log q, and the loss, is not reliable" in caplog.text

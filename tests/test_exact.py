@@ -339,3 +339,42 @@ def test_tuning_through_svi_moves_the_step_towards_the_optimum():
         svi.step(64)
     best = (1 - ((1 + m * m) * lam) ** (-1 / (2 * steps))) / lam
     assert guide.step_sizes().item() == pytest.approx(best, rel=0.1)
+
+
+def test_learned_start_leaves_a_support_with_parameters_alone():
+    """The model's gradient is that at fixed z_K, also where the start's map to unconstrained space holds theta."""
+    from torch.distributions import constraints
+
+    def model(x: Tensor) -> None:
+        high = pyro.param("high", torch.tensor(2.0), constraint=constraints.positive)
+        z = pyro.sample("z", dist.Uniform(0.0, high))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def start(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.3))
+        pyro.sample("z", dist.TransformedDistribution(dist.Normal(loc, 0.5), [dist.transforms.SigmoidTransform()]))
+
+    x = torch.tensor(0.4)
+    guide = ShortRunGuide(model, num_steps=5, step_size=StepSize(0.05), start=start).setup(x)
+    Trace_ELBO().differentiable_loss(model, guide, x).backward()
+    assert pyro.param("high").unconstrained().grad.item() == pytest.approx(1.0, abs=1e-10)  # d log(high) / d log(high)
+    assert pyro.param("loc").grad.abs() > 0
+
+
+def test_masked_latents_add_nothing_to_the_bound():
+    from pyro.infer.autoguide import init_to_median
+
+    mask = torch.tensor([True, False, True])
+
+    def model(rows: Tensor) -> None:
+        with pyro.plate("data", len(rows)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=rows)
+
+    masked = pyro.poutine.mask(model, mask=mask)
+    losses = []
+    for program, x in ((masked, torch.zeros(3)), (model, torch.zeros(2))):
+        guide = ShortRunGuide(program, num_steps=2, step_size=StepSize(0.1), start=Init(init_to_median, 0.7))
+        loss = Trace_ELBO(num_particles=20000, vectorize_particles=True, max_plate_nesting=1).loss(program, guide, x)
+        losses.append(loss)
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)  # several standard errors
