@@ -622,8 +622,9 @@ def test_evaluation_refuses_a_subsample():
 
 def test_rows_drawn_again_are_told(caplog):
     def model() -> None:
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.factor("f", torch.where(z > 1.0, torch.zeros(()), torch.tensor(-torch.inf)))
+        with pyro.plate("rows", 8):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("f", torch.where(z > 0.0, torch.zeros(()), torch.tensor(-torch.inf)))
 
     ShortRunGuide(model, num_steps=1, step_size=StepSize(1e-6))()
     assert "drawn again" in caplog.text and "-log P(finite)" in caplog.text

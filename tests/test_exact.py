@@ -362,7 +362,7 @@ def test_learned_start_leaves_a_support_with_parameters_alone():
 
 
 def test_masked_latents_add_nothing_to_the_bound():
-    from pyro.infer.autoguide import init_to_median
+    from pyro.infer.autoguide import init_to_mean
 
     mask = torch.tensor([True, False, True])
 
@@ -374,7 +374,7 @@ def test_masked_latents_add_nothing_to_the_bound():
     masked = pyro.poutine.mask(model, mask=mask)
     losses = []
     for program, x in ((masked, torch.zeros(3)), (model, torch.zeros(2))):
-        guide = ShortRunGuide(program, num_steps=2, step_size=StepSize(0.1), start=Init(init_to_median, 0.7))
+        guide = ShortRunGuide(program, num_steps=2, step_size=StepSize(0.1), start=Init(init_to_mean, 0.7))
         loss = Trace_ELBO(num_particles=20000, vectorize_particles=True, max_plate_nesting=1).loss(program, guide, x)
         losses.append(loss)
     assert losses[0] == pytest.approx(losses[1], abs=0.05)  # several standard errors

@@ -1429,7 +1429,7 @@ def test_draws_have_the_law_of_the_run():
 def test_many_draws_are_split_into_chunks(monkeypatch):
     from pyro_shortrun import guide as module
 
-    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 12)
+    monkeypatch.setattr(module, "_NOISE_AT_ONCE", 12)
     guide = ShortRunGuide(local, num_steps=1, step_size=StepSize(0.02))
     draws = guide.sample_posterior(data(), num_samples=7, num_chains=3)["z"]
     assert draws.shape == (3, 7, 5)
