@@ -102,6 +102,7 @@ class Runner:
     def increment(
         self, u: Tensor, grad: Tensor, step_size: Tensor, aux: Tensor | None, graph: bool
     ) -> tuple[Tensor, Tensor]:
+        """What the step from ``u`` adds to the log weight, and whether it is singular, ``(chains, rows)``."""
         out = self.objective.account(self.density, self.dynamics, u, grad, step_size, aux, create_graph=graph)
         return out.increment, out.singular
 

@@ -41,7 +41,7 @@ class Structure:
     summed: bool  # some discrete site is enumerated
     dtype: torch.dtype
     device: torch.device
-    vectorizes: dict[str, bool] = field(default_factory=dict)  # found out on first use, see `replicate`
+    vectorizes: dict[str, bool] = field(default_factory=dict)  # found out on first use, see `map_chains`
 
 
 def read_structure(program: Program, reading: Reading, bind: Binding) -> Structure:

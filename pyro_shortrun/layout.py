@@ -80,6 +80,7 @@ class Layout:
 
     @cached_property
     def is_arrow(self) -> bool:
+        """Whether local latents in a plate and shared ones outside it make one arrowhead row."""
         return bool(self.row_plates) and bool(self._split[0])
 
     @cached_property
@@ -92,6 +93,7 @@ class Layout:
 
     @cached_property
     def row_shape(self) -> torch.Size:
+        """Sizes of the row plates, outermost first."""
         return torch.Size(plate.size for plate in self.row_plates)
 
     @cached_property

@@ -126,6 +126,7 @@ def is_data(site: Site) -> bool:
 
 
 def plates_of(site: Site) -> tuple[Plate, ...]:
+    """The vectorised plates around a site."""
     return tuple(
         Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in site["cond_indep_stack"] if f.vectorized
     )
@@ -165,6 +166,7 @@ class Reading:
 
     @property
     def latents(self) -> list[Site]:
+        """Trace nodes of the continuous latents, in the order of the model."""
         return [self.trace.nodes[name] for name in self.unconstrained]
 
     @property
@@ -335,4 +337,5 @@ class Binding:
 
 
 def masked(term: Tensor, mask: Any) -> Tensor:
+    """``term`` with zeros where ``poutine.mask`` takes a site out."""
     return term if mask is None else scale_and_mask(term, mask=mask)

@@ -57,6 +57,7 @@ class StepSize(PyroModule):
 
     @property
     def is_set_up(self) -> bool:
+        """Whether the values exist."""
         return "value_unconstrained" in self._parameters or "value" in self._buffers
 
     def setup(self, layout: Layout, num_steps: int, like: Tensor) -> bool:
