@@ -5,16 +5,17 @@
     log pi(u) = log p(x, z(u)) + log |dz/du|,      z = biject_to(support)(u),
 
 with every observed site and ``pyro.factor`` in it, enumerated discrete sites summed out, in nats, upwards.
-:func:`read_structure` decides the rows. Only this module and :mod:`pyro_shortrun.program` read model traces.
+Which plates make the rows is decided in :mod:`pyro_shortrun.structure`. :class:`PotentialDensity` is the same interface
+over a plain ``potential_fn``.
 """
 
 from __future__ import annotations
 
-import logging
 import warnings
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -26,103 +27,32 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .layout import Arrow, LatentSite, Layout, Plate
-from .program import Binding, Program, Reading, Site, is_data, masked, plates_of
-
-_LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What stays the same between calls whose sites, shapes and plates are the same."""
-
-    layout: Layout
-    data: frozenset[str]
-    summed: bool  # some discrete site is enumerated
-    dtype: torch.dtype
-    device: torch.device
-    vectorizes: dict[str, bool] = field(default_factory=dict)  # found out on first use, see `map_chains`
+from .layout import Arrow, LatentSite, Layout
+from .log_einsum import VectorizableLogRing
+from .program import Binding, Program, Reading, Site, masked, plates_of
+from .structure import Structure, read_structure
+from .vectorize import map_chains, require_vmap
 
 
-def read_structure(program: Program, reading: Reading, bind: Binding) -> Structure:
-    """Decide the rows from a draw and one evaluation in which the latents require gradients."""
-    sites = [
-        LatentSite(
-            s["name"],
-            torch.Size(s["fn"].batch_shape),
-            reading.unconstrained[s["name"]].shape[len(s["fn"].batch_shape) :],
-            plates_of(s),
-        )
-        for s in reading.latents
-    ]
-    leaves = {k: v.detach().clone().requires_grad_() for k, v in reading.unconstrained.items()}
-    _check_dtypes(leaves)
-    with torch.enable_grad(), pyro.validation_enabled(False):
-        probe = program.run(bind, leaves)
-        probe.trace.compute_log_prob()
-        rows = _row_plates(sites, probe, leaves)
-    first = next(iter(leaves.values()))
-    return Structure(
-        layout=Layout(tuple(sites), rows),
-        data=frozenset(k for k, s in reading.trace.nodes.items() if is_data(s) and k not in bind.given),
-        summed=bind.enum_dim is not None,
-        dtype=first.dtype,
-        device=first.device,
-    )
+class Density(ABC):
+    """``log pi`` over states ``u`` of shape ``(chains, rows, size)``: value, gradient, Hessian products.
 
-
-def _check_dtypes(values: Mapping[str, Tensor]) -> None:
-    kinds = {(v.dtype, v.device): k for k, v in values.items()}
-    if len(kinds) > 1:
-        found = ", ".join(f"'{k}' is {d} on {dev}" for (d, dev), k in kinds.items())
-        raise ValueError(
-            f"latent sites must share one dtype and device, but {found}: cast the distributions' parameters."
-        )
-
-
-def _row_plates(sites: list[LatentSite], probe: Reading, leaves: Mapping[str, Tensor]) -> tuple[Plate, ...]:
-    """Plates common to all latents that lie in any plate, less those across which something couples them."""
-    plated = [set(s.plates) for s in sites if s.plates]
-    common = set.intersection(*plated) if plated else set()
-
-    def couples(plate: Plate) -> bool:
-        local = [leaves[s.name] for s in sites if plate in s.plates]
-        for site in probe.trace.nodes.values():
-            if site["type"] != "sample" or site_is_subsample(site) or plate in plates_of(site):
-                continue
-            if "_enumerate_dim" in site["infer"] or _reaches(site["log_prob"], local):
-                return True
-        return False
-
-    return tuple(sorted((p for p in common if not couples(p)), key=lambda p: p.dim))
-
-
-def _reaches(term: Any, leaves: list[Tensor]) -> bool:
-    if not (isinstance(term, Tensor) and term.requires_grad):
-        return False
-    grads = torch.autograd.grad(term.sum(), leaves, retain_graph=True, allow_unused=True)
-    return any(g is not None for g in grads)
-
-
-class LogDensity:
-    """Unconstrained log density of a bound model, over states ``u`` of shape ``(chains, rows, size)``.
-
-    ``u -> log pi`` of shape ``(chains, rows)``; the sum over rows equals the trace's ``log_prob_sum`` plus
-    log-Jacobians. Chains are vectorised with ``torch.func.vmap`` where the model allows it and looped otherwise.
+    Chains are vectorised with ``torch.func.vmap`` where the model allows it and looped otherwise.
     """
 
-    def __init__(self, program: Program, structure: Structure, bind: Binding) -> None:
-        self.structure, self.layout, self.bind = structure, structure.layout, bind
-        self._program = program
-        self._sites = {site.name: site for site in self.layout.sites}
+    structure: Structure
+    layout: Layout
 
+    @abstractmethod
     def __call__(self, u: Tensor) -> Tensor:
         """``log pi(u)``, ``(chains, rows)``."""
-        return self._each(lambda one: self._terms(one, prior=False)[0], u)
 
-    def with_start(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """``log pi(u)`` and the prior's log density ``log p(z(u)) + log |dz/du|``, both ``(chains, rows)``."""
-        return self._each(lambda one: self._terms(one, prior=True), u)
+    @abstractmethod
+    def require_vectorization(self, u: Tensor) -> None:
+        """Refuse a model whose chains cannot be a batch dimension, naming the operation.
+
+        :raises NotImplementedError: see :func:`~pyro_shortrun.vectorize.require_vmap`.
+        """
 
     def value_and_grad(self, u: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """``log pi(u)`` and its gradient; ``u`` must require gradients when a graph is wanted."""
@@ -152,16 +82,70 @@ class LogDensity:
 
         return product
 
+
+class PotentialDensity(Density):
+    """Minus a ``potential_fn`` over a dict of unconstrained values, as Pyro's kernels take it; a single row.
+
+    :param potential_fn: from ``{name: value}`` to a scalar.
+    :param like: one value of every name, for names, shapes, dtype and device.
+    """
+
+    def __init__(self, potential_fn: Callable, like: Mapping[str, Tensor]) -> None:
+        sites = tuple(LatentSite(k, torch.Size(), v.shape, ()) for k, v in like.items())
+        first = next(iter(like.values()))
+        self.layout = Layout(sites, ())
+        self.structure = Structure(self.layout, frozenset(), False, first.dtype, first.device)
+        self._potential_fn = potential_fn
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return map_chains(self._one, (u,), self.structure.vectorizes)
+
+    def require_vectorization(self, u: Tensor) -> None:
+        require_vmap(self._one, (u,))
+
+    def _one(self, u: Tensor) -> Tensor:
+        return -self._potential_fn(self.layout.unpack(u)).reshape(1)
+
+
+class LogDensity(Density):
+    """Unconstrained log density of a bound model, over states ``u`` of shape ``(chains, rows, size)``.
+
+    ``u -> log pi`` of shape ``(chains, rows)``; the sum over rows equals the trace's ``log_prob_sum`` plus
+    log-Jacobians.
+    """
+
+    def __init__(self, program: Program, structure: Structure, bind: Binding) -> None:
+        self.structure, self.layout, self.bind = structure, structure.layout, bind
+        self._program = program
+        self._sites = {site.name: site for site in self.layout.sites}
+        self._batches: Mapping[str, Tensor] = {}
+
+    def on_batches(self, indices: Mapping[str, Tensor]) -> LogDensity:
+        """The same density with a subsample of its own for every chain: plate name to ``(chains, batch)``."""
+        density = LogDensity(self._program, self.structure, self.bind)
+        density._batches = indices
+        return density
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """``log pi(u)``, ``(chains, rows)``."""
+        return self._each(lambda density, one: density._terms(one, prior=False)[0], u)
+
+    def require_vectorization(self, u: Tensor) -> None:
+        self._each(lambda density, one: density._terms(one, prior=False)[0], u, _require)
+
+    def with_start(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """``log pi(u)`` and the prior's log density ``log p(z(u)) + log |dz/du|``, both ``(chains, rows)``."""
+        return self._each(lambda density, one: density._terms(one, prior=True), u)
+
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Site values ``(chains, *batch, *event)`` and ``log |dz/du|`` per row, ``(chains, rows)``.
 
         Supports and masks may depend on other sites, so they are read at ``u``, by a run of the model.
         """
 
-        def one_chain(one: Tensor) -> tuple[Tensor, ...]:
-            with pyro.validation_enabled(False):
-                reading = self._program.run(self.bind, self.layout.unpack(one))
-            return *(reading.trace.nodes[k]["value"] for k in self._sites), self._jacobian(reading)
+        def one_chain(density: LogDensity, one: Tensor) -> tuple[Tensor, ...]:
+            reading = density.read(one)
+            return *(reading.trace.nodes[k]["value"] for k in self._sites), density._jacobian(reading)
 
         *values, jacobian = self._each(one_chain, u)
         return dict(zip(self._sites, values, strict=True)), jacobian
@@ -181,11 +165,17 @@ class LogDensity:
                 return f"site '{name}' (value {bad}{', ...' if value.numel() > 3 else ''})"
         return "the gradient of the log density"
 
-    def _each(self, fn: Callable[[Tensor], Any], u: Tensor) -> Any:
-        if u.shape[0] == 1:
-            out = fn(u[0])
-            return tuple(t.unsqueeze(0) for t in out) if isinstance(out, tuple) else out.unsqueeze(0)
-        return map_chains(fn, u, self.structure.vectorizes)
+    def _each(self, fn: Callable[[LogDensity, Tensor], Any], u: Tensor, mapper: Callable = map_chains) -> Any:
+        """``fn(density, state)`` over chains, with every chain's own subsample where there is one."""
+        names = list(self._batches)
+
+        def one_chain(one: Tensor, *batch: Tensor) -> Any:
+            if not names:
+                return fn(self, one)
+            bind = replace(self.bind, indices={**self.bind.indices, **dict(zip(names, batch, strict=True))})
+            return fn(LogDensity(self._program, self.structure, bind), one)
+
+        return mapper(one_chain, (u, *self._batches.values()), self.structure.vectorizes)
 
     def warn_if_rows_mix(self, u: Tensor) -> None:
         """Warn where the density is random, or where rows that should be independent are not (one chain)."""
@@ -228,9 +218,14 @@ class LogDensity:
                 stacklevel=2,
             )
 
-    def _run(self, u: Tensor) -> Reading:
+    def read(self, u: Tensor) -> Reading:
+        """The model run at one state, ``(rows, size)``."""
         with pyro.validation_enabled(False):
-            reading = self._program.run(self.bind, self.layout.unpack(u))
+            return self._program.run(self.bind, self.layout.unpack(u))
+
+    def _run(self, u: Tensor) -> Reading:
+        reading = self.read(u)
+        with pyro.validation_enabled(False):
             reading.trace.compute_log_prob()
         return reading
 
@@ -285,11 +280,15 @@ class LogDensity:
         dims = set(trace.symbol_to_dim) - set(plates.values())
         rows = frozenset(plates[p.name] for p in self.layout.row_plates if not self.layout.is_arrow)
         with shared_intermediates() as cache:
-            term = contract_to_tensor(factors, dims, target_ordinal=rows, cache=cache)
+            term = contract_to_tensor(factors, dims, target_ordinal=rows, ring=VectorizableLogRing(cache))
         term = packed.unpack(term, trace.symbol_to_dim)
         if scaled:
             term = term * _common_scale(sites)
         return self.layout.sum_to_rows(term, self.layout.row_plates)
+
+
+def _require(fn: Callable, inputs: tuple[Tensor, ...], vectorizes: dict[str, bool]) -> None:
+    require_vmap(fn, inputs)
 
 
 def _enumerated_factors(trace: poutine.Trace, sites: list[Site]) -> dict[str, Site]:
@@ -311,25 +310,6 @@ def _common_scale(sites: Mapping[str, Site]) -> Any:
     return scales[0]
 
 
-def map_chains(fn: Callable[[Tensor], Any], u: Tensor, vectorizes: dict[str, bool], key: str = "density") -> Any:
-    """``fn`` (to a tensor or a tuple of tensors) over the leading axis of ``u``.
-
-    By ``vmap``, or one after the other where an operation cannot be vectorised; which of the two is remembered in
-    ``vectorizes[key]``.
-    """
-    if vectorizes.get(key, True):
-        try:
-            with pyro.validation_enabled(False), warnings.catch_warnings():
-                # torch itself loops over an operation without a batching rule, and says so.
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                return torch.func.vmap(fn, randomness="different")(u)
-        except (RuntimeError, NotImplementedError, ValueError, AttributeError, TypeError) as reason:
-            vectorizes[key] = False
-            _LOGGER.info("chains run one after the other, since vmap failed: %s", reason)
-    each = [fn(one) for one in u]
-    return tuple(map(torch.stack, zip(*each, strict=True))) if isinstance(each[0], tuple) else torch.stack(each)
-
-
 def bind_model(model: Callable, args: tuple, kwargs: dict) -> LogDensity:
     """The log density of ``model(*args, **kwargs)``, structure read from one draw of the prior."""
     program = Program(model)
@@ -337,51 +317,3 @@ def bind_model(model: Callable, args: tuple, kwargs: dict) -> LogDensity:
     program.check(reading)
     bind = Binding(args, kwargs, reading.indices, {}, program.enum_dim(reading))
     return LogDensity(program, read_structure(program, reading, bind), bind)
-
-
-def check_data(first: Structure, reading: Reading) -> None:
-    """Refuse a call in which a site of the set-up's data is not observed."""
-    nodes = reading.trace.nodes.items()
-    missing = sorted(first.data - {k for k, s in nodes if s["type"] == "sample" and s["is_observed"]})
-    if missing:
-        raise ValueError(
-            f"site '{missing[0]}' was observed when the guide was set up and is not now. The posterior depends "
-            "on the data: call guide.condition_on(*training_args) before Predictive(model, guide=guide), or "
-            "pass the observation."
-        )
-
-
-def check_latents(first: Structure | None, now: Structure, needs_log_q: bool) -> None:
-    """Refuse latents that differ from those of the first call, other than in the number of rows."""
-    if now.layout.unscalable is not None and needs_log_q:
-        raise NotImplementedError(
-            f"latent site '{now.layout.unscalable}' lies in a subsampled plate that the other latents do not "
-            "share, so its part of log q cannot be scaled: use the full batch, or put all local latents into "
-            "one plate."
-        )
-    if first is None:
-        return
-    new, old = now.layout.row_sizes, first.layout.row_sizes
-    if set(new) != set(old):
-        raise ValueError(
-            f"the model's latent sites changed between calls, from {sorted(old)} to {sorted(new)}; use one "
-            "guide per model."
-        )
-    for name in old:
-        if old[name] != new[name]:
-            raise ValueError(
-                f"latent site '{name}' has {new[name]} values in a row, {old[name]} when the guide was set up: only "
-                "the size of the plate that makes the rows may change between calls."
-            )
-
-
-def check_shapes(program: Program, conditioned: tuple[tuple, dict], now: tuple[tuple, dict]) -> None:
-    """Refuse latents drawn for conditioned arguments where this call's arguments want other shapes."""
-    wanted = program.draw(*now).unconstrained
-    for name, value in program.draw(*conditioned).unconstrained.items():
-        if name in wanted and wanted[name].shape != value.shape:
-            raise ValueError(
-                f"latent site '{name}' has unconstrained shape {tuple(value.shape)} for the arguments given "
-                f"to condition_on but {tuple(wanted[name].shape)} for this call's arguments: local latents of the "
-                "training data do not fit other data. Call guide.forget() to infer the new data's latents."
-            )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from pyro.nn import PyroModule
@@ -11,6 +14,10 @@ from torch import Tensor
 from .layout import Layout
 from .logdet import LogDet, LogDetResult, Product
 from .step_size import StepSize
+
+_LOGGER = logging.getLogger("pyro_shortrun")
+_MAX_HALVINGS = 20
+_STIFF_DRIFT = 1.0
 
 
 class Dynamics(PyroModule):
@@ -54,6 +61,33 @@ class Dynamics(PyroModule):
         :param product: products with the Hessian of ``log pi`` at ``u``.
         """
 
+    @property
+    def has_transition_density(self) -> bool:
+        """Whether :meth:`log_transition` is defined."""
+        return False
+
+    def log_transition(self, u: Tensor, moved: Tensor, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
+        """``log f(moved | u)``, the density of :meth:`step` with noise, ``(chains, rows)``."""
+        raise NotImplementedError(f"{type(self).__name__} has no transition density.")
+
+
+def back_off(dynamics: Dynamics, fails: Callable[[], bool]) -> None:
+    """Halve a step size that was a first guess while pilot runs fail, with the drift clipped more tightly."""
+    first, halvings = dynamics.step_size.init, 0
+    while halvings < _MAX_HALVINGS and fails():
+        dynamics.step_size.shrink(0.5)
+        dynamics.max_drift = _STIFF_DRIFT
+        halvings += 1
+    if halvings:
+        _LOGGER.warning(
+            "step_size %g is too large for this model (eta * curvature > 1 along pilot runs from the start): "
+            "beginning at %.2g with max_drift=%g. Pass StepSize(%g) to insist on it.",
+            first,
+            first * 0.5**halvings,
+            _STIFF_DRIFT,
+            first,
+        )
+
 
 class Langevin(Dynamics):
     r"""Unadjusted Langevin dynamics, or gradient ascent on the log density.
@@ -92,6 +126,15 @@ class Langevin(Dynamics):
     def step(self, u: Tensor, grad: Tensor, step_size: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
         moved = u + (step_size * scale * grad).clamp(-self.max_drift, self.max_drift)
         return moved + (2 * step_size).sqrt() * noise if self.noise else moved
+
+    @property
+    def has_transition_density(self) -> bool:
+        return self.noise
+
+    def log_transition(self, u: Tensor, moved: Tensor, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
+        mean = u + (step_size * scale * grad).clamp(-self.max_drift, self.max_drift)
+        variance = 2 * step_size
+        return -0.5 * ((moved - mean).square() / variance + (2 * math.pi * variance).log()).sum(-1)
 
     def log_abs_det(
         self,

@@ -16,20 +16,19 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from .chain import Gradients, RunInfo, Runner, ShortRun, isolate, run
-from .density import LogDensity, Structure, check_data, check_latents, check_shapes, read_structure
-from .dynamics import Dynamics, Langevin
+from .density import LogDensity
+from .dynamics import Dynamics, Langevin, back_off
 from .interop import emit, ordinary_autograd, outer_shape, plain, values_of_other_parts, without_model
 from .objective import Objective, PathDensity
 from .program import Binding, Program, Reading
 from .start import Call, Drawn, FromGuide, Prior, Start
 from .step_size import StepSize
+from .structure import Structure, check_data, check_latents, check_shapes, read_structure
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _QUANTILE_DRAWS = 1000
 _NOISE_AT_ONCE = 2**24  # numbers
 _PILOT_ROWS = 16
-_MAX_HALVINGS = 20
-_STIFF_DRIFT = 1.0
 
 
 class ShortRunGuide(AutoGuide):
@@ -295,30 +294,12 @@ class ShortRunGuide(AutoGuide):
         like = next(iter(reading.unconstrained.values()))
         created = self.dynamics.step_size.setup(structure.layout, self.num_steps, like.detach())
         if created and self._backs_off and self.dynamics.step_size.is_at_init:  # a param store may know better
-            self._back_off(call)
+            back_off(self.dynamics, lambda: self._pilot_fails(call))
         return call
 
     @torch.no_grad()
-    def _back_off(self, call: Call) -> None:
-        """Halve the step size until most pilot runs stay invertible (see ``step_size``)."""
+    def _pilot_fails(self, call: Call) -> bool:
         chains = max(1, _PILOT_ROWS // max(call.density.layout.rows, 1))
-        first = self.dynamics.step_size.init
-        halvings = 0
-        while halvings < _MAX_HALVINGS and self._pilot_fails(call, chains):
-            self.dynamics.step_size.shrink(0.5)
-            self.dynamics.max_drift = _STIFF_DRIFT
-            halvings += 1
-        if halvings:
-            _LOGGER.warning(
-                "step_size %g is too large for this model (eta * curvature > 1 along pilot runs from the start): "
-                "beginning at %.2g with max_drift=%g. Pass StepSize(%g) to insist on it.",
-                first,
-                first * 0.5**halvings,
-                _STIFF_DRIFT,
-                first,
-            )
-
-    def _pilot_fails(self, call: Call, chains: int) -> bool:
         info = self._run(call, chains, True, Gradients.NONE)[1].info
         return bool((info.frozen | info.singular).float().mean() > 0.25)
 

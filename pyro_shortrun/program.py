@@ -14,11 +14,13 @@ from functools import partial
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
@@ -316,9 +318,20 @@ class Program:
                     else:
                         _continuous_init(init)(self._model)(*args, **kwargs)
             else:
-                with poutine.enum(first_available_dim=enum_dim), reader:
+                with _Enumerate(first_available_dim=enum_dim), reader:
                     self._model(*args, **kwargs)
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
+
+
+class _Enumerate(EnumMessenger):
+    """Pyro's, which reads shapes from ``value.data``; vmap forbids that."""
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        value = msg["value"]
+        if isinstance(value, Tensor):
+            msg["value"] = torch.empty((), device=value.device).expand(value.shape)
+        super()._pyro_post_sample(msg)
+        msg["value"] = value
 
 
 def _continuous_init(init: Callable) -> Messenger:

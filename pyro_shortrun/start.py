@@ -15,8 +15,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .chain import isolate
-from .density import LogDensity, map_chains
+from .density import LogDensity
 from .program import Binding, Program, Reading, masked, plates_of
+from .structure import read_structure
+from .vectorize import map_chains
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 
@@ -31,13 +33,19 @@ class Call:
     density: LogDensity
     isolated: bool = False  # whether the model's parameters must not be reached by gradients
 
+    @classmethod
+    def of(cls, model: Callable, args: tuple, kwargs: dict) -> Call:
+        """Bind ``model(*args, **kwargs)``, its structure read from one draw of the prior."""
+        program = Program(model)
+        reading = program.draw(args, kwargs)
+        program.check(reading)
+        bind = Binding(args, kwargs, reading.indices, {}, program.enum_dim(reading))
+        density = LogDensity(program, read_structure(program, reading, bind), bind)
+        return cls(program, bind, reading, density)
+
     def replicate(self, draw: Callable[[], Any], chains: int, key: str) -> Any:
         """``draw()`` repeated independently along a new leading axis."""
-        if chains == 1:
-            out = draw()
-            return tuple(t.unsqueeze(0) for t in out) if isinstance(out, tuple) else out.unsqueeze(0)
-        index = torch.arange(chains)
-        return map_chains(lambda _: draw(), index, self.density.structure.vectorizes, key)
+        return map_chains(lambda _: draw(), (torch.arange(chains),), self.density.structure.vectorizes, key)
 
     def prior(self, chains: int) -> Tensor:
         """Draws from the prior, ``(chains, rows, size)``."""
@@ -129,7 +137,7 @@ class Prior(Start):
 class Init(Start):
     r"""A Gaussian of fixed width around a Pyro initialisation: ``u_0 = init + scale * eps``.
 
-    The initialisation is computed in every call; if it is random, ``log q_0`` is that given its draw.
+    The initialisation is computed for every run; if it is random, ``log q_0`` is that given its draw.
 
     :param init_loc_fn: ``pyro.infer.autoguide.init_to_median`` or a sibling.
     :param scale: standard deviation in unconstrained space.
@@ -142,11 +150,15 @@ class Init(Start):
 
     def draw(self, call: Call, chains: int) -> Drawn:
         bind, layout = call.bind, call.density.layout
-        reading = call.program.draw(bind.args, bind.kwargs, bind.indices, bind.given, self.init_loc_fn)
-        center = layout.pack(reading.unconstrained).detach()
-        u = center + self.scale * torch.randn(chains, *center.shape).to(center)
+
+        def locate() -> Tensor:
+            reading = call.program.draw(bind.args, bind.kwargs, bind.indices, bind.given, self.init_loc_fn)
+            return layout.pack(reading.unconstrained)
+
+        center = call.replicate(locate, chains, "init").detach()
+        u = center + self.scale * torch.randn_like(center)
         log_q = torch.distributions.Normal(center, self.scale).log_prob(u)
-        log_q = torch.where(_unmasked(call, center), log_q, torch.zeros_like(log_q))
+        log_q = torch.where(_unmasked(call, u[0]), log_q, torch.zeros_like(log_q))
         if layout.arrow is not None:
             local = torch.arange(layout.size, device=u.device) >= layout.arrow.shared
             log_q = torch.where(local, layout.arrow.weight * log_q, log_q)

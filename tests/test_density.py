@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from zoo import CASES, EXTRA
 
-from pyro_shortrun.density import LogDensity, read_structure
+from pyro_shortrun.density import LogDensity
 from pyro_shortrun.layout import Arrow
 from pyro_shortrun.program import Binding, Program
 from pyro_shortrun.start import Call
+from pyro_shortrun.structure import read_structure
 
 # ------------------------------------------------------------------------------------------------ small models
 

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 # From the bottom up: a module may import those before it.
-LAYERS = "layout step_size logdet program density dynamics objective chain start interop guide evaluation".split()
+LAYERS = (
+    "layout vectorize log_einsum step_size logdet program structure density dynamics objective chain start interop "
+    "guide evaluation"
+).split()
 
 
 def python(*args: str, cwd: Path | None = None) -> str:
