@@ -5,18 +5,25 @@ gradient-based steps on the model's log joint, and accounts for the density of w
 can be tuned variationally. See :class:`ShortRunGuide`.
 """
 
+from .adaptation import Dense, Diagonal, Identity
+from .diagnostics import to_arviz
 from .dynamics import Dynamics, Langevin
 from .guide import ShortRunGuide
+from .kernel import ShortRunLangevin
 from .logdet import Exact, Lanczos
 from .objective import Objective, PathDensity
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
+from .vectorized import VectorizedMCMC
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Dense",
+    "Diagonal",
     "Dynamics",
     "Exact",
+    "Identity",
     "Init",
     "Lanczos",
     "Langevin",
@@ -25,5 +32,8 @@ __all__ = [
     "Persistent",
     "Prior",
     "ShortRunGuide",
+    "ShortRunLangevin",
     "StepSize",
+    "VectorizedMCMC",
+    "to_arviz",
 ]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .density import LogDensity
+from .density import Density
 from .dynamics import Dynamics
 from .objective import Objective
 
@@ -90,7 +90,7 @@ class Runner:
     :param account: whether increments (log q) are wanted at all.
     """
 
-    density: LogDensity
+    density: Density
     dynamics: Dynamics
     objective: Objective
     account: bool = True

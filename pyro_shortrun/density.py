@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +27,9 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .layout import Arrow, LatentSite, Layout
+from .layout import Arrow, LatentSite, Layout, Plate
 from .log_einsum import VectorizableLogRing
-from .program import Binding, Program, Reading, Site, masked, plates_of
+from .program import Binding, Program, Reading, Site, is_data, masked, plates_of
 from .structure import Structure, read_structure
 from .vectorize import map_chains, require_vmap
 
@@ -270,21 +270,51 @@ class LogDensity(Density):
         return self.layout.sum_to_rows(weight * term, site.plates)
 
     def _contract(self, trace: poutine.Trace, sites: Mapping[str, Site], scaled: bool) -> Tensor:
-        """Sum the enumerated sites out of the product of ``sites``."""
-        plates = trace.plate_to_symbol
-        factors: OrderedDict = OrderedDict()
-        for site in sites.values():
-            ordinal = frozenset(plates[p.name] for p in plates_of(site))
-            term = packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"])
-            factors.setdefault(ordinal, []).append(term)
-        dims = set(trace.symbol_to_dim) - set(plates.values())
-        rows = frozenset(plates[p.name] for p in self.layout.row_plates if not self.layout.is_arrow)
-        with shared_intermediates() as cache:
-            term = contract_to_tensor(factors, dims, target_ordinal=rows, ring=VectorizableLogRing(cache))
-        term = packed.unpack(term, trace.symbol_to_dim)
+        """Sum the enumerated sites out of the product of ``sites``, to rows."""
+        term = _marginal(trace, sites, () if self.layout.is_arrow else self.layout.row_plates)
         if scaled:
             term = term * _common_scale(sites)
         return self.layout.sum_to_rows(term, self.layout.row_plates)
+
+    def pointwise(self, reading: Reading, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Log-probability of every element of data sites, unscaled, zero where masked, enumerated sites summed out.
+
+        :param shapes: batch shapes by name, without enumeration dims.
+
+        Data whose elements the enumerated sites tie together have no such value and are left out.
+        """
+        trace = reading.trace
+        trace.compute_log_prob()
+        sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s)]
+        summed = _enumerated_factors(trace, sites) if self.structure.summed else {}
+        result = {}
+        for name, batch in shapes.items():
+            site = trace.nodes[name]
+            if name not in summed:
+                term = masked(site["unscaled_log_prob"], site["mask"])
+            elif all(set(plates_of(s)) == set(plates_of(site)) for k, s in summed.items()) and not any(
+                is_data(s) for k, s in summed.items() if k != name
+            ):
+                term = _marginal(trace, summed, plates_of(site))
+            else:
+                continue
+            result[name] = term.reshape(term.shape[max(term.dim() - len(batch), 0) :]).expand(batch)
+        return result
+
+
+def _marginal(trace: poutine.Trace, sites: Mapping[str, Site], kept: Iterable[Plate]) -> Tensor:
+    """Sum the enumerated sites out of the product of ``sites``; elements of the ``kept`` plates stay apart."""
+    plates = trace.plate_to_symbol
+    factors: OrderedDict = OrderedDict()
+    for site in sites.values():
+        ordinal = frozenset(plates[p.name] for p in plates_of(site))
+        term = packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"])
+        factors.setdefault(ordinal, []).append(term)
+    dims = set(trace.symbol_to_dim) - set(plates.values())
+    target = frozenset(plates[p.name] for p in kept)
+    with shared_intermediates() as cache:
+        term = contract_to_tensor(factors, dims, target_ordinal=target, ring=VectorizableLogRing(cache))
+    return packed.unpack(term, trace.symbol_to_dim)
 
 
 def _require(fn: Callable, inputs: tuple[Tensor, ...], vectorizes: dict[str, bool]) -> None:

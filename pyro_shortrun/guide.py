@@ -24,6 +24,8 @@ from .program import Binding, Program, Reading
 from .start import Call, Drawn, FromGuide, Prior, Start
 from .step_size import StepSize
 from .structure import Structure, check_data, check_latents, check_shapes, read_structure
+from .validation import check_count, check_kind, check_start
+from .weights import WeightedDraws, weigh
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _QUANTILE_DRAWS = 1000
@@ -112,12 +114,9 @@ class ShortRunGuide(AutoGuide):
             raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
         if compile:
             raise NotImplementedError("compiled runs are not in this version; leave compile=False.")
-        _check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
-        _check_kind("objective", objective, Objective, "PathDensity()")
-        if start is not None and (isinstance(start, type) or not (isinstance(start, Start) or callable(start))):
-            raise ValueError(f"start must be Prior(), Persistent(), Init(...) or a Pyro guide, got {start!r}.")
-        if getattr(start, "__module__", "") == "pyro.infer.autoguide.initialization":
-            raise ValueError(f"start={start!r} is an initialisation, not a guide: use start=Init({start!r}).")
+        check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
+        check_kind("objective", objective, Objective, "PathDensity()")
+        check_start(start)
         self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
         self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
         self.objective = PathDensity() if objective is None else objective
@@ -185,20 +184,28 @@ class ShortRunGuide(AutoGuide):
         """
         check_count("num_samples", num_samples)
         check_count("num_chains", num_chains)
-        parts: list[dict[str, Tensor]] = []
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
-            left = num_samples * num_chains
-            while left:
-                numbers = self.num_steps * call.density.layout.rows * call.density.layout.size
-                chains = min(left, max(1, _NOISE_AT_ONCE // max(numbers, 1)))
-                _, result = self._run(call, chains, False, Gradients.NONE)
-                self._warn_once(result.info)
-                values, _ = call.density.constrain(result.end)
-                parts.append({k: v.detach() for k, v in values.items()})
-                left -= chains
-        draws = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+            draws = self._repeat(call, num_samples * num_chains, account=False).values
         return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in draws.items()}
+
+    @torch.no_grad()
+    def weighted_draws(self, args: tuple, kwargs: dict, count: int) -> tuple[Call, WeightedDraws]:
+        """Independent runs with their log densities, and the call they were made in; for exporters."""
+        with ordinary_autograd(), poutine.block():
+            call = self._bind(args, kwargs)
+            return call, self._repeat(call, count, account=self._start.has_density)
+
+    def _repeat(self, call: Call, count: int, account: bool) -> WeightedDraws:
+        parts = []
+        while count:
+            numbers = self.num_steps * call.density.layout.rows * call.density.layout.size
+            chains = min(count, max(1, _NOISE_AT_ONCE // max(numbers, 1)))
+            drawn, result = self._run(call, chains, account, Gradients.NONE)
+            self._warn_once(result.info)
+            parts.append(weigh(call, drawn, result, account))
+            count -= chains
+        return WeightedDraws.join(parts)
 
     def trajectory(self, *args: Any, num_chains: int = 1, **kwargs: Any) -> dict[str, Tensor]:
         """The states of a run along its steps.
@@ -439,14 +446,3 @@ class ShortRunGuide(AutoGuide):
         state["_structures"] = {}
         state["_modules"] = {k: without_model(m) for k, m in self._modules.items()}
         return state
-
-
-def check_count(name: str, value: int) -> None:
-    """Refuse anything but a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
-
-
-def _check_kind(name: str, value: Any, kind: type, example: str) -> None:
-    if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{name} must be a {kind.__name__} object such as {example}, got {value!r}.")

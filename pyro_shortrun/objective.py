@@ -11,7 +11,7 @@ from torch import Tensor
 from .logdet import Automatic, LogDet
 
 if TYPE_CHECKING:
-    from .density import LogDensity
+    from .density import Density
     from .dynamics import Dynamics
 
 
@@ -37,7 +37,7 @@ class Objective(ABC):
     @abstractmethod
     def account(
         self,
-        density: LogDensity,
+        density: Density,
         dynamics: Dynamics,
         u: Tensor,
         grad: Tensor,
@@ -81,7 +81,7 @@ class PathDensity(Objective):
 
     def account(
         self,
-        density: LogDensity,
+        density: Density,
         dynamics: Dynamics,
         u: Tensor,
         grad: Tensor,

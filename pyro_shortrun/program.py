@@ -16,6 +16,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.infer.autoguide.utils import helpful_support_errors
@@ -25,7 +26,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Distribution, Transform, biject_to
 
 from .layout import Plate
 
@@ -122,9 +123,18 @@ def _is_latent(msg: Site) -> bool:
     return msg["type"] == "sample" and not msg["is_observed"] and not site_is_subsample(msg) and not _is_discrete(msg)
 
 
+def is_computed(site: Site) -> bool:
+    """A function of the latents: ``pyro.deterministic``, or what a reparametrisation leaves at the old name."""
+    fn = site["fn"]
+    while isinstance(getattr(fn, "base_dist", None), Distribution):
+        fn = fn.base_dist
+    return site["type"] == "sample" and site["is_observed"] and isinstance(fn, Delta)
+
+
 def is_data(site: Site) -> bool:
-    """An observed site, other than ``pyro.deterministic``."""
-    return bool(site["type"] == "sample" and site["is_observed"]) and not site["infer"].get("_deterministic", False)
+    """An observed site that is neither computed from latents nor a ``pyro.factor``."""
+    observed = site["type"] == "sample" and site["is_observed"]
+    return bool(observed) and not is_computed(site) and not isinstance(site["fn"], Unit)
 
 
 def plates_of(site: Site) -> tuple[Plate, ...]:
@@ -176,6 +186,12 @@ class Reading:
         """Subsample indices of every plate."""
         nodes = self.trace.nodes.items()
         return {k: s["value"] for k, s in nodes if s["type"] == "sample" and site_is_subsample(s)}
+
+    @property
+    def subsampled(self) -> dict[str, tuple[int, int]]:
+        """Full size and batch size of the plates that draw their subsample at random."""
+        plates = {k: (self.trace.nodes[k]["fn"], len(v)) for k, v in self.indices.items()}
+        return {k: (int(fn.size), n) for k, (fn, n) in plates.items() if n < fn.size and fn.subsample_size is not None}
 
     @property
     def nesting(self) -> int:
@@ -301,6 +317,19 @@ class Program:
         reader = _Reader(self._hidden, bind.indices, bind.given, **given)
         return self._read(reader, bind.args, bind.kwargs, enum_dim=bind.enum_dim)
 
+    def simulate(self, bind: Binding, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the model forwards with its observations drawn anew, latents at ``values`` where given.
+
+        :return: the value of every sample site but subsamples.
+        """
+        given = {**values, **bind.indices}
+        tracer = poutine.trace()
+        with _own_dims(), poutine.block(), pyro.validation_enabled(False), tracer:
+            with poutine.uncondition(), _Given(given):
+                self._model(*bind.args, **bind.kwargs)
+        nodes = tracer.get_trace().nodes.items()
+        return {k: s["value"] for k, s in nodes if s["type"] == "sample" and not site_is_subsample(s)}  # type: ignore
+
     def _read(
         self,
         reader: _Reader,
@@ -321,6 +350,18 @@ class Program:
                 with _Enumerate(first_available_dim=enum_dim), reader:
                     self._model(*args, **kwargs)
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
+
+
+class _Given(Messenger):
+    """Puts in values, of latents and of subsamples."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 class _Enumerate(EnumMessenger):

@@ -34,10 +34,10 @@ class Call:
     isolated: bool = False  # whether the model's parameters must not be reached by gradients
 
     @classmethod
-    def of(cls, model: Callable, args: tuple, kwargs: dict) -> Call:
-        """Bind ``model(*args, **kwargs)``, its structure read from one draw of the prior."""
+    def of(cls, model: Callable, args: tuple, kwargs: dict, init: Callable | None = None) -> Call:
+        """Bind ``model(*args, **kwargs)``, its structure read from one draw of the prior (or of ``init``)."""
         program = Program(model)
-        reading = program.draw(args, kwargs)
+        reading = program.draw(args, kwargs, init=init)
         program.check(reading)
         bind = Binding(args, kwargs, reading.indices, {}, program.enum_dim(reading))
         density = LogDensity(program, read_structure(program, reading, bind), bind)

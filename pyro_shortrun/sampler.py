@@ -1,0 +1,384 @@
+"""Markov chains and repeated short runs, chains as a batch: what :mod:`pyro_shortrun.kernel` drives.
+
+A :class:`Target` is a density with its start; a :class:`Sampler` turns a :class:`State` into the next one, with the
+statistics of the draw.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adaptation import Adaptation, Preconditioner
+from .chain import Gradients, Runner, run
+from .density import Density, LogDensity, PotentialDensity
+from .dynamics import Dynamics, back_off
+from .objective import Objective
+from .start import Call, Drawn, Start
+
+_TRIES = 100
+_LR = 0.05
+_PILOT_ROWS = 16
+_CONSTRAIN_AT_ONCE = 4096  # draws
+
+Schedule = Callable[[int], float]
+Stats = dict[str, Tensor]
+
+
+class Target(ABC):
+    """What is sampled, and from where."""
+
+    density: Density
+
+    def current(self, chains: int) -> Density:
+        """The density for the next evaluation; on a fresh mini-batch per chain where the model subsamples."""
+        return self.density
+
+    @abstractmethod
+    def start(self, chains: int) -> Drawn:
+        """Finite start states."""
+
+    @abstractmethod
+    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+        """Site values ``(chains, *shape)`` of states."""
+
+
+class ModelTarget(Target):
+    """A Pyro model's log joint.
+
+    :raises NotImplementedError: where a latent lies in a subsampled plate.
+    """
+
+    def __init__(self, call: Call, start: Start) -> None:
+        self.call, self._start, self.density = call, start, call.density
+        local = [s.name for s in self.density.layout.sites if s.scale != 1]
+        if local:
+            raise NotImplementedError(
+                f"latent site '{local[0]}' lies in a subsampled plate, and a chain keeps one state per element: use "
+                "the full plate, or ShortRunGuide for local latents in mini-batches."
+            )
+        self._subsampled = call.reading.subsampled
+        start.setup(call.density)
+
+    @property
+    def is_subsampled(self) -> bool:
+        """Whether the density is that of a random mini-batch."""
+        return bool(self._subsampled)
+
+    def current(self, chains: int) -> LogDensity:
+        density = self.call.density
+        if not self._subsampled:
+            return density
+        device = density.structure.device
+        draws = {k: _batches(chains, full, size, device) for k, (full, size) in self._subsampled.items()}
+        return density.on_batches(draws)
+
+    def start(self, chains: int) -> Drawn:
+        drawn = self._start.draw(self.call, chains)
+        for _ in range(_TRIES):
+            bad = ~_finite(drawn)
+            if not bad.any():
+                return Drawn(drawn.state.detach(), drawn.log_q.detach(), drawn.log_density.detach())
+            again = self._start.draw(self.call, chains)
+            drawn = Drawn(
+                torch.where(bad.unsqueeze(-1), again.state, drawn.state),
+                torch.where(bad, again.log_q, drawn.log_q),
+                torch.where(bad, again.log_density, drawn.log_density),
+            )
+        bad_chain = int((~_finite(drawn)).any(1).nonzero()[0])
+        raise ValueError(
+            "the model's log density is not finite at the start of a chain, first at "
+            f"{self.call.density.offender(drawn.state[bad_chain].detach())}: check the data for NaN, the observation's "
+            "support, and the priors, or pass another start, such as start=Init(init_to_median)."
+        )
+
+    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            parts = [self.call.density.constrain(part)[0] for part in u.split(_CONSTRAIN_AT_ONCE)]
+        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+
+def _finite(drawn: Drawn) -> Tensor:
+    return drawn.log_density.isfinite() & drawn.log_q.isfinite()
+
+
+def _batches(chains: int, full: int, size: int, device: torch.device) -> Tensor:
+    """Independent subsamples without replacement, ``(chains, size)``."""
+    if chains == 1:
+        return torch.randperm(full, device=device)[:size].unsqueeze(0)
+    return torch.rand(chains, full, device=device).topk(size).indices
+
+
+class PotentialTarget(Target):
+    """A ``potential_fn``; runs start at ``N(initial, 1)`` in unconstrained space."""
+
+    def __init__(self, potential_fn: Callable, initial: Mapping[str, Tensor]) -> None:
+        one = {k: v[0] for k, v in initial.items()}
+        self.density = PotentialDensity(potential_fn, one)
+        self._center = self.density.layout.pack(initial)
+
+    def start(self, chains: int) -> Drawn:
+        base = torch.distributions.Normal(self._center, 1.0)
+        u = base.sample()
+        value = self.density(u)
+        if not value.isfinite().all():
+            raise ValueError("potential_fn is not finite at a start drawn from N(initial_params, 1).")
+        return Drawn(u, base.log_prob(u).sum(-1), value.detach())
+
+    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+        return self.density.layout.unpack(u)
+
+
+@dataclass(frozen=True)
+class State:
+    """``u`` with the log density and gradient there: ``(chains, rows, size)``, ``(chains, rows)``, as ``u``."""
+
+    u: Tensor
+    log_density: Tensor
+    grad: Tensor
+
+
+class Sampler(ABC):
+    """Draws states.
+
+    :param chain_batch_size: chains evaluated at once, all if None.
+    """
+
+    def __init__(self, target: Target, dynamics: Dynamics, num_steps: int, chain_batch_size: int | None) -> None:
+        self.target, self.dynamics, self.num_steps = target, dynamics, num_steps
+        self._at_once = chain_batch_size
+
+    @abstractmethod
+    def draw(self, state: State, warming: bool) -> tuple[State, Stats]:
+        """The next draw of every chain and its statistics, each ``(chains,)``."""
+
+    @abstractmethod
+    def state_dict(self) -> dict:
+        """What warm-up has learned: tensors, numbers, lists and dicts."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from :meth:`state_dict`."""
+
+    def evaluate(self, u: Tensor) -> State:
+        """Log density and gradient at ``u``, in batches of chains."""
+        parts = [self.target.current(len(part)).value_and_grad(part) for part in self._split(u)]
+        value, grad = (torch.cat(p) if len(parts) > 1 else p[0] for p in zip(*parts, strict=True))
+        return State(u, value.detach(), grad.detach())
+
+    def _split(self, x: Tensor, axis: int = 0) -> tuple[Tensor, ...]:
+        return x.split(self._at_once or max(x.shape[axis], 1), axis)
+
+    def fresh(self, chains: int) -> State:
+        """States drawn from the start."""
+        return self.evaluate(self.target.start(chains).state)
+
+
+class Walk(Sampler):
+    r"""``num_steps`` transitions per draw, from the last draw or from a fresh start.
+
+    With ``adjust``, a transition ``u -> u'`` of the dynamics with density ``f`` is accepted per row with probability
+    ``min(1, pi(u') f(u | u') / (pi(u) f(u' | u)))`` (Metropolis, Hastings).
+
+    :param schedule: step size as a function of the number of transitions made, or None.
+    :param restarts: whether every draw begins at a fresh start.
+    :param limit: upper bound of the adapted step size.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        dynamics: Dynamics,
+        num_steps: int,
+        chain_batch_size: int | None,
+        *,
+        adjust: bool,
+        restarts: bool,
+        schedule: Schedule | None,
+        preconditioner: Preconditioner,
+        warmup: int,
+        accept: float | None,
+        limit: float,
+    ) -> None:
+        super().__init__(target, dynamics, num_steps, chain_batch_size)
+        layout, structure = target.density.layout, target.density.structure
+        like = torch.zeros(layout.rows, layout.size, dtype=structure.dtype, device=structure.device)
+        self.adjust, self.restarts, self.schedule, self.limit = adjust, restarts, schedule, limit
+        dynamics.step_size.setup(layout, num_steps, like)
+        self._eta = dynamics.step_size.forward(layout, num_steps).detach()
+        self._one = like.new_ones(layout.size)
+        restart = 0.5 * max(layout.size, 1) ** (-1 / 3) / self._eta.mean().item()
+        self.adaptation = Adaptation(like, warmup * num_steps, accept, preconditioner, restart)
+        self.made = 0  # transitions
+
+    def step_size(self, k: int) -> Tensor:
+        """Step size of the ``k``-th step of a draw, broadcastable to ``(rows, size)``."""
+        if self.schedule is not None:
+            return self._one * _checked(self.schedule(self.made), self.made)
+        return (self.adaptation.log_factor.exp().unsqueeze(-1) * self._eta[k]).clamp(max=self.limit)
+
+    @torch.no_grad()
+    def draw(self, state: State, warming: bool) -> tuple[State, Stats]:
+        if self.restarts:
+            state = self.fresh(len(state.u))
+        noise = self.dynamics.draw_noise(self.num_steps, state.u)
+        log_uniform = torch.rand(self.num_steps, *state.log_density.shape).to(state.u).log()
+        accepted, nonfinite = torch.zeros_like(state.log_density), torch.zeros_like(state.log_density)
+        for k in range(self.num_steps):
+            eta = self.step_size(k)
+            state, accept, finite = self.transition(state, eta, noise[k], log_uniform[k])
+            accepted, nonfinite = accepted + accept, nonfinite + (~finite)
+            self.made += 1
+            if warming:
+                self.adaptation.update(state.u, accept)
+        return state, _stats(state, accepted / self.num_steps, nonfinite, eta)
+
+    def transition(self, state: State, eta: Tensor, noise: Tensor, log_uniform: Tensor) -> tuple[State, Tensor, Tensor]:
+        """One transition: the next state, the acceptance probability, and whether the proposal was finite."""
+        scales = self.adaptation.scales
+        w, pull = scales.whiten(state.u), scales.pull(state.grad)
+        moved = self.dynamics.step(w, pull, eta, noise, self._one)
+        new = self.evaluate(scales.color(moved))
+        finite = new.log_density.isfinite() & new.grad.isfinite().all(-1) & new.u.isfinite().all(-1)
+        if self.adjust:
+            back = self.dynamics.log_transition(moved, w, scales.pull(new.grad), eta, self._one)
+            forth = self.dynamics.log_transition(w, moved, pull, eta, self._one)
+            log_ratio = new.log_density - state.log_density + back - forth
+            log_ratio = torch.where(finite, log_ratio, torch.full_like(log_ratio, -torch.inf))
+            move = log_uniform < log_ratio
+            accept = log_ratio.clamp(max=0).exp()
+        else:
+            move, accept = finite, finite.to(state.u)
+        rows = move.unsqueeze(-1)
+        state = State(
+            torch.where(rows, new.u, state.u),
+            torch.where(move, new.log_density, state.log_density),
+            torch.where(rows, new.grad, state.grad),
+        )
+        return state, accept, finite
+
+    def state_dict(self) -> dict:
+        return {"made": self.made, "adaptation": self.adaptation.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.made = state["made"]
+        self.adaptation.load_state_dict(state["adaptation"])
+
+
+def _checked(eta: Any, step: int) -> float:
+    eta = float(eta)
+    if not (eta > 0 and eta < float("inf")):
+        raise ValueError(f"the step-size schedule gave {eta} at transition {step}; it must give finite numbers > 0.")
+    return eta
+
+
+def _stats(state: State, accept: Tensor, nonfinite: Tensor, eta: Tensor) -> Stats:
+    """Means over rows of acceptance, totals of the rest."""
+    chains = len(state.u)
+    return {
+        "lp": state.log_density.sum(-1),
+        "acceptance_rate": accept.mean(-1),
+        "grad_norm": state.grad.flatten(1).norm(dim=-1),
+        "step_size": eta.mean().expand(chains),
+        "nonfinite": nonfinite.sum(-1),
+    }
+
+
+class ShortRuns(Sampler):
+    """A fresh K-step run per draw; warm-up tunes the step size by the gradient of the run's bound.
+
+    :param guess: whether the step size is a first guess that pilot runs may halve.
+    :param tune: whether warm-up tunes at all.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        dynamics: Dynamics,
+        num_steps: int,
+        chain_batch_size: int | None,
+        *,
+        objective: Objective,
+        warmup: int,
+        guess: bool,
+        tune: bool,
+    ) -> None:
+        super().__init__(target, dynamics, num_steps, chain_batch_size)
+        structure = target.density.structure
+        like = torch.zeros((), dtype=structure.dtype, device=structure.device)
+        self._objective, self._warmup = objective, warmup
+        dynamics.step_size.setup(target.density.layout, num_steps, like)
+        if guess and tune:
+            back_off(dynamics, self._pilot_fails)
+        raw = list(dynamics.step_size.parameters()) if tune and warmup else []
+        self._optimiser = torch.optim.Adam(raw, lr=_LR) if raw else None
+        self._tuned = 0
+
+    @torch.no_grad()
+    def _pilot_fails(self) -> bool:
+        chains = max(1, _PILOT_ROWS // max(self.target.density.layout.rows, 1))
+        info = self._run(self.target.current(chains), self.target.start(chains), True, Gradients.NONE).info
+        return bool((info.frozen | info.singular).float().mean() > 0.25)
+
+    def _run(self, density: Density, drawn: Drawn, account: bool, gradients: Gradients) -> Any:
+        eta = self.dynamics.step_size.forward(density.layout, self.num_steps)
+        noise = self.dynamics.draw_noise(self.num_steps, drawn.state)
+        return run(Runner(density, self.dynamics, self._objective, account), drawn.state, eta, noise, gradients)
+
+    def draw(self, state: State, warming: bool) -> tuple[State, Stats]:
+        tunes = warming and self._optimiser is not None
+        drawn = self.target.start(len(state.u))
+        ends, frozen, loss = [], [], 0.0
+        parts = [self._split(x) for x in (drawn.state, drawn.log_q, drawn.log_density)]
+        for part in map(Drawn, *parts):
+            density = self.target.current(len(part.state))
+            gradients = Gradients.GUIDE if tunes else Gradients.NONE
+            result = self._run(density, part, tunes, gradients)
+            if tunes:
+                bound = density(result.end) + result.increment - part.log_q
+                loss = loss - self._gradient(bound.sum() / drawn.log_q.numel())
+            ends.append(result.end.detach())
+            frozen.append(result.info.frozen)
+        if tunes:
+            self._improve()
+        return self._record(torch.cat(ends), torch.cat(frozen))
+
+    def _gradient(self, bound: Tensor) -> float:
+        """Adds the gradient of minus the bound to the step sizes' own; nothing else gets any."""
+        raw = list(self.dynamics.step_size.parameters())
+        for p, g in zip(raw, torch.autograd.grad(-bound, raw), strict=True):
+            p.grad = g if p.grad is None else p.grad + g
+        return bound.item()
+
+    def _improve(self) -> None:
+        assert self._optimiser is not None
+        self._tuned += 1
+        for group in self._optimiser.param_groups:  # to zero at the end, so that the last noise does not stay
+            group["lr"] = _LR * max(1 - (self._tuned - 1) / self._warmup, 0.0)
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+
+    def _record(self, end: Tensor, frozen: Tensor) -> tuple[State, Stats]:
+        state = self.evaluate(end)
+        eta = self.dynamics.step_size.forward(self.target.density.layout, self.num_steps).detach()
+        stats = _stats(state, (~frozen).to(end), frozen.to(end), eta)
+        return state, stats
+
+    def state_dict(self) -> dict:
+        optimiser = None if self._optimiser is None else self._optimiser.state_dict()
+        step_size = {k: v.detach().clone() for k, v in self.dynamics.step_size.state_dict().items()}
+        drift = getattr(self.dynamics, "max_drift", None)
+        return {"step_size": step_size, "max_drift": drift, "optimiser": optimiser, "tuned": self._tuned}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.dynamics.step_size.load_state_dict(state["step_size"])
+        if state["max_drift"] is not None:
+            self.dynamics.max_drift = state["max_drift"]
+        if self._optimiser is not None and state["optimiser"] is not None:
+            self._optimiser.load_state_dict(state["optimiser"])
+        self._tuned = state["tuned"]

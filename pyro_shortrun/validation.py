@@ -1,0 +1,27 @@
+"""Checks of arguments that the guide and the kernel share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .start import Start
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuse anything but a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    """Refuse an argument that is given and not a ``kind``."""
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__name__} object such as {example}, got {value!r}.")
+
+
+def check_start(start: Any) -> None:
+    """Refuse what is neither a Start nor a guide."""
+    if start is not None and (isinstance(start, type) or not (isinstance(start, Start) or callable(start))):
+        raise ValueError(f"start must be Prior(), Persistent(), Init(...) or a Pyro guide, got {start!r}.")
+    if getattr(start, "__module__", "") == "pyro.infer.autoguide.initialization":
+        raise ValueError(f"start={start!r} is an initialisation, not a guide: use start=Init({start!r}).")

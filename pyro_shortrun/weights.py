@@ -1,0 +1,51 @@
+"""Draws of a guide with the two log densities that weigh them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chain import ShortRun
+from .start import Call, Drawn
+
+
+@dataclass(frozen=True)
+class WeightedDraws:
+    """``values`` by site, ``(draws, *shape)``, and totals over rows, ``(draws,)``.
+
+    ``log_p`` is the model's log joint over the sites, ``log_q`` the run's density there given its noise path,
+    ``log_density`` the log joint in unconstrained space (None where they were not asked for); ``nonfinite`` is the
+    number of frozen rows.
+    """
+
+    values: dict[str, Tensor]
+    log_p: Tensor | None
+    log_q: Tensor | None
+    log_density: Tensor | None
+    nonfinite: Tensor
+
+    @staticmethod
+    def join(parts: Sequence[WeightedDraws]) -> WeightedDraws:
+        """Parts one after the other."""
+
+        def cat(name: str) -> Tensor | None:
+            values = [getattr(p, name) for p in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        totals = {k: cat(k) for k in ("log_p", "log_q", "log_density", "nonfinite")}
+        return WeightedDraws({k: torch.cat([p.values[k] for p in parts]) for k in parts[0].values}, **totals)  # type: ignore
+
+
+def weigh(call: Call, drawn: Drawn, result: ShortRun, account: bool) -> WeightedDraws:
+    """The ends of a run as site values; log densities if the run was asked to ``account`` for them."""
+    values, jacobian = call.density.constrain(result.end)
+    values = {k: v.detach() for k, v in values.items()}
+    frozen = result.info.frozen.sum(-1)
+    if not account:
+        return WeightedDraws(values, None, None, None, frozen)
+    density = call.density(result.end)
+    log_q = (drawn.log_q - result.increment - jacobian).sum(-1)
+    return WeightedDraws(values, (density - jacobian).sum(-1), log_q, density.sum(-1), frozen)
