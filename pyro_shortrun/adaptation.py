@@ -6,6 +6,7 @@ scales. For Langevin dynamics with a diagonal ``L`` this is one step size ``eta 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ import torch
 from pyro.ops.dual_averaging import DualAveraging
 from torch import Tensor
 
-_WINDOWS = (0.1, 0.2, 0.4, 0.8)  # shares of the warm-up at whose ends the scales are fitted anew
-_FEWEST = 10  # transitions in the first window
+_WINDOWS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)  # shares of the warm-up at whose ends the scales are fitted anew
+_POOLED_FROM = 0.4  # before that every chain has a step size of its own, so that stragglers can follow
+_FEWEST = 5  # transitions in a window
 
 
 class Scales(ABC):
@@ -80,54 +82,85 @@ class DenseScales(Scales):
 
 
 class Preconditioner(ABC):
-    """How the scales of the posterior are estimated from the draws of the warm-up, all chains together."""
+    """How the scales of the posterior are estimated in warm-up, from draws and gradients of all chains together.
+
+    On a Gaussian with covariance ``S``, ``cov(grad) = S^-1 cov(u) S^-1`` wherever the chains are; so ``S`` is found
+    from both before the chains have converged, as the geometric mean of ``cov(u)`` and ``cov(grad)^-1``. It is the
+    minimiser of the Fisher divergence (Seyboldt, Carlson, Carpenter 2024).
+    """
 
     dense = False
 
     @abstractmethod
-    def scales(self, factor: Tensor | None) -> Scales:
-        """Scales from a fitted ``factor``; unit scales from None."""
+    def initial(self, like: Tensor) -> Tensor:
+        """The factor ``L`` before anything is known; ``like`` is ``(rows, size)``."""
 
     @abstractmethod
-    def fit(self, moments: Moments) -> Tensor | None:
-        """The factor ``L`` for the (co)variances seen."""
+    def scales(self, factor: Tensor) -> Scales:
+        """Scales from a factor."""
+
+    @abstractmethod
+    def fit(self, draws: Tensor, grads: Tensor, previous: Tensor) -> Tensor:
+        """The factor for (co)variances of draws and gradients; ``previous`` where they do not determine it."""
 
 
 class Identity(Preconditioner):
-    """No preconditioning.
+    """No preconditioning."""
 
-    >>> Identity().scales(None)
-    Unit()
-    """
+    def initial(self, like: Tensor) -> Tensor:
+        return torch.ones_like(like)
 
-    def scales(self, factor: Tensor | None) -> Scales:
+    def scales(self, factor: Tensor) -> Scales:
         return Unit()
 
-    def fit(self, moments: Moments) -> Tensor | None:
-        return None
+    def fit(self, draws: Tensor, grads: Tensor, previous: Tensor) -> Tensor:
+        return previous
 
 
 class Diagonal(Preconditioner):
-    """A scale per coordinate: ``L_i = sd(u_i)``, shrunk towards 1 as in Stan where draws are few."""
+    """A scale per coordinate: ``L_i ** 2 = sd(u_i) / sd(grad_i)``."""
 
-    def scales(self, factor: Tensor | None) -> Scales:
-        return Unit() if factor is None else DiagonalScales(factor)
+    def initial(self, like: Tensor) -> Tensor:
+        return torch.ones_like(like)
 
-    def fit(self, moments: Moments) -> Tensor | None:
-        return moments.covariance().sqrt()
+    def scales(self, factor: Tensor) -> Scales:
+        return DiagonalScales(factor)
+
+    def fit(self, draws: Tensor, grads: Tensor, previous: Tensor) -> Tensor:
+        factor = (draws / grads).pow(0.25)
+        return torch.where(factor.isfinite() & (factor > 0), factor, previous)
 
 
 class Dense(Preconditioner):
-    """The whole covariance of a row, ``L = cholesky(cov(u))``: for correlated posteriors of up to some hundred
-    coordinates."""
+    """The whole covariance of a row, ``L L^T = cov(grad)^-1 # cov(u)`` (geometric mean): for correlated posteriors of
+    up to some hundred coordinates."""
 
     dense = True
 
-    def scales(self, factor: Tensor | None) -> Scales:
-        return Unit() if factor is None else DenseScales(factor)
+    def initial(self, like: Tensor) -> Tensor:
+        return torch.diag_embed(torch.ones_like(like))
 
-    def fit(self, moments: Moments) -> Tensor | None:
-        return torch.linalg.cholesky(moments.covariance())
+    def scales(self, factor: Tensor) -> Scales:
+        return DenseScales(factor)
+
+    def fit(self, draws: Tensor, grads: Tensor, previous: Tensor) -> Tensor:
+        # In units in which the diagonal is one, so that eigenvalues are not lost to rounding.
+        unit = (draws.diagonal(dim1=-2, dim2=-1) / grads.diagonal(dim1=-2, dim2=-1)).pow(0.25)
+        outer = unit.unsqueeze(-1) * unit.unsqueeze(-2)
+        known = (outer.isfinite() & (outer > 0)).all(-1, keepdim=True).all(-2, keepdim=True)
+        eye = self.initial(previous[..., 0])
+        draws, grads = torch.where(known, draws / outer, eye), torch.where(known, grads * outer, eye)
+        root, inverse = _power(grads, 0.5), _power(grads, -0.5)
+        mean = inverse @ _power(root @ draws @ root, 0.5) @ inverse
+        factor, failed = torch.linalg.cholesky_ex(mean * outer)
+        return torch.where(known & (failed == 0).reshape(-1, 1, 1), factor, previous)
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """Power of a symmetric positive semi-definite matrix, small eigenvalues lifted to rounding."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    floor = values[..., -1:] * torch.finfo(values.dtype).eps * values.shape[-1]
+    return (vectors * torch.maximum(values, floor).pow(exponent).unsqueeze(-2)) @ vectors.mT
 
 
 class Moments:
@@ -141,11 +174,11 @@ class Moments:
         self.mean = torch.zeros_like(like)
         self.scatter = torch.zeros_like(torch.diag_embed(like) if dense else like)
 
-    def update(self, u: Tensor) -> None:
+    def update(self, values: Tensor) -> None:
         """Add ``(chains, rows, size)`` values; batches are merged as by Chan, Golub, LeVeque 1979."""
-        added, mean = len(u), u.mean(0)
+        added, mean = len(values), values.mean(0)
         shift, count = mean - self.mean, self.count + added
-        self.scatter = self.scatter + self._square(u - mean).sum(0)
+        self.scatter = self.scatter + self._square(values - mean).sum(0)
         self.scatter = self.scatter + self._square(shift) * (self.count * added / count)
         self.mean = self.mean + shift * (added / count)
         self.count = count
@@ -153,20 +186,20 @@ class Moments:
     def _square(self, x: Tensor) -> Tensor:
         return x.unsqueeze(-1) * x.unsqueeze(-2) if self.dense else x.square()
 
+    @property
     def covariance(self) -> Tensor:
-        """``(rows, size)`` variances or ``(rows, size, size)`` covariances, regularised as in Stan."""
-        n = self.count
-        share, floor = n / (n + 5.0), 1e-3 * 5.0 / (n + 5.0)
-        eye = torch.eye(self.mean.shape[-1]).to(self.mean) if self.dense else 1.0
-        return share * self.scatter / max(n - 1, 1) + floor * eye
+        """``(rows, size)`` variances or ``(rows, size, size)`` covariances."""
+        return self.scatter / max(self.count - 1, 1)
 
 
 class Adaptation:
-    r"""Step-size factor per row and scales, from the transitions of a warm-up.
+    r"""Step-size factor and scales, from the transitions of a warm-up.
 
-    The factor follows Nesterov's dual averaging towards ``target`` mean acceptance (chains together, rows apart); the
-    scales are fitted anew at the ends of growing windows.
+    The factor follows Nesterov's dual averaging towards ``target`` mean acceptance, rows apart: in the first part of
+    the warm-up for every chain by itself, then for all chains together. The scales are fitted anew at the ends of
+    growing windows.
 
+    :param like: a zero state ``(rows, size)``.
     :param total: transitions in the warm-up.
     :param target: wanted acceptance probability, or None where the step size stays.
     :param restart: factor with which a new window begins.
@@ -178,51 +211,54 @@ class Adaptation:
         self.total, self.target, self.preconditioner = total, target, preconditioner
         self.done = 0
         self.log_factor = like.new_zeros(like.shape[0])
-        self.factor: Tensor | None = None
-        self.scales = preconditioner.scales(None)
-        self._log_restart = torch.log(like.new_tensor(restart))
-        self._like = like
-        self._averaging = self._fresh_averaging()
-        self._moments = Moments(like, preconditioner.dense)
-        fits = not isinstance(preconditioner, Identity) and _WINDOWS[0] * total >= _FEWEST
-        self._ends = {round(share * total) for share in _WINDOWS} if fits else set()
+        self.factor = preconditioner.initial(like)
+        self.scales = preconditioner.scales(self.factor)
+        self._log_restart, self._like = math.log(restart), like
+        fits = not isinstance(preconditioner, Identity)
+        self._ends = [round(share * total) for share in _WINDOWS] if fits else []
+        self._begin_window()
 
-    def _fresh_averaging(self) -> DualAveraging:
-        return DualAveraging(prox_center=self.log_factor + torch.log(self.log_factor.new_tensor(10.0)))
+    def _begin_window(self) -> None:
+        self._averaging = DualAveraging(prox_center=self.log_factor + math.log(10))
+        self._draws = Moments(self._like, self.preconditioner.dense)
+        self._grads = Moments(self._like, self.preconditioner.dense)
 
-    def update(self, u: Tensor, accept_prob: Tensor) -> None:
-        """Told the state ``(chains, rows, size)`` after a transition and its ``(chains, rows)`` acceptance."""
+    def update(self, u: Tensor, grad: Tensor, accept_prob: Tensor) -> None:
+        """Told state and gradient ``(chains, rows, size)`` after a transition, and ``(chains, rows)`` acceptance."""
         if self.done >= self.total:
             return
         self.done += 1
+        pooled = self.done > _POOLED_FROM * self.total
         if self.target is not None:
-            self._averaging.step(self.target - accept_prob.mean(0))
+            self._averaging.step(self.target - (accept_prob.mean(0) if pooled else accept_prob))
             self.log_factor, average = self._averaging.get_state()
             if self.done == self.total:
                 self.log_factor = average
         if self._ends:
-            self._moments.update(u)
-            if self.done in self._ends:
-                self._refit()
+            self._draws.update(u)
+            self._grads.update(grad)
+        if self.done in self._ends and self._draws.count >= _FEWEST:
+            self._refit()
+        if self.target is not None and self.done == math.floor(_POOLED_FROM * self.total) and self.log_factor.dim() > 1:
+            self.log_factor = self.log_factor.median(0).values
+            self._begin_window()
 
     def _refit(self) -> None:
-        self.factor = self.preconditioner.fit(self._moments)
+        self.factor = self.preconditioner.fit(self._draws.covariance, self._grads.covariance, self.factor)
         self.scales = self.preconditioner.scales(self.factor)
-        self._moments = Moments(self._like, self.preconditioner.dense)
         if self.target is not None:
-            self.log_factor = torch.zeros_like(self.log_factor) + self._log_restart
-            self._averaging = self._fresh_averaging()
+            self.log_factor = torch.full_like(self.log_factor, self._log_restart)
+        self._begin_window()
 
     def state_dict(self) -> dict:
         """Tensors and numbers that :meth:`load_state_dict` takes."""
-        averaging = {k: v for k, v in vars(self._averaging).items()}
-        moments = {k: getattr(self._moments, k) for k in ("count", "mean", "scatter")}
         return {
             "done": self.done,
             "log_factor": self.log_factor,
             "factor": self.factor,
-            "averaging": averaging,
-            "moments": moments,
+            "averaging": dict(vars(self._averaging)),
+            "draws": _saved(self._draws),
+            "grads": _saved(self._grads),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -230,4 +266,9 @@ class Adaptation:
         self.done, self.log_factor, self.factor = state["done"], state["log_factor"], state["factor"]
         self.scales = self.preconditioner.scales(self.factor)
         vars(self._averaging).update(state["averaging"])
-        vars(self._moments).update(state["moments"])
+        vars(self._draws).update(state["draws"])
+        vars(self._grads).update(state["grads"])
+
+
+def _saved(moments: Moments) -> dict:
+    return {k: getattr(moments, k) for k in ("count", "mean", "scatter")}

@@ -289,7 +289,7 @@ def _from_dict(groups: Mapping[str, Mapping[str, np.ndarray]], axes: _Axes) -> A
     coords = {k: v for k, v in axes.coords.items() if k in used}
     options: dict[str, Any] = {"coords": coords, "dims": axes.dims}
     if int(az.__version__.split(".")[0]) < 1:
-        data = az.from_dict(**dict(groups), **options)
+        data = az.from_dict(**dict(groups), **options)  # type: ignore[arg-type]
     else:
         data = az.from_dict(groups, **options)
     from . import __version__

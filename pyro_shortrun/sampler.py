@@ -235,7 +235,7 @@ class Walk(Sampler):
             accepted, nonfinite = accepted + accept, nonfinite + (~finite)
             self.made += 1
             if warming:
-                self.adaptation.update(state.u, accept)
+                self.adaptation.update(state.u, state.grad, accept)
         return state, _stats(state, accepted / self.num_steps, nonfinite, eta)
 
     def transition(self, state: State, eta: Tensor, noise: Tensor, log_uniform: Tensor) -> tuple[State, Tensor, Tensor]:
@@ -279,12 +279,11 @@ def _checked(eta: Any, step: int) -> float:
 
 def _stats(state: State, accept: Tensor, nonfinite: Tensor, eta: Tensor) -> Stats:
     """Means over rows of acceptance, totals of the rest."""
-    chains = len(state.u)
     return {
         "lp": state.log_density.sum(-1),
         "acceptance_rate": accept.mean(-1),
         "grad_norm": state.grad.flatten(1).norm(dim=-1),
-        "step_size": eta.mean().expand(chains),
+        "step_size": eta.expand_as(state.u).mean((-1, -2)),
         "nonfinite": nonfinite.sum(-1),
     }
 
@@ -365,7 +364,7 @@ class ShortRuns(Sampler):
 
     def _record(self, end: Tensor, frozen: Tensor) -> tuple[State, Stats]:
         state = self.evaluate(end)
-        eta = self.dynamics.step_size.forward(self.target.density.layout, self.num_steps).detach()
+        eta = self.dynamics.step_size.forward(self.target.density.layout, self.num_steps).detach().mean(0)
         stats = _stats(state, (~frozen).to(end), frozen.to(end), eta)
         return state, stats
 

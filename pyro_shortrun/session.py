@@ -15,6 +15,7 @@ from torch import Tensor
 from .interop import ordinary_autograd
 from .sampler import PotentialTarget, Sampler, State, Stats, Target, Walk
 from .start import Call
+from .transforms import same_transform
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Names:
         """Transforms to unconstrained space of the sites whose support is the same in two draws."""
         bind = call.bind
         other = call.program.draw(bind.args, bind.kwargs, bind.indices, bind.given, init_to_uniform).transforms
-        return {k: t.inv for k, t in call.reading.transforms.items() if t == other.get(k)}
+        return {k: t.inv for k, t in call.reading.transforms.items() if same_transform(t, other[k])}
 
     def params(self, u: Tensor) -> dict[str, Tensor]:
         """``(chains, *shape)`` by site."""

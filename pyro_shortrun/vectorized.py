@@ -165,14 +165,14 @@ class VectorizedMCMC:
 
     def summary(self, prob: float = 0.9) -> None:
         """Print means, deviations, credible intervals, effective sample sizes and split R-hat."""
-        print_summary(self._grouped(), prob=prob)
+        print_summary(self._enough(), prob=prob)
         bad = int((self.sample_stats["nonfinite"] > 0).sum())
         print(f"Draws with a non-finite proposal: {bad}")
 
     def diagnostics(self) -> dict[str, Any]:
         """Per site ``n_eff`` and ``r_hat``; per chain ``divergences`` (draws with a non-finite proposal) and
         ``acceptance rate``."""
-        result: dict[str, Any] = site_diagnostics(self._grouped())
+        result: dict[str, Any] = site_diagnostics(self._enough())
         stats = self.sample_stats
         chains = [f"chain {i}" for i in range(self.num_chains)]
         diverging = [row.nonzero().flatten().tolist() for row in stats["nonfinite"] > 0]
@@ -180,6 +180,13 @@ class VectorizedMCMC:
         result["divergences"] = dict(zip(chains, diverging, strict=True))
         result["acceptance rate"] = dict(zip(chains, rates, strict=True))
         return result
+
+    def _enough(self) -> dict[str, Tensor]:
+        if len(self._states) < 4:
+            raise ValueError(
+                f"effective sample size and R-hat need >= 4 draws per chain, there are {len(self._states)}."
+            )
+        return self._grouped()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything :meth:`load_state_dict` needs, as tensors, numbers, lists and dicts (loads with

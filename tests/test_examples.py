@@ -16,8 +16,8 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 # From the bottom up: a module may import those before it.
 LAYERS = (
-    "layout vectorize log_einsum step_size logdet program structure density dynamics objective chain start validation "
-    "interop weights guide adaptation sampler session kernel vectorized evaluation diagnostics"
+    "layout transforms vectorize log_einsum step_size logdet program structure density dynamics objective chain start "
+    "validation interop weights guide adaptation sampler session kernel vectorized evaluation diagnostics"
 ).split()
 
 

@@ -1,0 +1,214 @@
+"""What chains cost, and effective samples per second of MALA and of Pyro's NUTS on six models.
+
+    python examples/benchmarks/chains.py             # about six minutes on one core
+    python examples/benchmarks/chains.py --smoke     # seconds, to see that it runs
+
+`x1`, `x1024`: milliseconds of one MALA transition of 1 and of 1024 chains, and their ratio. ESS/s: bulk effective
+sample size of the worst coordinate (ArviZ's estimator for all) over the wall time of warm-up and sampling together, for
+NUTS (one chain), for one chain of MALA and for 256 chains of MALA. R-hat is ArviZ's, the worst of all coordinates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import arviz as az
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import MCMC, NUTS, config_enumerate
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_shortrun import ShortRunLangevin, VectorizedMCMC
+
+Made = tuple[Callable, tuple[Tensor, ...]]
+
+
+def correlated() -> Made:
+    """A Gaussian in 10 dimensions with correlations 0.9."""
+    covariance = 0.9 * torch.ones(10, 10) + 0.1 * torch.eye(10)
+
+    def model() -> None:
+        pyro.sample("z", dist.MultivariateNormal(torch.zeros(10), covariance))
+
+    return model, ()
+
+
+def eight_schools() -> Made:
+    """Non-centred."""
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+    def model(y: Tensor, sigma: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        eta = pyro.sample("eta", dist.Normal(torch.zeros(8), 1.0).to_event(1))
+        with pyro.plate("schools", 8):
+            pyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
+
+    return model, (y, sigma)
+
+
+def logistic() -> Made:
+    """500 observations, 10 correlated features."""
+    x = torch.randn(500, 10) @ torch.randn(10, 10) / 10**0.5
+    y = dist.Bernoulli(logits=x.sum(-1)).sample()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(10), 2.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+    return model, (x, y)
+
+
+def varying_intercepts() -> Made:
+    """A hierarchical regression: 12 groups of 10."""
+    group = torch.arange(12).repeat_interleave(10)
+    x = torch.randn(120)
+    y = torch.randn(12)[group] + 0.5 * x + 0.7 * torch.randn(120)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        mu, slope = pyro.sample("mu", dist.Normal(0.0, 2.0)), pyro.sample("slope", dist.Normal(0.0, 2.0))
+        tau, noise = pyro.sample("tau", dist.HalfNormal(1.0)), pyro.sample("noise", dist.HalfNormal(1.0))
+        with pyro.plate("groups", 12):
+            shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mu + tau * shift[group] + slope * x, noise), obs=y)
+
+    return model, (x, y)
+
+
+def gaussian_process() -> Made:
+    """Hyper-parameters of a GP regression on 30 points."""
+    x = torch.linspace(0, 5, 30)
+    y = torch.sin(x) + 0.3 * torch.randn(30)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        length = pyro.sample("length", dist.LogNormal(0.0, 0.5))
+        amplitude = pyro.sample("amplitude", dist.HalfNormal(1.0))
+        noise = pyro.sample("noise", dist.HalfNormal(0.5))
+        kernel = amplitude**2 * torch.exp(-0.5 * ((x.unsqueeze(-1) - x) / length) ** 2)
+        covariance = kernel + (noise**2 + 1e-4) * torch.eye(len(x))
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros_like(y), covariance), obs=y)
+
+    return model, (x, y)
+
+
+def mixture() -> Made:
+    """Two components whose assignments are enumerated."""
+    x = torch.cat([torch.randn(40) - 2.0, torch.randn(60) + 2.0])
+
+    @config_enumerate
+    def model(x: Tensor) -> None:
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        low, gap = pyro.sample("low", dist.Normal(0.0, 3.0)), pyro.sample("gap", dist.LogNormal(1.0, 0.5))
+        locs = torch.stack([low, low + gap])
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(share)).long()
+            pyro.sample("x", dist.Normal(locs[k], 1.0), obs=x)
+
+    return model, (x,)
+
+
+MODELS = [correlated, eight_schools, logistic, varying_intercepts, gaussian_process, mixture]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to run; ``steps`` are transitions per draw of MALA."""
+
+    nuts: int = 500
+    mala: int = 400
+    warmup: int = 200
+    steps: int = 10
+    chains: int = 256
+    many: int = 1024
+    timed: int = 10
+
+
+def ess_and_rhat(draws: dict[str, Tensor]) -> tuple[float, float]:
+    """Worst bulk ESS and R-hat over all coordinates of ``{site: (chains, draws, ...)}``."""
+    data = az.convert_to_dataset({k: v.numpy() for k, v in draws.items()})
+    ess, rhat = az.ess(data), az.rhat(data)
+    return min(float(v.min()) for v in ess.values()), max(float(v.max()) for v in rhat.values())
+
+
+def run(mcmc: Any, args: tuple) -> tuple[float, float]:
+    """ESS per second and R-hat."""
+    begin = time.perf_counter()
+    mcmc.run(*args)
+    seconds = time.perf_counter() - begin
+    ess, rhat = ess_and_rhat(mcmc.get_samples(group_by_chain=True))
+    return ess / seconds, rhat
+
+
+def mala(model: Callable, chains: int, samples: int, warmup: int, steps: int) -> VectorizedMCMC:
+    kernel = ShortRunLangevin(model, steps, adjust=True)
+    return VectorizedMCMC(kernel, samples, warmup, num_chains=chains, disable_progbar=True)
+
+
+def transition_ms(model: Callable, args: tuple, chains: int, budget: Budget) -> float:
+    """Milliseconds per transition, median of draws; set-up left out."""
+    stamps: list[float] = []
+    kernel = ShortRunLangevin(model, budget.steps, adjust=True)
+    mcmc = VectorizedMCMC(
+        kernel,
+        budget.timed,
+        1,
+        num_chains=chains,
+        disable_progbar=True,
+        hook_fn=lambda *_: stamps.append(time.perf_counter()),
+    )
+    mcmc.run(*args)
+    return float(np.median(np.diff(stamps))) / budget.steps * 1000
+
+
+def line(make: Callable[[], Made], budget: Budget) -> str:
+    """One row of the table."""
+    pyro.set_rng_seed(0)
+    model, args = make()
+    one, many = (transition_ms(model, args, c, budget) for c in (1, budget.many))
+    nuts = MCMC(NUTS(model), budget.nuts, budget.warmup, disable_progbar=True)
+    figures = [
+        run(mcmc, args)
+        for mcmc in (
+            nuts,
+            mala(model, 1, budget.mala, budget.warmup, budget.steps),
+            mala(model, budget.chains, budget.mala, budget.warmup, budget.steps),
+        )
+    ]
+    rates = " ".join(f"{rate:9.1f} {rhat:6.3f}" for rate, rhat in figures)
+    return f"{make.__name__:20s} {one:6.2f} {many:7.2f} {many / one:6.2f} {rates}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="seconds only")
+    parser.add_argument("--output", type=Path, help="folder for chains.txt")
+    options = parser.parse_args()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    logging.getLogger("pyro_shortrun").setLevel(logging.ERROR)
+    budget = Budget(5, 5, 5, 2, 8, 16, 3) if options.smoke else Budget()
+    head = f"{'':20s} ms per transition     {'NUTS':>16s} {'MALA, 1 chain':>16s} {f'MALA, {budget.chains}':>16s}"
+    names = f"{'model':20s} {'x1':>6s} {f'x{budget.many}':>7s} {'ratio':>6s}" + 3 * f" {'ESS/s':>9s} {'R-hat':>6s}"
+    table = [head, names]
+    for make in tqdm(MODELS, desc="models"):
+        table.append(line(make, budget))
+    print("\n".join(table))
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "chains.txt").write_text("\n".join(table) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Comparing transforms, which torch does for some classes only."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributions import Transform
+from torch.distributions.transforms import ComposeTransform, IndependentTransform
+
+
+def same_transform(a: Transform, b: Transform) -> bool:
+    """Whether two transforms are the same map. A False may be wrong for classes from elsewhere, a True is not."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, ComposeTransform) and isinstance(b, ComposeTransform):
+        return len(a.parts) == len(b.parts) and all(map(same_transform, a.parts, b.parts))
+    if isinstance(a, IndependentTransform) and isinstance(b, IndependentTransform):
+        dims = a.reinterpreted_batch_ndims == b.reinterpreted_batch_ndims
+        return dims and same_transform(a.base_transform, b.base_transform)
+    if type(a).__eq__ is not Transform.__eq__:
+        return bool(a == b)
+    # A class without parameters: the domain and codomain are the class's, and nothing else hangs on the object.
+    return not any(isinstance(v, (Tensor, Transform, float, list, tuple)) for v in vars(a).values())
