@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.infer import MCMC
-from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
 from .guide import ShortRunGuide
 from .interop import ordinary_autograd, plain
 from .program import Reading, is_computed, is_data, plates_of
-from .sampler import ModelTarget
-from .start import Call
+from .start import Call, init_uniform
+from .target import ModelTarget
 from .validation import check_count
 from .vectorize import map_chains
 from .vectorized import VectorizedMCMC
@@ -25,6 +24,7 @@ from .vectorized import VectorizedMCMC
 _LOGGER = logging.getLogger("pyro_shortrun")
 _AT_ONCE = 2048  # draws
 _RESERVED = {"chain", "draw", "sample"}
+_STATS = {"lp", "log_p", "log_q", "acceptance_rate", "grad_norm", "step_size", "nonfinite", "diverging"}
 
 Draws = dict[str, Tensor]
 
@@ -62,7 +62,9 @@ def to_arviz(
 
     Groups: ``posterior`` (with ``pyro.deterministic`` sites), ``sample_stats``, ``log_likelihood`` (one value per
     observation), ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``. Dimensions are named
-    after the model's plates, whose indices are their coordinates.
+    after the model's plates, whose indices are their coordinates. Names that ArviZ cannot take are changed: ``a/b`` to
+    ``a.b``, and ``chain``, ``draw``, ``sample`` and the statistics' names get ``_site`` or ``_plate``
+    appended.
 
     A guide's draws are independent runs, exported as ``(chain, draw)``, so that R-hat and everything that wants chains
     works. Its ``sample_stats`` hold ``log_q``, the log density of each draw given its noise path, and ``log_p``, the
@@ -87,8 +89,10 @@ def to_arviz(
     :param dims: names of dimensions of a variable, instead of those from plates.
     :raises ValueError: for sources that keep no draws.
     """
+    if num_prior != 0:
+        check_count("num_prior", num_prior)
     posterior = _read(source, plain(args), plain(kwargs), num_samples, num_chains)
-    groups: dict[str, Draws] = {"posterior": dict(posterior.draws), "sample_stats": posterior.stats}
+    groups: dict[str, Draws] = {"posterior": dict(posterior.draws)}
     axes = _Axes()
     if posterior.call is not None:
         model = _Model(posterior.call)
@@ -106,15 +110,18 @@ def to_arviz(
         groups["observed_data"] = model.data
     axes.dims.update({k: list(v) for k, v in (dims or {}).items()})
     axes.coords.update(coords or {})
-    return _from_dict({k: _numpy(v) for k, v in groups.items() if v}, axes)
+    arrays = {k: {_variable(name): _numpy(v) for name, v in group.items()} for k, group in groups.items() if group}
+    if posterior.stats:
+        arrays["sample_stats"] = {k: _numpy(v) for k, v in posterior.stats.items()}
+    return _from_dict(arrays, axes)
 
 
 def _grouped(draws: Draws, shape: torch.Size) -> Draws:
     return {k: v.unflatten(0, tuple(shape)) for k, v in draws.items()}
 
 
-def _numpy(values: Draws) -> dict[str, np.ndarray]:
-    return {k: v.detach().cpu().numpy() for k, v in values.items()}
+def _numpy(value: Tensor) -> np.ndarray:
+    return value.detach().cpu().numpy()
 
 
 # -------------------------------------------------------------------------------------------- where draws come from
@@ -126,6 +133,8 @@ def _read(source: Any, args: tuple, kwargs: dict, num_samples: int, num_chains: 
         check_count("num_chains", num_chains)
         return _of_guide(source, args, kwargs, num_samples, num_chains)
     if isinstance(source, VectorizedMCMC):
+        if not source.has_draws:
+            raise ValueError("this VectorizedMCMC has no draws yet; call mcmc.run(*args) first.")
         target = source.target
         call = target.call if isinstance(target, ModelTarget) else None
         if call is not None and (args or kwargs):
@@ -146,7 +155,7 @@ def _read(source: Any, args: tuple, kwargs: dict, num_samples: int, num_chains: 
 def _bound(model: Callable | None, args: tuple, kwargs: dict) -> Call | None:
     if model is None:
         return None
-    return Call.of(model, args, kwargs, init_to_uniform)
+    return Call.of(model, args, kwargs, init_uniform)
 
 
 def _of_guide(guide: ShortRunGuide, args: tuple, kwargs: dict, num_samples: int, num_chains: int) -> _Posterior:
@@ -195,14 +204,17 @@ class _Model:
         indices = self.call.reading.indices
         axes = _Axes()
         for site in sites:
-            shape, plates = _shape(site), {p.dim: p for p in plates_of(site)}
-            batch = len(site["fn"].batch_shape)
+            plates = {p.dim: p for p in plates_of(site)}
+            # A deterministic site in a plate counts all of its dims as event dims, unless told otherwise.
+            computed = site["name"] in self._computed
+            shape = site["value"].shape if computed else _shape(site)
+            batch = len(shape) if computed else len(site["fn"].batch_shape)
             names = []
             for i, size in enumerate(shape):
                 plate = plates.get(i - batch) if i < batch else None
                 named = plate is not None and plate.size == size
-                names.append(_plate_name(plate.name) if named else f"{site['name']}_dim_{i}")  # type: ignore[union-attr]
-            axes.dims[site["name"]] = names
+                names.append(_plate_name(plate.name) if named else f"{_variable(site['name'])}_dim_{i}")  # type: ignore[union-attr]
+            axes.dims[_variable(site["name"])] = names
             for plate in plates.values():
                 axes.coords[_plate_name(plate.name)] = indices[plate.name].cpu().numpy()
         return axes
@@ -236,7 +248,7 @@ class _Model:
     def simulate(self, draws: Draws, count: int) -> Draws:
         """Every latent, deterministic and data site drawn anew, but for those in ``draws``."""
         latent = [k for k in (s.name for s in self.call.density.layout.sites) if k in draws]
-        names = [*(s.name for s in self.call.density.layout.sites), *self._observed]
+        names = [*(s.name for s in self.call.density.layout.sites), *self._computed, *self._observed]
 
         def draw(*values: Tensor) -> tuple[Tensor, ...]:
             given = dict(zip(latent, values[1:], strict=True))
@@ -266,7 +278,7 @@ class _Model:
         parts = []
         with ordinary_autograd(), torch.no_grad():
             for part in zip(*(x.split(_AT_ONCE) for x in inputs), strict=True):
-                parts.append(map_chains(fn, part, vectorizes, key))
+                parts.append(map_chains(fn, part, vectorizes, key, draws=key == "simulate"))
         return tuple(torch.cat(p) for p in zip(*parts, strict=True))
 
 
@@ -275,7 +287,12 @@ def _shape(site: Any) -> torch.Size:
 
 
 def _plate_name(name: str) -> str:
-    return f"{name}_plate" if name in _RESERVED else name
+    return f"{name}_plate" if name in _RESERVED else name.replace("/", ".")
+
+
+def _variable(name: str) -> str:
+    """A site's name as xarray and NetCDF allow it; ArviZ has one dict of dims for all groups, statistics included."""
+    return f"{name}_site" if name in _RESERVED | _STATS else name.replace("/", ".")
 
 
 # -------------------------------------------------------------------------------------------- ArviZ

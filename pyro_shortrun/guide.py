@@ -291,7 +291,7 @@ class ShortRunGuide(AutoGuide):
             check_latents(self._first, structure, self._start.has_density)
             self._structures[signature] = structure
         structure = self._structures[signature]
-        call = Call(program, bind, reading, LogDensity(program, structure, bind))
+        call = Call(program, bind, reading, LogDensity(program, structure, bind), spare=[reading])
         if self._first is None:
             self._first = structure
             self._start.setup(call.density)

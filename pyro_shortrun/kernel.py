@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
@@ -15,10 +14,11 @@ from .adaptation import Diagonal, Identity, Preconditioner
 from .dynamics import Dynamics, Langevin
 from .interop import ordinary_autograd, plain
 from .objective import Objective, PathDensity
-from .sampler import ModelTarget, PotentialTarget, Sampler, Schedule, ShortRuns, Target, Walk
-from .session import DrawStats, Names, Session
-from .start import Call, FromGuide, Init, Persistent, Prior, Start
+from .sampler import Sampler, Schedule, ShortRuns, Walk
+from .session import DrawStats, Session
+from .start import Call, FromGuide, Init, Persistent, Prior, Start, init_uniform
 from .step_size import StepSize
+from .target import ModelTarget, PotentialTarget, Target
 from .validation import check_count, check_kind, check_start
 
 
@@ -67,7 +67,8 @@ class ShortRunLangevin(MCMCKernel):
     :param persistent: see above; default: the value of ``adjust``.
     :param adjust: see above.
     :param potential_fn: instead of a model, minus the log density over a dict of unconstrained tensors. Needs
-        ``initial_params``; with ``persistent=False``, runs start at ``N(initial_params, 1)``.
+        ``initial_params``; with ``persistent=False``, runs start at ``N(initial_params, 1)``. (The one that Pyro's
+        ``initialize_model`` makes cannot be vectorised over chains; its model can.)
     :param dynamics: a :class:`Dynamics` instead of ``step_size``; default :class:`Langevin`.
     :param start: where runs and chains start: :class:`Prior` (default for short runs), :class:`Init` (default for
         chains: uniform in (-2, 2), as Pyro's kernels), or a guide, which is not trained.
@@ -146,7 +147,7 @@ class ShortRunLangevin(MCMCKernel):
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Bind the model's arguments and open one chain; warm-up is counted from here."""
         self._session = self.open(1, warmup_steps, args, kwargs, self._given)
-        self.transforms = self._session.transforms
+        self.transforms = self._session.target.transforms
         self._params = self._session.params()
 
     @property
@@ -212,7 +213,7 @@ class ShortRunLangevin(MCMCKernel):
         with ordinary_autograd():
             target = self._target(plain(args), plain(kwargs), initial_params)
             sampler = self._sampler(target, warmup_steps, chain_batch_size)
-            session = Session(sampler, warmup_steps, Names(target, self._given_transforms))
+            session = Session(sampler, warmup_steps)
             if num_chains > 1:
                 two = target.start(2).state if initial_params is None else None
                 session.check_vectorizes(two, initial_params)
@@ -223,12 +224,12 @@ class ShortRunLangevin(MCMCKernel):
         if self.model is None:
             if initial is None:
                 raise ValueError("potential_fn needs initial_params: MCMC(kernel, ..., initial_params={name: tensor}).")
-            return PotentialTarget(self.potential_fn, initial)  # type: ignore[arg-type]
+            return PotentialTarget(self.potential_fn, initial, self._given_transforms)  # type: ignore[arg-type]
         if initial is not None and not self.persistent:
             raise ValueError("initial_params have no use where every draw restarts; pass start= to the kernel.")
         start = self._starting()
         # Improper priors cannot be drawn from; a start that does not draw from the prior need not.
-        init = None if isinstance(start, Prior) else init_to_uniform
+        init = None if isinstance(start, Prior) else init_uniform
         target = ModelTarget(Call.of(self.model, args, kwargs, init), start)
         if self.adjust and target.is_subsampled:
             raise ValueError(
@@ -239,7 +240,7 @@ class ShortRunLangevin(MCMCKernel):
 
     def _starting(self) -> Start:
         if self._start is None:
-            return Init(init_to_uniform) if self.persistent else Prior()
+            return Init(init_uniform) if self.persistent else Prior()
         return self._start if isinstance(self._start, Start) else FromGuide(self._start)
 
     def _sampler(self, target: Target, warmup: int, chain_batch_size: int | None) -> Sampler:

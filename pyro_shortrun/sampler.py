@@ -1,13 +1,12 @@
 """Markov chains and repeated short runs, chains as a batch: what :mod:`pyro_shortrun.kernel` drives.
 
-A :class:`Target` is a density with its start; a :class:`Sampler` turns a :class:`State` into the next one, with the
-statistics of the draw.
+A :class:`Sampler` turns a :class:`State` into the next one, with the statistics of the draw.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,122 +15,17 @@ from torch import Tensor
 
 from .adaptation import Adaptation, Preconditioner
 from .chain import Gradients, Runner, run
-from .density import Density, LogDensity, PotentialDensity
+from .density import Density
 from .dynamics import Dynamics, back_off
 from .objective import Objective
-from .start import Call, Drawn, Start
+from .start import Drawn
+from .target import Target
 
-_TRIES = 100
 _LR = 0.05
 _PILOT_ROWS = 16
-_CONSTRAIN_AT_ONCE = 4096  # draws
 
 Schedule = Callable[[int], float]
 Stats = dict[str, Tensor]
-
-
-class Target(ABC):
-    """What is sampled, and from where."""
-
-    density: Density
-
-    def current(self, chains: int) -> Density:
-        """The density for the next evaluation; on a fresh mini-batch per chain where the model subsamples."""
-        return self.density
-
-    @abstractmethod
-    def start(self, chains: int) -> Drawn:
-        """Finite start states."""
-
-    @abstractmethod
-    def constrain(self, u: Tensor) -> dict[str, Tensor]:
-        """Site values ``(chains, *shape)`` of states."""
-
-
-class ModelTarget(Target):
-    """A Pyro model's log joint.
-
-    :raises NotImplementedError: where a latent lies in a subsampled plate.
-    """
-
-    def __init__(self, call: Call, start: Start) -> None:
-        self.call, self._start, self.density = call, start, call.density
-        local = [s.name for s in self.density.layout.sites if s.scale != 1]
-        if local:
-            raise NotImplementedError(
-                f"latent site '{local[0]}' lies in a subsampled plate, and a chain keeps one state per element: use "
-                "the full plate, or ShortRunGuide for local latents in mini-batches."
-            )
-        self._subsampled = call.reading.subsampled
-        start.setup(call.density)
-
-    @property
-    def is_subsampled(self) -> bool:
-        """Whether the density is that of a random mini-batch."""
-        return bool(self._subsampled)
-
-    def current(self, chains: int) -> LogDensity:
-        density = self.call.density
-        if not self._subsampled:
-            return density
-        device = density.structure.device
-        draws = {k: _batches(chains, full, size, device) for k, (full, size) in self._subsampled.items()}
-        return density.on_batches(draws)
-
-    def start(self, chains: int) -> Drawn:
-        drawn = self._start.draw(self.call, chains)
-        for _ in range(_TRIES):
-            bad = ~_finite(drawn)
-            if not bad.any():
-                return Drawn(drawn.state.detach(), drawn.log_q.detach(), drawn.log_density.detach())
-            again = self._start.draw(self.call, chains)
-            drawn = Drawn(
-                torch.where(bad.unsqueeze(-1), again.state, drawn.state),
-                torch.where(bad, again.log_q, drawn.log_q),
-                torch.where(bad, again.log_density, drawn.log_density),
-            )
-        bad_chain = int((~_finite(drawn)).any(1).nonzero()[0])
-        raise ValueError(
-            "the model's log density is not finite at the start of a chain, first at "
-            f"{self.call.density.offender(drawn.state[bad_chain].detach())}: check the data for NaN, the observation's "
-            "support, and the priors, or pass another start, such as start=Init(init_to_median)."
-        )
-
-    def constrain(self, u: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
-            parts = [self.call.density.constrain(part)[0] for part in u.split(_CONSTRAIN_AT_ONCE)]
-        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-
-
-def _finite(drawn: Drawn) -> Tensor:
-    return drawn.log_density.isfinite() & drawn.log_q.isfinite()
-
-
-def _batches(chains: int, full: int, size: int, device: torch.device) -> Tensor:
-    """Independent subsamples without replacement, ``(chains, size)``."""
-    if chains == 1:
-        return torch.randperm(full, device=device)[:size].unsqueeze(0)
-    return torch.rand(chains, full, device=device).topk(size).indices
-
-
-class PotentialTarget(Target):
-    """A ``potential_fn``; runs start at ``N(initial, 1)`` in unconstrained space."""
-
-    def __init__(self, potential_fn: Callable, initial: Mapping[str, Tensor]) -> None:
-        one = {k: v[0] for k, v in initial.items()}
-        self.density = PotentialDensity(potential_fn, one)
-        self._center = self.density.layout.pack(initial)
-
-    def start(self, chains: int) -> Drawn:
-        base = torch.distributions.Normal(self._center, 1.0)
-        u = base.sample()
-        value = self.density(u)
-        if not value.isfinite().all():
-            raise ValueError("potential_fn is not finite at a start drawn from N(initial_params, 1).")
-        return Drawn(u, base.log_prob(u).sum(-1), value.detach())
-
-    def constrain(self, u: Tensor) -> dict[str, Tensor]:
-        return self.density.layout.unpack(u)
 
 
 @dataclass(frozen=True)
@@ -284,7 +178,7 @@ def _stats(state: State, accept: Tensor, nonfinite: Tensor, eta: Tensor) -> Stat
         "acceptance_rate": accept.mean(-1),
         "grad_norm": state.grad.flatten(1).norm(dim=-1),
         "step_size": eta.expand_as(state.u).mean((-1, -2)),
-        "nonfinite": nonfinite.sum(-1),
+        "nonfinite": nonfinite.sum(-1).long(),
     }
 
 

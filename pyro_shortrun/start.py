@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
 from .chain import isolate
 from .density import LogDensity
@@ -31,6 +32,7 @@ class Call:
     bind: Binding
     reading: Reading
     density: LogDensity
+    spare: list[Reading] = field(default_factory=list)  # fresh draws from the prior, to be used once
     isolated: bool = False  # whether the model's parameters must not be reached by gradients
 
     @classmethod
@@ -45,20 +47,15 @@ class Call:
 
     def replicate(self, draw: Callable[[], Any], chains: int, key: str) -> Any:
         """``draw()`` repeated independently along a new leading axis."""
-        return map_chains(lambda _: draw(), (torch.arange(chains),), self.density.structure.vectorizes, key)
+        return map_chains(lambda _: draw(), (torch.arange(chains),), self.density.structure.vectorizes, key, draws=True)
 
     def prior(self, chains: int) -> Tensor:
         """Draws from the prior, ``(chains, rows, size)``."""
-        layout, bind = self.density.layout, self.bind
-        first = layout.pack(self.reading.unconstrained).unsqueeze(0)
-        if chains == 1:
-            return first
-        more = self.replicate(
-            lambda: layout.pack(self.program.draw(bind.args, bind.kwargs, bind.indices, bind.given).unconstrained),
-            chains - 1,
-            "prior",
-        )
-        return torch.cat([first, more])
+        layout = self.density.layout
+        ready = [layout.pack(self.spare.pop().unconstrained).unsqueeze(0) for _ in self.spare[:chains]]
+        if len(ready) < chains:
+            ready.append(self.replicate(self.redraw, chains - len(ready), "prior"))
+        return torch.cat(ready)
 
     def redraw(self) -> Tensor:
         """One more draw from the prior, ``(rows, size)``."""
@@ -292,6 +289,17 @@ class FromGuide(Start):
         if inside and layout.is_arrow:
             term = scale * term
         return layout.sum_to_rows(term, plates)
+
+
+def init_uniform(site: Any) -> Tensor:
+    """Uniform on (-2, 2) in unconstrained space, as Pyro's ``init_to_uniform``, for improper priors too."""
+    fn = site["fn"]
+    transform = biject_to(fn.support)
+    try:
+        like = transform.inv(fn.sample())
+    except NotImplementedError:  # an improper prior
+        like = torch.empty(transform.inverse_shape(fn.shape()))
+    return transform(4 * torch.rand_like(like) - 2)
 
 
 def _unmasked(call: Call, like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,24 @@ _FAILURES = (RuntimeError, NotImplementedError, ValueError, AttributeError, Type
 _LIBRARIES = tuple(str(Path(str(f)).parent) for f in (torch.__file__, pyro.__file__, __file__))
 
 
-def map_chains(fn: Callable, inputs: tuple[Tensor, ...], vectorizes: dict[str, bool], key: str = "density") -> Any:
+def map_chains(
+    fn: Callable,
+    inputs: tuple[Tensor, ...],
+    vectorizes: dict[str, bool],
+    key: str = "density",
+    draws: bool = False,
+) -> Any:
     """``fn`` (to a tensor or a tuple of tensors) over the leading axis of ``inputs``.
 
     By ``vmap``, or one after the other where an operation cannot be vectorised; which of the two is remembered in
     ``vectorizes[key]``.
+
+    :param draws: whether ``fn`` draws random numbers, differently in each call.
     """
     if len(inputs[0]) > 1 and vectorizes.get(key, True):
         try:
-            return _vmap(fn, inputs)
+            with _RandomOutOfPlace() if draws else nullcontext():
+                return _vmap(fn, inputs)
         except _FAILURES as reason:
             vectorizes[key] = False
             _LOGGER.info("chains run one after the other, since vmap failed: %s", reason)
@@ -55,8 +65,9 @@ def _vmap(fn: Callable, inputs: tuple[Tensor, ...]) -> Any:
     with pyro.validation_enabled(False), warnings.catch_warnings():
         # torch itself loops over an operation without a batching rule, and says so.
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        with _RandomOutOfPlace():
-            return torch.func.vmap(fn, randomness="different")(*inputs)
+        # torch.binomial resizes its output under vmap.
+        warnings.filterwarnings("ignore", message="An output with one or more elements was resized")
+        return torch.func.vmap(fn, randomness="different")(*inputs)
 
 
 class _RandomOutOfPlace(TorchFunctionMode):

@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .kernel import ShortRunLangevin
-from .sampler import Target
 from .session import Session
+from .target import Target
 from .validation import check_count, check_kind
 
 
@@ -157,6 +157,11 @@ class VectorizedMCMC:
         """Statistics of the kept draws, ``{name: (num_chains, draws)}``; see
         :class:`~pyro_shortrun.session.DrawStats`."""
         return self._opened().stats()
+
+    @property
+    def has_draws(self) -> bool:
+        """Whether any draw has been kept."""
+        return bool(self._states)
 
     @property
     def target(self) -> Target:

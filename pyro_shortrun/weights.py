@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,8 @@ def weigh(call: Call, drawn: Drawn, result: ShortRun, account: bool) -> Weighted
     frozen = result.info.frozen.sum(-1)
     if not account:
         return WeightedDraws(values, None, None, None, frozen)
-    density = call.density(result.end)
-    log_q = (drawn.log_q - result.increment - jacobian).sum(-1)
-    return WeightedDraws(values, (density - jacobian).sum(-1), log_q, density.sum(-1), frozen)
+    density, layout = call.density(result.end), call.density.layout
+    # Rows of a subsampled plate stand for full_size / size rows each, in log q as in the model's log joint.
+    weight = 1.0 if layout.is_arrow else math.prod(plate.scale for plate in layout.row_plates)
+    log_q = weight * (drawn.log_q - result.increment - jacobian).sum(-1)
+    return WeightedDraws(values, (density - weight * jacobian).sum(-1), log_q, density.sum(-1), frozen)

@@ -401,7 +401,7 @@ def test_save_params_and_json():
     assert json.loads(json.dumps(kernel.logging()))["acc. prob"]
 
 
-def test_potential_fn_draws_what_the_model_draws():
+def test_potential_fn_in_pyros_mcmc():
     args = regression_data()
     start, potential, transforms, _ = initialize_model(regression, model_args=args)
     draws = []
@@ -415,7 +415,6 @@ def test_potential_fn_draws_what_the_model_draws():
         draws.append(mcmc.get_samples())
     assert draws[1]["noise"].min() > 0
     assert all(v.shape == draws[1][k].shape for k, v in draws[0].items())
-    # The order of sites differs, so the noise does; the laws are compared in test_vectorized.
 
 
 def test_kernel_pickles_before_and_after_a_run():
