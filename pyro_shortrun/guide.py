@@ -297,11 +297,12 @@ class ShortRunGuide(AutoGuide):
             self._start.setup(call.density)
             if isinstance(self._start, FromGuide):
                 self._start.draw(call, 1)  # creates a lazily built guide's parameters
-            call.density.warn_if_rows_mix(call.prior(1).detach())
+            call.density.warn_if_rows_mix(structure.layout.pack(reading.unconstrained).unsqueeze(0).detach())
         like = next(iter(reading.unconstrained.values()))
         created = self.dynamics.step_size.setup(structure.layout, self.num_steps, like.detach())
         if created and self._backs_off and self.dynamics.step_size.is_at_init:  # a param store may know better
-            back_off(self.dynamics, lambda: self._pilot_fails(call))
+            pilot = replace(call, spare=[])  # the call's own draw is kept for its run
+            back_off(self.dynamics, lambda: self._pilot_fails(pilot))
         return call
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ class ShortRunLangevin(MCMCKernel):
     The kernel counts warm-up steps itself. Draws, chains in processes, ``StreamingMCMC`` and ``az.from_pyro`` are
     Pyro's; :class:`VectorizedMCMC` runs many chains at once.
 
-    >>> import pyro, pyro.distributions as dist
+    >>> import pyro, pyro.distributions as dist, torch
     >>> from pyro.infer import MCMC
     >>> def model(x):
     ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))

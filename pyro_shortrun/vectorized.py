@@ -26,7 +26,7 @@ class VectorizedMCMC:
     written for batches. They share what warm-up adapts (step size, preconditioner), so that many chains learn it from
     few draws each.
 
-    >>> import pyro, pyro.distributions as dist
+    >>> import pyro, pyro.distributions as dist, torch
     >>> def model(x):
     ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     ...     with pyro.plate("data", len(x)):

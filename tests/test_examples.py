@@ -61,7 +61,7 @@ def snippets(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/chains.md"])
 def test_snippets_run_in_order(name):
     code = "\n".join(snippets(name))
     assert code or name != "README.md"

@@ -137,8 +137,9 @@ class Budget:
 
 def ess_and_rhat(draws: dict[str, Tensor]) -> tuple[float, float]:
     """Worst bulk ESS and R-hat over all coordinates of ``{site: (chains, draws, ...)}``."""
-    data = az.convert_to_dataset({k: v.numpy() for k, v in draws.items()})
-    ess, rhat = az.ess(data), az.rhat(data)
+    arrays = {k: v.numpy() for k, v in draws.items()}
+    halves = {k: np.concatenate(np.array_split(v[:, : v.shape[1] // 2 * 2], 2, axis=1)) for k, v in arrays.items()}
+    ess, rhat = az.ess(az.convert_to_dataset(arrays)), az.rhat(az.convert_to_dataset(halves))  # one chain has halves
     return min(float(v.min()) for v in ess.values()), max(float(v.max()) for v in rhat.values())
 
 
