@@ -16,7 +16,8 @@ from torch import Tensor
 
 _WINDOWS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)  # shares of the warm-up at whose ends the scales are fitted anew
 _POOLED_FROM = 0.4  # before that every chain has a step size of its own, so that stragglers can follow
-_FEWEST = 5  # transitions in a window
+_FEWEST = 20  # draws in a window, and transitions left to find the step size that goes with new scales
+_SHRINKAGE = 4.0  # times dimension: as many draws leave half of the correlations
 
 
 class Scales(ABC):
@@ -178,18 +179,25 @@ class Moments:
         """Add ``(chains, rows, size)`` values; batches are merged as by Chan, Golub, LeVeque 1979."""
         added, mean = len(values), values.mean(0)
         shift, count = mean - self.mean, self.count + added
-        self.scatter = self.scatter + self._square(values - mean).sum(0)
-        self.scatter = self.scatter + self._square(shift) * (self.count * added / count)
+        self.scatter = self.scatter + self._squares(values - mean)
+        self.scatter = self.scatter + self._squares(shift.unsqueeze(0)) * (self.count * added / count)
         self.mean = self.mean + shift * (added / count)
         self.count = count
 
-    def _square(self, x: Tensor) -> Tensor:
-        return x.unsqueeze(-1) * x.unsqueeze(-2) if self.dense else x.square()
+    def _squares(self, x: Tensor) -> Tensor:
+        return torch.einsum("crd,cre->rde", x, x) if self.dense else x.square().sum(0)
 
     @property
     def covariance(self) -> Tensor:
-        """``(rows, size)`` variances or ``(rows, size, size)`` covariances."""
-        return self.scatter / max(self.count - 1, 1)
+        """``(rows, size)`` variances or ``(rows, size, size)`` covariances, these shrunk towards their diagonal.
+
+        Successive draws of a chain are alike, so that the number of draws says too much: shrinkage is strong.
+        """
+        covariance = self.scatter / max(self.count - 1, 1)
+        if not self.dense:
+            return covariance
+        kept = self.count / (self.count + _SHRINKAGE * self.mean.shape[-1])
+        return kept * covariance + (1 - kept) * torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
 
 
 class Adaptation:
@@ -237,7 +245,8 @@ class Adaptation:
         if self._ends:
             self._draws.update(u)
             self._grads.update(grad)
-        if self.done in self._ends and self._draws.count >= _FEWEST:
+        enough = self._draws.count >= _FEWEST and self.total - self.done >= _FEWEST
+        if self.done in self._ends and enough:
             self._refit()
         if self.target is not None and self.done == math.floor(_POOLED_FROM * self.total) and self.log_factor.dim() > 1:
             self.log_factor = self.log_factor.median(0).values

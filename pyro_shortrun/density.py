@@ -131,7 +131,29 @@ class LogDensity(Density):
         return self._each(lambda density, one: density._terms(one, prior=False)[0], u)
 
     def require_vectorization(self, u: Tensor) -> None:
-        self._each(lambda density, one: density._terms(one, prior=False)[0], u, _require)
+        try:
+            self._each(lambda density, one: density._terms(one, prior=False)[0], u, _require)
+        except NotImplementedError as reason:
+            name = self._unvectorizable(u)
+            raise NotImplementedError(f"site '{name}': {reason}" if name else str(reason)) from reason
+
+    def _unvectorizable(self, u: Tensor) -> str | None:
+        """Name of the site whose log-probability vmap cannot take, if it is one."""
+        failed: list[str] = []
+
+        def attempt(density: LogDensity, one: Tensor) -> Tensor:
+            for name, site in density.read(one).trace.nodes.items():
+                if site["type"] == "sample" and not site_is_subsample(site):
+                    failed[:] = [name]
+                    site["fn"].log_prob(site["value"])
+            failed.clear()
+            return one.sum()
+
+        try:
+            self._each(attempt, u, _require)
+        except NotImplementedError:
+            pass
+        return failed[0] if failed else None
 
     def with_start(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """``log pi(u)`` and the prior's log density ``log p(z(u)) + log |dz/du|``, both ``(chains, rows)``."""
@@ -177,29 +199,50 @@ class LogDensity(Density):
 
         return mapper(one_chain, (u, *self._batches.values()), self.structure.vectorizes)
 
+    @torch.no_grad()
+    def is_random(self, u: Tensor) -> bool:
+        """Whether two evaluations at the same states differ, which is warned about."""
+        random = not torch.allclose(self(u), self(u), rtol=1e-4, atol=1e-6, equal_nan=True)
+        if random:
+            warnings.warn(
+                "the model's log density is random (two evaluations at the same latents differ): put dropout "
+                "in eval mode and sample nothing inside the model except through pyro.sample.",
+                stacklevel=2,
+            )
+        return random
+
+    @torch.no_grad()
+    def rows_mix(self, u: Tensor) -> bool:
+        """Whether rows that should be independent change with their neighbours at these states."""
+        if self.layout.rows < 2:
+            return False
+        other = u.clone()
+        other[:, ::2] = u.roll(1, 1)[:, ::2]
+        return not torch.allclose(self(u)[:, 1::2], self(other)[:, 1::2], rtol=1e-3, atol=1e-5, equal_nan=True)
+
     def warn_if_rows_mix(self, u: Tensor) -> None:
         """Warn where the density is random, or where rows that should be independent are not (one chain)."""
-        with torch.no_grad():
-            first, again = self(u), self(u)
-            if not torch.allclose(first, again, rtol=1e-4, atol=1e-6, equal_nan=True):
-                warnings.warn(
-                    "the model's log density is random (two evaluations at the same latents differ): put dropout "
-                    "in eval mode and sample nothing inside the model except through pyro.sample.",
-                    stacklevel=2,
-                )
-            elif self.layout.arrow is not None:
-                self._warn_if_blocks_mix(u, self.layout.arrow)
-            elif self.layout.rows > 1:
-                other = u.clone()
-                other[:, ::2] = u.roll(1, 1)[:, ::2]
-                if not torch.allclose(first[:, 1::2], self(other)[:, 1::2], rtol=1e-3, atol=1e-5, equal_nan=True):
-                    names = ", ".join(f"'{p.name}'" for p in self.layout.row_plates)
-                    warnings.warn(
-                        f"elements of plate {names} influence each other's log density although a plate declares "
-                        "them independent: put batch normalisation in eval mode (every step of a run would also "
-                        "update its running statistics), or remove the plate.",
-                        stacklevel=2,
-                    )
+        if self.is_random(u):
+            return
+        if self.layout.arrow is not None:
+            self._warn_if_blocks_mix(u, self.layout.arrow)
+        elif self.rows_mix(u):
+            warnings.warn(
+                f"elements of plate {self.row_names} influence each other's log density although a plate declares "
+                "them independent: put batch normalisation in eval mode (every step of a run would also "
+                "update its running statistics), or remove the plate.",
+                stacklevel=2,
+            )
+
+    @property
+    def row_names(self) -> str:
+        """The plates whose elements are the rows, for messages."""
+        return ", ".join(f"'{p.name}'" for p in self.layout.row_plates)
+
+    def jointly(self) -> LogDensity:
+        """The same density with all latents in one row."""
+        structure = replace(self.structure, layout=Layout(self.layout.sites, ()), vectorizes={})
+        return LogDensity(self._program, structure, self.bind)
 
     def _warn_if_blocks_mix(self, u: Tensor, arrow: Arrow) -> None:
         """The same for an arrowhead: the Hessian must not connect the first local block to the others."""
@@ -211,9 +254,8 @@ class LogDensity(Density):
         column = self.hessian_product(leaf, grad, create_graph=False)(vector.unsqueeze(0))[0, 0, 0]
         rest = column[arrow.shared + arrow.local :].abs()
         if rest.numel() and rest.max() > 1e-4 * (1 + column[first].abs().max()):
-            names = ", ".join(f"'{p.name}'" for p in self.layout.row_plates)
             warnings.warn(
-                f"elements of plate {names} influence each other's log density although a plate declares them "
+                f"elements of plate {self.row_names} influence each other's log density although a plate declares them "
                 "independent: log q is wrong; remove the plate.",
                 stacklevel=2,
             )
@@ -298,8 +340,15 @@ class LogDensity(Density):
                 term = _marginal(trace, summed, plates_of(site))
             else:
                 continue
-            result[name] = term.reshape(term.shape[max(term.dim() - len(batch), 0) :]).expand(batch)
+            shape = torch.broadcast_shapes(batch, _trimmed(term.shape, batch))
+            result[name] = term.reshape(_trimmed(term.shape, batch)).expand(shape)
         return result
+
+
+def _trimmed(shape: torch.Size, batch: torch.Size) -> torch.Size:
+    """``shape`` without dims of size one to the left of ``batch``, as summing out enumerated sites leaves them."""
+    extra = max(len(shape) - len(batch), 0)
+    return shape[extra:] if shape[:extra].numel() == 1 else shape
 
 
 def _marginal(trace: poutine.Trace, sites: Mapping[str, Site], kept: Iterable[Plate]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.infer import MCMC
+from pyro.infer.mcmc.api import StreamingMCMC
 from torch import Tensor
 
 from .guide import ShortRunGuide
@@ -97,9 +98,13 @@ def to_arviz(
     if posterior.call is not None:
         model = _Model(posterior.call)
         axes = model.axes()
+        missing = [s.name for s in posterior.call.density.layout.sites if s.name not in posterior.draws]
+        if missing:
+            _LOGGER.warning("draws of %s were not kept: nothing that needs them is exported.", missing)
+            log_likelihood = posterior_predictive = False
         shape = next(iter(posterior.draws.values())).shape[:2]
         flat = {k: v.flatten(0, 1) for k, v in posterior.draws.items()}
-        pointwise, computed = model.at(flat)
+        pointwise, computed = ({}, {}) if missing else model.at(flat)
         groups["posterior"] |= _grouped(computed, shape)
         if log_likelihood:
             groups["log_likelihood"] = _grouped(pointwise, shape)
@@ -147,6 +152,8 @@ def _read(source: Any, args: tuple, kwargs: dict, num_samples: int, num_chains: 
             args, kwargs = plain(source._args), plain(source._kwargs)
         call = _bound(getattr(source.kernel, "model", None), args, kwargs)
         return _Posterior(source.get_samples(group_by_chain=True), _pyro_stats(source), call)
+    if isinstance(source, StreamingMCMC):
+        raise ValueError("StreamingMCMC keeps no draws to export; use MCMC or VectorizedMCMC.")
     raise ValueError(
         f"to_arviz takes a ShortRunGuide, a pyro.infer.MCMC or a VectorizedMCMC that has run, got {type(source)!r}."
     )
@@ -196,7 +203,7 @@ class _Model:
         nodes = call.reading.trace.nodes
         self._observed = {k: s for k, s in nodes.items() if is_data(s)}
         self._computed = {k: s for k, s in nodes.items() if is_computed(s)}
-        self.data = {k: s["value"].expand(_shape(s)).detach() for k, s in self._observed.items()}
+        self.data = {k: _observation(s) for k, s in self._observed.items()}
 
     def axes(self) -> _Axes:
         """Names of every site's dimensions, and the indices of plates."""
@@ -207,8 +214,8 @@ class _Model:
             plates = {p.dim: p for p in plates_of(site)}
             # A deterministic site in a plate counts all of its dims as event dims, unless told otherwise.
             computed = site["name"] in self._computed
-            shape = site["value"].shape if computed else _shape(site)
-            batch = len(shape) if computed else len(site["fn"].batch_shape)
+            shape = site["value"].shape if computed else self._shape(site)
+            batch = len(shape) if computed else len(shape) - len(site["fn"].event_shape)
             names = []
             for i, size in enumerate(shape):
                 plate = plates.get(i - batch) if i < batch else None
@@ -218,6 +225,9 @@ class _Model:
             for plate in plates.values():
                 axes.coords[_plate_name(plate.name)] = indices[plate.name].cpu().numpy()
         return axes
+
+    def _shape(self, site: Any) -> torch.Size:
+        return self.data[site["name"]].shape if site["name"] in self.data else _shape(site)
 
     def at(self, draws: Draws) -> tuple[Draws, Draws]:
         """Log-probability of every observation, and deterministic sites, at posterior draws."""
@@ -284,6 +294,12 @@ class _Model:
 
 def _shape(site: Any) -> torch.Size:
     return torch.Size((*site["fn"].batch_shape, *site["fn"].event_shape))
+
+
+def _observation(site: Any) -> Tensor:
+    """Data as wide as their distribution: a plate may be over one number."""
+    value = torch.as_tensor(site["value"]).detach()
+    return value.expand(torch.broadcast_shapes(value.shape, _shape(site)))
 
 
 def _plate_name(name: str) -> str:

@@ -61,6 +61,10 @@ class Dynamics(PyroModule):
         :param product: products with the Hessian of ``log pi`` at ``u``.
         """
 
+    def clipped(self, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
+        """Where :meth:`step` is not the textbook's because a drift was limited, as ``grad``."""
+        return torch.zeros_like(grad, dtype=torch.bool)
+
     @property
     def has_transition_density(self) -> bool:
         """Whether :meth:`log_transition` is defined."""
@@ -126,6 +130,9 @@ class Langevin(Dynamics):
     def step(self, u: Tensor, grad: Tensor, step_size: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
         moved = u + (step_size * scale * grad).clamp(-self.max_drift, self.max_drift)
         return moved + (2 * step_size).sqrt() * noise if self.noise else moved
+
+    def clipped(self, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
+        return (step_size * scale * grad).abs() >= self.max_drift
 
     @property
     def has_transition_density(self) -> bool:

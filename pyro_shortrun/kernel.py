@@ -33,9 +33,10 @@ class ShortRunLangevin(MCMCKernel):
 
     * ``persistent=False`` (default): from a fresh start, so that draws are independent: the papers' short run. Warm-up
       tunes the step size by gradient ascent on the run's bound (``objective``); each warm-up step is one run per chain.
-    * ``persistent=True``: from the last draw: an unadjusted Langevin chain at the step size given. Its stationary law
-      is biased: for ``N(0, 1/lambda)`` the variance is ``1 / (lambda (1 - eta lambda / 2))``. Where the model
-      subsamples a plate, every transition has a mini-batch of its own (SGLD).
+    * ``persistent=True``: from the last draw: an unadjusted Langevin chain at the step size given (a number is halved
+      first where pilot runs find it too large for the model, as in the guide). Its stationary law is biased: for
+      ``N(0, 1/lambda)`` the variance is ``1 / (lambda (1 - eta lambda / 2))``. Where the model subsamples a plate,
+      every transition has a mini-batch of its own (SGLD).
     * ``adjust=True``: a chain whose transitions pass a Metropolis test (MALA), row by row where a plate makes the
       latents independent; asymptotically exact. Warm-up adapts the step size by dual averaging, and a
       ``preconditioner``. With an explicit ``persistent=False`` every draw restarts.
@@ -73,7 +74,7 @@ class ShortRunLangevin(MCMCKernel):
     :param start: where runs and chains start: :class:`Prior` (default for short runs), :class:`Init` (default for
         chains: uniform in (-2, 2), as Pyro's kernels), or a guide, which is not trained.
     :param preconditioner: :class:`Diagonal` (default with ``adjust``), :class:`Dense` or :class:`Identity`.
-    :param target_accept_prob: wanted acceptance rate; 0.574 is optimal for MALA in high dimension.
+    :param target_accept_prob: wanted acceptance rate; default 0.574, optimal for MALA in high dimension.
     :param objective: the bound by which short runs are tuned; default :class:`PathDensity`.
     :param transforms: with ``potential_fn``: transforms from constrained to unconstrained space by name.
     :param compile: reserved; must be False in this version.
@@ -93,7 +94,7 @@ class ShortRunLangevin(MCMCKernel):
         dynamics: Dynamics | None = None,
         start: Start | Callable | None = None,
         preconditioner: Preconditioner | None = None,
-        target_accept_prob: float = 0.574,
+        target_accept_prob: float | None = None,
         objective: Objective | None = None,
         transforms: Mapping[str, Any] | None = None,
         compile: bool = False,
@@ -105,15 +106,17 @@ class ShortRunLangevin(MCMCKernel):
             raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
         if compile:
             raise NotImplementedError("compiled runs are not in this version; leave compile=False.")
-        if not 0 < target_accept_prob < 1:
+        if not isinstance(adjust, bool) or not isinstance(persistent, (bool, type(None))):
+            raise ValueError(f"adjust and persistent must be True or False, got {adjust!r} and {persistent!r}.")
+        if target_accept_prob is not None and not 0 < target_accept_prob < 1:
             raise ValueError(f"target_accept_prob must lie between 0 and 1, got {target_accept_prob!r}.")
         check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
         check_kind("objective", objective, Objective, "PathDensity()")
         check_kind("preconditioner", preconditioner, Preconditioner, "Diagonal()")
         check_start(start)
         self.model, self.potential_fn, self.num_steps = model, potential_fn, num_steps
-        self.adjust, self.persistent = bool(adjust), bool(adjust if persistent is None else persistent)
-        self.target_accept_prob = target_accept_prob
+        self.adjust, self.persistent = adjust, adjust if persistent is None else persistent
+        self.target_accept_prob = 0.574 if target_accept_prob is None else target_accept_prob
         self._schedule = step_size if callable(step_size) and not isinstance(step_size, StepSize) else None
         self._is_guess = dynamics is None and not isinstance(step_size, StepSize)
         guess: Any = 0.1 if step_size is None or self._schedule is not None else step_size
@@ -123,14 +126,20 @@ class ShortRunLangevin(MCMCKernel):
         self.preconditioner = default if preconditioner is None else preconditioner
         self._start = start
         self._given_transforms = transforms
-        self._check_combination()
+        self._check_combination(objective, target_accept_prob)
         self.transforms: dict[str, Any] | None = None
         self._given: dict[str, Tensor] | None = None
         self._session: Session | None = None
         self._params: dict[str, Tensor] = {}
 
-    def _check_combination(self) -> None:
+    def _check_combination(self, objective: Objective | None, target_accept_prob: float | None) -> None:
         chain = self.persistent or self.adjust
+        if chain and objective is not None:
+            raise ValueError("objective tunes short runs: it has no use with persistent=True or adjust=True.")
+        if not self.adjust and target_accept_prob is not None:
+            raise ValueError("target_accept_prob has no use without adjust=True.")
+        if self._given_transforms is not None and self.potential_fn is None:
+            raise ValueError("transforms go with potential_fn; a model has its own.")
         if self.adjust and not self.dynamics.has_transition_density:
             raise ValueError("adjust=True needs dynamics with noise, such as Langevin(0.1).")
         if self._schedule is not None and (self.adjust or not self.persistent):
@@ -268,5 +277,6 @@ class ShortRunLangevin(MCMCKernel):
             preconditioner=self.preconditioner,
             warmup=warmup,
             accept=self.target_accept_prob if self.adjust and learnable else None,
+            guess=self._is_guess and self._schedule is None and not self.adjust and self.model is not None,
             limit=float("inf") if self._is_guess else dynamics.step_size.max,
         )

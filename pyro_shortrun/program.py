@@ -325,7 +325,7 @@ class Program:
         given = {**values, **bind.indices}
         tracer = poutine.trace()
         with _own_dims(), poutine.block(), pyro.validation_enabled(False), tracer:
-            with poutine.uncondition(), _Given(given):
+            with _Replicate(given):
                 self._model(*bind.args, **bind.kwargs)
         nodes = tracer.get_trace().nodes.items()
         return {k: s["value"] for k, s in nodes if s["type"] == "sample" and not site_is_subsample(s)}  # type: ignore
@@ -352,8 +352,8 @@ class Program:
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
 
 
-class _Given(Messenger):
-    """Puts in values, of latents and of subsamples."""
+class _Replicate(Messenger):
+    """Puts in values, of latents and of subsamples, and draws data anew, in the shape that they were observed in."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -362,6 +362,13 @@ class _Given(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] in self.values:
             msg["value"], msg["done"] = self.values[msg["name"]], True
+        elif is_data(msg):
+            batch = msg["fn"].batch_shape
+            seen = torch.as_tensor(msg["value"]).shape
+            wanted = torch.broadcast_shapes(batch, seen[: len(seen) - msg["fn"].event_dim])
+            if wanted != batch:
+                msg["fn"] = msg["fn"].expand(wanted)
+            msg["value"], msg["is_observed"], msg["done"] = None, False, False
 
 
 class _Enumerate(EnumMessenger):

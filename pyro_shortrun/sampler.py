@@ -15,9 +15,8 @@ from torch import Tensor
 
 from .adaptation import Adaptation, Preconditioner
 from .chain import Gradients, Runner, run
-from .density import Density
 from .dynamics import Dynamics, back_off
-from .objective import Objective
+from .objective import Objective, PathDensity
 from .start import Drawn
 from .target import Target
 
@@ -47,6 +46,11 @@ class Sampler(ABC):
         self.target, self.dynamics, self.num_steps = target, dynamics, num_steps
         self._at_once = chain_batch_size
 
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What a saved run must share with the one that goes on from it, in words."""
+
     @abstractmethod
     def draw(self, state: State, warming: bool) -> tuple[State, Stats]:
         """The next draw of every chain and its statistics, each ``(chains,)``."""
@@ -73,6 +77,17 @@ class Sampler(ABC):
         return self.evaluate(self.target.start(chains).state)
 
 
+@torch.no_grad()
+def pilot_fails(target: Target, dynamics: Dynamics, num_steps: int, objective: Objective) -> bool:
+    """Whether more than a quarter of some runs from the start meet a non-finite state or ``eta * curvature >= 1``."""
+    chains = max(1, _PILOT_ROWS // max(target.density.layout.rows, 1))
+    drawn, density = target.start(chains), target.current(chains)
+    eta = dynamics.step_size.forward(density.layout, num_steps)
+    noise = dynamics.draw_noise(num_steps, drawn.state)
+    info = run(Runner(density, dynamics, objective), drawn.state, eta, noise).info
+    return bool((info.frozen | info.singular).float().mean() > 0.25)
+
+
 class Walk(Sampler):
     r"""``num_steps`` transitions per draw, from the last draw or from a fresh start.
 
@@ -82,6 +97,7 @@ class Walk(Sampler):
     :param schedule: step size as a function of the number of transitions made, or None.
     :param restarts: whether every draw begins at a fresh start.
     :param limit: upper bound of the adapted step size.
+    :param guess: whether the step size is a first guess that pilot runs may halve.
     """
 
     def __init__(
@@ -98,17 +114,27 @@ class Walk(Sampler):
         warmup: int,
         accept: float | None,
         limit: float,
+        guess: bool,
     ) -> None:
         super().__init__(target, dynamics, num_steps, chain_batch_size)
         layout, structure = target.density.layout, target.density.structure
         like = torch.zeros(layout.rows, layout.size, dtype=structure.dtype, device=structure.device)
         self.adjust, self.restarts, self.schedule, self.limit = adjust, restarts, schedule, limit
         dynamics.step_size.setup(layout, num_steps, like)
+        if guess:
+            back_off(dynamics, lambda: pilot_fails(target, dynamics, num_steps, PathDensity()))
         self._eta = dynamics.step_size.forward(layout, num_steps).detach()
         self._one = like.new_ones(layout.size)
         restart = 0.5 * max(layout.size, 1) ** (-1 / 3) / self._eta.mean().item()
         self.adaptation = Adaptation(like, warmup * num_steps, accept, preconditioner, restart)
         self.made = 0  # transitions
+
+    @property
+    def kind(self) -> str:
+        name = "adjusted" if self.adjust else "unadjusted"
+        start = "from fresh starts" if self.restarts else "in a chain"
+        preconditioner = type(self.adaptation.preconditioner).__name__
+        return f"{self.num_steps} {name} steps {start}, preconditioner {preconditioner}"
 
     def step_size(self, k: int) -> Tensor:
         """Step size of the ``k``-th step of a draw, broadcastable to ``(rows, size)``."""
@@ -124,7 +150,7 @@ class Walk(Sampler):
         log_uniform = torch.rand(self.num_steps, *state.log_density.shape).to(state.u).log()
         accepted, nonfinite = torch.zeros_like(state.log_density), torch.zeros_like(state.log_density)
         for k in range(self.num_steps):
-            eta = self.step_size(k)
+            eta = self._last_eta = self.step_size(k)
             state, accept, finite = self.transition(state, eta, noise[k], log_uniform[k])
             accepted, nonfinite = accepted + accept, nonfinite + (~finite)
             self.made += 1
@@ -155,6 +181,11 @@ class Walk(Sampler):
             torch.where(rows, new.grad, state.grad),
         )
         return state, accept, finite
+
+    def clipped_share(self, state: State) -> float:
+        """Share of coordinates whose next drift is clipped: a chain with many of them bounces."""
+        pull = self.adaptation.scales.pull(state.grad)
+        return self.dynamics.clipped(pull, self._last_eta, self._one).float().mean().item()
 
     def state_dict(self) -> dict:
         return {"made": self.made, "adaptation": self.adaptation.state_dict()}
@@ -207,46 +238,42 @@ class ShortRuns(Sampler):
         self._objective, self._warmup = objective, warmup
         dynamics.step_size.setup(target.density.layout, num_steps, like)
         if guess and tune:
-            back_off(dynamics, self._pilot_fails)
+            back_off(dynamics, lambda: pilot_fails(target, dynamics, num_steps, objective))
         raw = list(dynamics.step_size.parameters()) if tune and warmup else []
         self._optimiser = torch.optim.Adam(raw, lr=_LR) if raw else None
         self._tuned = 0
 
-    @torch.no_grad()
-    def _pilot_fails(self) -> bool:
-        chains = max(1, _PILOT_ROWS // max(self.target.density.layout.rows, 1))
-        info = self._run(self.target.current(chains), self.target.start(chains), True, Gradients.NONE).info
-        return bool((info.frozen | info.singular).float().mean() > 0.25)
-
-    def _run(self, density: Density, drawn: Drawn, account: bool, gradients: Gradients) -> Any:
-        eta = self.dynamics.step_size.forward(density.layout, self.num_steps)
-        noise = self.dynamics.draw_noise(self.num_steps, drawn.state)
-        return run(Runner(density, self.dynamics, self._objective, account), drawn.state, eta, noise, gradients)
+    @property
+    def kind(self) -> str:
+        return f"short runs of {self.num_steps} steps"
 
     def draw(self, state: State, warming: bool) -> tuple[State, Stats]:
         tunes = warming and self._optimiser is not None
         drawn = self.target.start(len(state.u))
-        ends, frozen, loss = [], [], 0.0
-        parts = [self._split(x) for x in (drawn.state, drawn.log_q, drawn.log_density)]
-        for part in map(Drawn, *parts):
-            density = self.target.current(len(part.state))
-            gradients = Gradients.GUIDE if tunes else Gradients.NONE
-            result = self._run(density, part, tunes, gradients)
+        noise = self.dynamics.draw_noise(self.num_steps, drawn.state)
+        ends, frozen = [], []
+        parts = zip(
+            *map(self._split, (drawn.state, drawn.log_q, drawn.log_density)), self._split(noise, 1), strict=True
+        )
+        for *start, part in parts:
+            begin, density = Drawn(*start), self.target.current(len(start[0]))
+            eta = self.dynamics.step_size.forward(density.layout, self.num_steps)
+            runner = Runner(density, self.dynamics, self._objective, account=tunes)
+            result = run(runner, begin.state, eta, part, Gradients.GUIDE if tunes else Gradients.NONE)
             if tunes:
-                bound = density(result.end) + result.increment - part.log_q
-                loss = loss - self._gradient(bound.sum() / drawn.log_q.numel())
+                bound = density(result.end) + result.increment - begin.log_q
+                self._collect(bound.sum() / drawn.log_q.numel())
             ends.append(result.end.detach())
             frozen.append(result.info.frozen)
         if tunes:
             self._improve()
         return self._record(torch.cat(ends), torch.cat(frozen))
 
-    def _gradient(self, bound: Tensor) -> float:
+    def _collect(self, bound: Tensor) -> None:
         """Adds the gradient of minus the bound to the step sizes' own; nothing else gets any."""
         raw = list(self.dynamics.step_size.parameters())
         for p, g in zip(raw, torch.autograd.grad(-bound, raw), strict=True):
             p.grad = g if p.grad is None else p.grad + g
-        return bound.item()
 
     def _improve(self) -> None:
         assert self._optimiser is not None

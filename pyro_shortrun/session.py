@@ -15,6 +15,8 @@ from .interop import ordinary_autograd
 from .sampler import Sampler, State, Stats, Walk
 from .target import Target
 
+_MUCH_CLIPPED = 0.1  # share of coordinates
+
 
 @dataclass(frozen=True)
 class DrawStats:
@@ -70,11 +72,11 @@ class Session:
 
     def params(self) -> dict[str, Tensor]:
         """Values of the only chain."""
-        return {k: v[0] for k, v in self.target.params(self.state.u).items()}
+        return {k: v[0].clone() for k, v in self.target.params(self.state.u).items()}  # hooks may write into them
 
     def all_params(self) -> dict[str, Tensor]:
         """Values of all chains."""
-        return self.target.params(self.state.u)
+        return {k: v.clone() for k, v in self.target.params(self.state.u).items()}
 
     def draw(self) -> None:
         """One draw of every chain."""
@@ -83,20 +85,29 @@ class Session:
             self.state, stats = self.sampler.draw(self.state, warming)
         self.done += 1
         self._accept = stats["acceptance_rate"].mean().item()
-        self._warn_once(stats)
+        self._warn_once(stats, warming)
         if not warming:
             self._stats.append(stats)
         self._last = stats
 
-    def _warn_once(self, stats: Stats) -> None:
-        adjusted = isinstance(self.sampler, Walk) and self.sampler.adjust
-        if not self._warned and not adjusted and (stats["nonfinite"] > 0).any():
+    def _warn_once(self, stats: Stats, warming: bool) -> None:
+        """A chain without a Metropolis test shows its faults only here."""
+        if self._warned or (isinstance(self.sampler, Walk) and self.sampler.adjust):
+            return
+        bad = int((stats["nonfinite"] > 0).sum())
+        if bad:
             self._warned = True
-            bad = stats["nonfinite"] > 0
             warnings.warn(
-                f"{int(bad.sum())} of {len(bad)} chains met a non-finite density or gradient and stay at their last "
-                "finite state (counted in the statistic 'nonfinite'; this warning is shown once). Use a smaller "
+                f"{bad} of {len(stats['nonfinite'])} chains met a non-finite density or gradient and stay at their "
+                "last finite state (counted in the statistic 'nonfinite'; this warning is shown once). Use a smaller "
                 "step_size, or adjust=True.",
+                stacklevel=4,
+            )
+        elif isinstance(self.sampler, Walk) and not warming and self.sampler.clipped_share(self.state) > _MUCH_CLIPPED:
+            self._warned = True
+            warnings.warn(
+                "drifts are clipped at max_drift: the step size is too large, the chains bounce, and their law is not "
+                "the posterior's (this warning is shown once). Use a smaller step_size, or adjust=True.",
                 stacklevel=4,
             )
 
@@ -114,11 +125,30 @@ class Session:
     def state_dict(self) -> dict:
         """Everything a continued run needs: tensors, numbers, lists and dicts."""
         state = {k: getattr(self.state, k).clone() for k in ("u", "log_density", "grad")}
-        return {"done": self.done, "state": state, "stats": self.stats(), "sampler": self.sampler.state_dict()}
+        return {
+            "kind": self.sampler.kind,
+            "done": self.done,
+            "state": state,
+            "stats": self.stats(),
+            "sampler": self.sampler.state_dict(),
+        }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self.done, self.state = saved["done"], State(**saved["state"])
+        """Go on from :meth:`state_dict`.
+
+        :raises ValueError: where the sampler is another one, or the density at the saved state is not the saved one.
+        """
+        if saved["kind"] != self.sampler.kind:
+            raise ValueError(
+                f"the saved run is of {saved['kind']}, this one of {self.sampler.kind}: use the same kernel."
+            )
+        if saved["state"]["u"].shape != self.state.u.shape:
+            raise ValueError("the saved chains have another shape than this model's; resume with the same model.")
+        state = State(**saved["state"])
+        here = self.sampler.evaluate(state.u).log_density
+        if not (self.target.is_subsampled or torch.allclose(here, state.log_density, rtol=1e-3, atol=1e-3)):
+            raise ValueError("the saved chains have another log density here: resume with the same model and data.")
+        self.done, self.state = saved["done"], state
         self.sampler.load_state_dict(saved["sampler"])
         kept = max(self.done - self.warmup_steps, 0)
         self._stats = [{k: v[:, i] for k, v in saved["stats"].items()} for i in range(kept)]

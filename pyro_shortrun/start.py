@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ class Call:
         bind = Binding(args, kwargs, reading.indices, {}, program.enum_dim(reading))
         density = LogDensity(program, read_structure(program, reading, bind), bind)
         return cls(program, bind, reading, density)
+
+    def jointly(self) -> Call:
+        """The same call with all latents in one row."""
+        return replace(self, density=self.density.jointly(), spare=[])
 
     def replicate(self, draw: Callable[[], Any], chains: int, key: str) -> Any:
         """``draw()`` repeated independently along a new leading axis."""

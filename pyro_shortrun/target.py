@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,9 @@ from .density import Density, LogDensity, PotentialDensity
 from .start import Call, Drawn, Start, init_uniform
 from .transforms import same_transform
 
+_LOGGER = logging.getLogger("pyro_shortrun")
 _TRIES = 100
+_PROBES = 8
 _CONSTRAIN_AT_ONCE = 4096  # draws
 
 
@@ -21,6 +24,11 @@ class Target(ABC):
     """What is sampled, and from where."""
 
     density: Density
+
+    @property
+    def is_subsampled(self) -> bool:
+        """Whether the density is that of a random mini-batch."""
+        return False
 
     def current(self, chains: int) -> Density:
         """The density for the next evaluation; on a fresh mini-batch per chain where the model subsamples."""
@@ -31,8 +39,8 @@ class Target(ABC):
         """Finite start states."""
 
     @abstractmethod
-    def constrain(self, u: Tensor) -> dict[str, Tensor]:
-        """Site values ``(chains, *shape)`` of states."""
+    def constrain(self, u: Tensor, at_once: int | None = None) -> dict[str, Tensor]:
+        """Site values ``(chains, *shape)`` of states, computed ``at_once`` states at a time."""
 
     @property
     @abstractmethod
@@ -61,16 +69,16 @@ class ModelTarget(Target):
     """
 
     def __init__(self, call: Call, start: Start) -> None:
-        self.call, self._start, self.density = call, start, call.density
+        self._start, self._subsampled = start, call.reading.subsampled
+        self.call = _with_true_rows(call, start)
+        self.density = self.call.density
         local = [s.name for s in self.density.layout.sites if s.scale != 1]
         if local:
             raise NotImplementedError(
                 f"latent site '{local[0]}' lies in a subsampled plate, and a chain keeps one state per element: use "
                 "the full plate, or ShortRunGuide for local latents in mini-batches."
             )
-        self._subsampled = call.reading.subsampled
         self._transforms = _fixed_transforms(call)
-        start.setup(call.density)
 
     @property
     def transforms(self) -> dict[str, Any]:
@@ -99,7 +107,6 @@ class ModelTarget(Target):
 
     @property
     def is_subsampled(self) -> bool:
-        """Whether the density is that of a random mini-batch."""
         return bool(self._subsampled)
 
     def current(self, chains: int) -> LogDensity:
@@ -129,9 +136,9 @@ class ModelTarget(Target):
             "support, and the priors, or pass another start, such as start=Init(init_to_median)."
         )
 
-    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+    def constrain(self, u: Tensor, at_once: int | None = None) -> dict[str, Tensor]:
         with torch.no_grad():
-            parts = [self.call.density.constrain(part)[0] for part in u.split(_CONSTRAIN_AT_ONCE)]
+            parts = [self.call.density.constrain(part)[0] for part in u.split(at_once or _CONSTRAIN_AT_ONCE)]
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
@@ -141,11 +148,30 @@ def _fixed_transforms(call: Call) -> dict[str, Any]:
     return {k: t.inv for k, t in call.reading.transforms.items() if same_transform(t, other[k])}
 
 
+def _with_true_rows(call: Call, start: Start) -> Call:
+    """The call, with all latents in one row where elements of a plate influence each other in spite of the plate."""
+    start.setup(call.density)
+    states = start.draw(call, _PROBES).state.detach()
+    if call.density.is_random(states) or not call.density.rows_mix(states):
+        return call
+    _LOGGER.warning(
+        "elements of plate %s influence each other's log density although a plate declares them independent: they "
+        "are moved, and accepted, together.",
+        call.density.row_names,
+    )
+    return call.jointly()
+
+
 def check_params(params: Mapping[str, Tensor], shapes: Mapping[str, tuple]) -> None:
-    """Refuse initial params that lack a site or have another shape than ``(chains, *shape)``."""
+    """Refuse initial params that are not ``(chains, *shape)`` floating-point tensors of just these sites."""
+    unknown = sorted(set(params) - set(shapes))
+    if unknown:
+        raise ValueError(f"initial_params name '{unknown[0]}', which is not one of the sites {sorted(shapes)}.")
     for name, shape in shapes.items():
         if name not in params:
             raise ValueError(f"initial_params lack the site '{name}'.")
+        if not (isinstance(params[name], Tensor) and params[name].is_floating_point()):
+            raise ValueError(f"initial_params['{name}'] must be a floating-point tensor, got {params[name]!r}.")
         if tuple(params[name].shape[1:]) != shape:
             raise ValueError(
                 f"initial_params['{name}'] has shape {tuple(params[name].shape)} but must be "
@@ -159,8 +185,6 @@ def _finite(drawn: Drawn) -> Tensor:
 
 def _batches(chains: int, full: int, size: int, device: torch.device) -> Tensor:
     """Independent subsamples without replacement, ``(chains, size)``."""
-    if chains == 1:
-        return torch.randperm(full, device=device)[:size].unsqueeze(0)
     return torch.rand(chains, full, device=device).topk(size).indices
 
 
@@ -190,6 +214,6 @@ class PotentialTarget(Target):
             raise ValueError("potential_fn is not finite at a start drawn from N(initial_params, 1).")
         return Drawn(u, base.log_prob(u).sum(-1), value.detach())
 
-    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+    def constrain(self, u: Tensor, at_once: int | None = None) -> dict[str, Tensor]:
         values = self.density.layout.unpack(u)
         return {k: self._transforms[k].inv(v) if k in self._transforms else v for k, v in values.items()}

@@ -96,6 +96,7 @@ class VectorizedMCMC:
         self._states: list[Tensor] = []
         self._samples: dict[str, Tensor] | None = None
         self._saved: Mapping[str, Any] | None = None
+        self._rng: dict[str, Tensor] = {}
 
     @poutine.block
     def run(self, *args: Any, **kwargs: Any) -> None:
@@ -114,8 +115,11 @@ class VectorizedMCMC:
                 self._restore(session, self._saved)
             total = self.warmup_steps + self.num_samples
             with tqdm(total=total, initial=session.done, disable=self.disable_progbar, mininterval=0.5) as bar:
-                while session.done < total:
-                    self._advance(session, bar)
+                try:
+                    while session.done < total:
+                        self._advance(session, bar)
+                finally:  # as it was after the last draw, whatever else draws before the state is saved
+                    self._rng = _random_state(session.state.u.device)
 
     def _advance(self, session: Session, bar: Any) -> None:
         warming = session.done < self.warmup_steps
@@ -141,7 +145,7 @@ class VectorizedMCMC:
     def _grouped(self) -> dict[str, Tensor]:
         if self._samples is None:
             states = self.unconstrained()
-            values = self._opened().target.constrain(states.flatten(0, 1))
+            values = self._opened().target.constrain(states.flatten(0, 1), self.chain_batch_size)
             self._samples = {k: v.unflatten(0, states.shape[:2]) for k, v in values.items()}
         return self._samples
 
@@ -199,13 +203,10 @@ class VectorizedMCMC:
         session = self._opened()
         empty = session.state.u.new_zeros(self.num_chains, 0, *session.state.u.shape[1:])
         states = torch.stack(self._states, 1) if self._states else empty
-        rng = {"cpu": torch.get_rng_state()}
-        if session.state.u.is_cuda:
-            rng["cuda"] = torch.cuda.get_rng_state(session.state.u.device)
         return {
             "states": states,
             "session": session.state_dict(),
-            "rng": rng,
+            "rng": self._rng,
             "num_chains": self.num_chains,
             "warmup_steps": self.warmup_steps,
         }
@@ -223,8 +224,6 @@ class VectorizedMCMC:
         self._saved = state
 
     def _restore(self, session: Session, saved: Mapping[str, Any]) -> None:
-        if session.state.u.shape != saved["session"]["state"]["u"].shape:
-            raise ValueError("the saved chains have another shape than this model's; resume with the same model.")
         session.load_state_dict(saved["session"])
         self._states = list(saved["states"].unbind(1))
         torch.set_rng_state(saved["rng"]["cpu"])
@@ -236,3 +235,8 @@ class VectorizedMCMC:
         if self._session is None:
             raise RuntimeError("call run(*args) first.")
         return self._session
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state

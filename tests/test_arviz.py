@@ -978,3 +978,29 @@ def test_netcdf_round_trip(kind, tmp_path):
             np.testing.assert_array_equal(back[group][name].values, variable.values)
             for dim in variable.dims:
                 assert coord(back, group, name, dim) == coord(out, group, name, dim)
+
+
+def test_observations_without_a_plate():
+    def free(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    out = export(free, data())
+    assert out["log_likelihood"]["x"].shape[2:] == data().shape
+    exact = dist.Normal(get(out, "posterior", "loc").unsqueeze(-1), 1.0).log_prob(data())
+    torch.testing.assert_close(get(out, "log_likelihood", "x"), exact)
+    assert len(get(out, "posterior_predictive", "x")[0, 0].unique()) == len(data())
+
+
+def test_sites_that_were_not_kept(caplog):
+    mcmc = MCMC(ShortRunLangevin(model, 2, adjust=True), 4, 2, save_params=[], disable_progbar=True)
+
+    def two(x: Tensor) -> None:
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+        model(x)
+
+    mcmc = MCMC(ShortRunLangevin(two, 2, adjust=True), 4, 2, save_params=["other"], disable_progbar=True)
+    mcmc.run(data())
+    out = to_arviz(mcmc)
+    assert set(out["posterior"].data_vars) == {"other"} and "not kept" in caplog.text
+    assert "log_likelihood" not in groups(out) and "sample_stats" in groups(out)

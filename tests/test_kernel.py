@@ -21,6 +21,7 @@ from pyro_shortrun import (
     Identity,
     Init,
     Langevin,
+    PathDensity,
     Persistent,
     Prior,
     ShortRunLangevin,
@@ -222,7 +223,12 @@ def test_moments_are_those_of_all_values():
             moments.update(batch)
         for row in range(2):
             wanted = torch.cov(batches[:, :, row].flatten(0, 1).T)
-            torch.testing.assert_close(moments.covariance[row], wanted if dense else wanted.diagonal())
+            found = moments.scatter[row] / (moments.count - 1)
+            torch.testing.assert_close(found, wanted if dense else wanted.diagonal())
+        shrunk = moments.covariance
+        torch.testing.assert_close(shrunk.diagonal(dim1=-2, dim2=-1), moments.scatter.diagonal(dim1=-2, dim2=-1) / 27)
+        if dense:  # 28 draws in 3 dimensions
+            torch.testing.assert_close(shrunk[:, 0, 1], moments.scatter[:, 0, 1] / 27 * 28 / (28 + 4 * 3))
 
 
 def test_scales_of_a_gaussian_are_exact_from_unconverged_chains():
@@ -457,6 +463,10 @@ def test_nothing_reaches_the_parameter_store_or_the_users_dynamics():
         (dict(model=gaussian, start=Persistent()), "persistent=True"),
         (dict(model=gaussian, start=3), "start must be"),
         (dict(potential_fn=scalar(1.0), start=Prior()), "start needs a model"),
+        (dict(model=gaussian, adjust="False"), "must be True or False"),
+        (dict(model=gaussian, adjust=True, objective=PathDensity()), "objective tunes short runs"),
+        (dict(model=gaussian, target_accept_prob=0.6), "without adjust=True"),
+        (dict(model=gaussian, transforms={}), "transforms go with potential_fn"),
     ],
 )
 def test_constructor_refuses(options, message):
@@ -498,8 +508,14 @@ def test_setup_refuses():
     kernel.initial_params = {"z": torch.zeros(4)}
     with pytest.raises(ValueError, match=r"initial_params\['z'\] has shape"):
         kernel.setup(0)
-    kernel.initial_params = {"y": torch.zeros(3)}
+    kernel.initial_params = {}
     with pytest.raises(ValueError, match="lack the site 'z'"):
+        kernel.setup(0)
+    kernel.initial_params = {"z": torch.zeros(3), "y": torch.zeros(3)}
+    with pytest.raises(ValueError, match="'y', which is not one of the sites"):
+        kernel.setup(0)
+    kernel.initial_params = {"z": torch.zeros(3, dtype=torch.long)}
+    with pytest.raises(ValueError, match="must be a floating-point tensor"):
         kernel.setup(0)
     with pytest.raises(RuntimeError, match="setup"):
         ShortRunLangevin(gaussian).sample({})
@@ -548,3 +564,95 @@ def test_preconditioners_and_starts_run(preconditioner):
     mcmc = quiet(kernel, 3, 40, 4)
     mcmc.run()
     assert mcmc.get_samples()["z"].isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------ what the review found
+
+
+def walk_in_a_plate() -> None:
+    plate = pyro.plate("t", 6)
+    with plate:
+        e = pyro.sample("e", dist.Normal(0.0, 1.0))
+    z = e.cumsum(-1)
+    with plate:
+        pyro.sample("x", dist.Normal(z, 0.3), obs=torch.arange(6.0))
+
+
+def threshold() -> None:
+    with pyro.plate("data", 2):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("f", -3.0 * ((z > 0).all()).to(z.dtype))
+
+
+def test_rows_that_influence_each_other_are_moved_together(caplog):
+    cumulative = torch.ones(6, 6).tril()
+    precision = torch.eye(6) + cumulative.T @ cumulative / 0.09
+    mean = torch.linalg.solve(precision, cumulative.T @ torch.arange(6.0) / 0.09)
+    sd = torch.linalg.inv(precision).diagonal().sqrt()
+    mcmc = quiet(ShortRunLangevin(walk_in_a_plate, 10, adjust=True, preconditioner=Dense()), 100, 100, 64)
+    mcmc.run()
+    e = mcmc.get_samples()["e"]
+    assert ((e.mean(0) - mean).abs() < 0.1 * sd).all() and ((e.std(0) / sd - 1).abs() < 0.1).all()
+    assert "elements of plate 't' influence each other" in caplog.text
+
+
+def test_coupling_without_a_gradient_is_found():
+    mcmc = quiet(ShortRunLangevin(threshold, 5, adjust=True), 100, 60, 128)
+    mcmc.run()
+    share = (mcmc.get_samples()["z"] > 0).all(-1).float().mean().item()
+    exact = 0.25 * math.exp(-3) / (0.75 + 0.25 * math.exp(-3))
+    assert abs(share - exact) < 0.006
+
+
+def test_dropout_is_warned_about():
+    dropout = torch.nn.Dropout(0.5)
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(dropout(z).sum(), 1.0), obs=torch.tensor(1.0))
+
+    with pytest.warns(UserWarning, match="log density is random"):
+        ShortRunLangevin(model, adjust=True).setup(0)
+
+
+def stiff() -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 20):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.ones(20))
+
+
+def test_too_large_a_step_is_backed_off_or_warned_about(caplog):
+    """Curvature 21: at eta = 0.1 the chain bounces between the limits of the drift."""
+    mcmc = quiet(ShortRunLangevin(stiff, 5, 0.1, persistent=True), 200, 20, 32)
+    mcmc.run()
+    assert "too large for this model" in caplog.text
+    eta = mcmc.sample_stats["step_size"][0, 0]
+    wanted = 1 / (21 * (1 - eta * 21 / 2))
+    assert abs(mcmc.get_samples()["loc"].var() / wanted - 1) < 0.15
+    insisting = ShortRunLangevin(stiff, 50, StepSize(0.2, learnable=False), persistent=True)
+    with pytest.warns(UserWarning, match="the chains bounce"):
+        quiet(insisting, 2, 5, 4).run()
+
+
+@pytest.mark.parametrize("warmup", [20, 200])
+def test_dense_preconditioner_survives_few_draws(warmup):
+    """Fifty dimensions, one chain, one step per draw: no scale is wrong by more than a factor of a few."""
+    sd = torch.logspace(-2, 1, 50)
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(50), sd).to_event(1))
+
+    mcmc = quiet(ShortRunLangevin(model, 1, adjust=True, preconditioner=Dense()), 200, warmup)
+    mcmc.run()
+    assert mcmc.sample_stats["acceptance_rate"].mean() > (0.1 if warmup > 100 else 0.01)
+    factor = mcmc._session.sampler.adaptation.factor[0] / sd.unsqueeze(-1)
+    assert torch.linalg.svdvals(factor).max() < 6
+
+
+def test_hooks_may_write_into_params():
+    def spoil(kernel, params, stage, i) -> None:
+        params["w"].fill_(1000.0)
+
+    kernel = ShortRunLangevin(regression, 2, adjust=True)
+    MCMC(kernel, 4, 2, hook_fn=spoil, disable_progbar=True).run(*regression_data())
+    assert kernel._session.state.u.abs().max() < 100

@@ -12,7 +12,7 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from zoo import CASES, EXTRA
 
-from pyro_shortrun import Dense, Diagonal, Init, ShortRunLangevin, StepSize, VectorizedMCMC
+from pyro_shortrun import Dense, Diagonal, Init, ShortRunLangevin, StepSize, VectorizedMCMC, to_arviz
 from pyro_shortrun.start import Call
 
 
@@ -57,14 +57,28 @@ def test_every_model_of_the_zoo_vectorizes(case):
         torch.testing.assert_close(grad[i : i + 1], slope)
 
 
+def halves(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("schools", len(y), subsample_size=2) as index:
+        pyro.sample("y", dist.Normal(mu, 10.0), obs=y[index])
+
+
+BATCHED = {
+    "short runs": lambda: ShortRunLangevin(schools, 3, 0.05),
+    "adjusted": lambda: ShortRunLangevin(schools, 3, adjust=True),
+    "mini-batches": lambda: ShortRunLangevin(halves, 3, 0.05, persistent=True),
+}
+
+
 @pytest.mark.parametrize("size", [1, 3, 5, 100])
-def test_batches_of_chains_change_nothing(size):
+@pytest.mark.parametrize("name", BATCHED)
+def test_batches_of_chains_change_nothing(name, size):
     draws = []
     for batch in (None, size):
         pyro.set_rng_seed(3)
-        mcmc = vectorized(ShortRunLangevin(schools, 3, adjust=True), 4, 6, 5, chain_batch_size=batch)
+        mcmc = vectorized(BATCHED[name](), 4, 6, 5, chain_batch_size=batch)
         mcmc.run(data())
-        draws.append(mcmc.get_samples()["theta"])
+        draws.append(mcmc.get_samples()["mu"])
     torch.testing.assert_close(draws[1], draws[0], rtol=1e-6, atol=1e-8)
 
 
@@ -121,6 +135,15 @@ def test_operation_that_cannot_be_vectorised_is_named(model, line):
     with pytest.raises(NotImplementedError, match=r"cannot be vectorised over chains at `.*" + line):
         mcmc.run()
     vectorized(ShortRunLangevin(model, 2, adjust=True), 5, 5, 1).run()  # one chain needs no vmap
+
+
+def test_site_that_cannot_be_vectorised_is_named():
+    def model() -> None:
+        logits = pyro.sample("logits", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("counts", dist.Multinomial(5, logits=logits), obs=torch.tensor([1.0, 2.0, 2.0]))
+
+    with pytest.raises(NotImplementedError, match="site 'counts': the model cannot be vectorised"):
+        vectorized(ShortRunLangevin(model, 2, adjust=True), 5, 5, 2).run()
 
 
 # ------------------------------------------------------------------------------------------ resume
@@ -185,10 +208,30 @@ def test_a_longer_run_begins_with_the_saved_draws():
         vectorized(KERNELS["diagonal"](), 6, 5, 3).load_state_dict(short.state_dict())
     with pytest.raises(ValueError, match="num_chains=3, this one 4"):
         vectorized(KERNELS["diagonal"](), 12, 5, 4).load_state_dict(short.state_dict())
-    other = vectorized(ShortRunLangevin(gaussian, 3, adjust=True), 12, 5, 3)
-    other.load_state_dict(short.state_dict())
-    with pytest.raises(ValueError, match="same model"):
-        other.run()
+    for kernel, args, message in (
+        (ShortRunLangevin(gaussian, 3, adjust=True), (), "same model"),
+        (KERNELS["diagonal"](), (data() + 10.0,), "same model and data"),
+        (KERNELS["dense"](), (data(),), "preconditioner Diagonal, this one of .* Dense"),
+        (KERNELS["short runs"](), (data(),), "this one of short runs"),
+    ):
+        other = vectorized(kernel, 12, 5, 3)
+        other.load_state_dict(short.state_dict())
+        with pytest.raises(ValueError, match=message):
+            other.run(*args)
+
+
+def test_random_numbers_drawn_before_saving_change_nothing():
+    pyro.set_rng_seed(5)
+    whole = vectorized(KERNELS["diagonal"](), 12, 5, 3)
+    whole.run(data())
+    pyro.set_rng_seed(5)
+    short = vectorized(KERNELS["diagonal"](), 7, 5, 3)
+    short.run(data())
+    torch.randn(10), short.get_samples(5), to_arviz(short)
+    longer = vectorized(KERNELS["diagonal"](), 12, 5, 3)
+    longer.load_state_dict(short.state_dict())
+    longer.run(data())
+    assert torch.equal(longer.unconstrained(), whole.unconstrained())
 
 
 # ------------------------------------------------------------------------------------------ Pyro's interface
