@@ -636,7 +636,8 @@ def test_too_large_a_step_is_backed_off_or_warned_about(caplog):
 
 @pytest.mark.parametrize("warmup", [20, 200])
 def test_dense_preconditioner_survives_few_draws(warmup):
-    """Fifty dimensions, one chain, one step per draw: no scale is wrong by more than a factor of a few."""
+    """Fifty dimensions, one chain, one step per draw: 20 draws are too few to fit anything, 200 make no scale wrong by
+    more than a factor of a few."""
     sd = torch.logspace(-2, 1, 50)
 
     def model() -> None:
@@ -644,9 +645,12 @@ def test_dense_preconditioner_survives_few_draws(warmup):
 
     mcmc = quiet(ShortRunLangevin(model, 1, adjust=True, preconditioner=Dense()), 200, warmup)
     mcmc.run()
-    assert mcmc.sample_stats["acceptance_rate"].mean() > (0.1 if warmup > 100 else 0.01)
-    factor = mcmc._session.sampler.adaptation.factor[0] / sd.unsqueeze(-1)
-    assert torch.linalg.svdvals(factor).max() < 6
+    factor = mcmc._session.sampler.adaptation.factor[0]
+    if warmup == 20:
+        assert torch.equal(factor, torch.eye(50))
+    else:
+        assert torch.linalg.svdvals(factor / sd.unsqueeze(-1)).max() < 6
+        assert mcmc.sample_stats["acceptance_rate"].mean() > 0.1
 
 
 def test_hooks_may_write_into_params():

@@ -5,7 +5,8 @@
     python examples/benchmarks/posteriordb.py --smoke                 # seconds, on made-up data, without a reference
 
 One line per posterior. `mean` is the largest error of a posterior mean in reference standard deviations, `sd` the
-largest relative error of a standard deviation; ESS (bulk) and R-hat are ArviZ's, the worst over parameters.
+largest relative error of a standard deviation; ESS (bulk) and R-hat are ArviZ's, the worst over parameters. A row is good
+if the mean is within 0.1, the sd within 15 % and R-hat below 1.01.
 """
 
 from __future__ import annotations
@@ -64,17 +65,17 @@ def sample(posterior: Posterior, data: dict, budget: Budget, dense: bool) -> tup
     return {k: v.numpy() for k, v in draws.items()}, seconds
 
 
-def line(name: str, draws: Arrays, reference: Arrays | None, seconds: float) -> str:
-    """One row of the table."""
+def line(name: str, draws: Arrays, reference: Arrays | None, seconds: float) -> tuple[str, bool]:
+    """One row of the table, and whether it is good."""
     dataset = az.convert_to_dataset(draws)
     rhat = max(float(v) for v in az.rhat(dataset).values())
     ess = min(float(v) for v in az.ess(dataset).values())
-    errors = "      -       -"
+    errors, good = "      -       -", False
     if reference is not None:
         mean = max(abs(draws[k].mean() - r.mean()) / r.std() for k, r in reference.items())
         sd = max(abs(draws[k].std() / r.std() - 1) for k, r in reference.items())
-        errors = f"{mean:7.3f} {sd:7.3f}"
-    return f"{name:42s} {len(draws):3d} {errors} {rhat:7.4f} {ess:7.0f} {seconds:7.1f}"
+        errors, good = f"{mean:7.3f} {sd:7.3f}", mean < 0.1 and sd < 0.15 and rhat < 1.01
+    return f"{name:42s} {len(draws):3d} {errors} {rhat:7.4f} {ess:7.0f} {seconds:7.1f}", good
 
 
 def made_up() -> dict:
@@ -97,15 +98,18 @@ def main() -> None:
     if options.smoke:
         posterior = POSTERIORS["sblri-blr"]
         draws, seconds = sample(posterior, made_up(), Budget(4, 20, 20, 2), options.dense)
-        table.append(line("made-up regression", draws, None, seconds))
+        table.append(line("made-up regression", draws, None, seconds)[0])
     elif options.data is None:
         parser.error("--data is needed: the folder with load_data.py and posteriordb/ (or --smoke)")
     else:
-        loader = load(options.data)
+        loader, good = load(options.data), []
         for name in tqdm(options.only or list(POSTERIORS), desc="posteriors"):
             known = loader.posterior(name)
             draws, seconds = sample(POSTERIORS[name], known["data"], Budget(), options.dense)
-            table.append(line(name, draws, known["draws"], seconds))
+            row, is_good = line(name, draws, known["draws"], seconds)
+            table.append(row)
+            good.append(is_good)
+        table.append(f"good: {sum(good)} of {len(good)}")
     print("\n".join(table))
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
