@@ -5,8 +5,8 @@
     python examples/benchmarks/posteriordb.py --smoke                 # seconds, on made-up data, without a reference
 
 One line per posterior. `mean` is the largest error of a posterior mean in reference standard deviations, `sd` the
-largest relative error of a standard deviation; ESS (bulk) and R-hat are ArviZ's, the worst over parameters. A row is good
-if the mean is within 0.1, the sd within 15 % and R-hat below 1.01.
+largest relative error of a standard deviation; ESS (bulk) and R-hat are ArviZ's, the worst over parameters. A row is
+good if the mean is within 0.1, the sd within 15 % and R-hat below 1.01.
 """
 
 from __future__ import annotations
