@@ -196,7 +196,7 @@ class Moments:
         covariance = self.scatter / max(self.count - 1, 1)
         if not self.dense:
             return covariance
-        kept = self.count / (self.count + _SHRINKAGE * self.mean.shape[-1])
+        kept = self.count**2 / (self.count**2 + (_SHRINKAGE * self.mean.shape[-1]) ** 2)
         return kept * covariance + (1 - kept) * torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
 
 

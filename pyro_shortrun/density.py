@@ -128,6 +128,9 @@ class LogDensity(Density):
 
     def __call__(self, u: Tensor) -> Tensor:
         """``log pi(u)``, ``(chains, rows)``."""
+        return self._eager(u)
+
+    def _eager(self, u: Tensor) -> Tensor:
         return self._each(lambda density, one: density._terms(one, prior=False)[0], u)
 
     def require_vectorization(self, u: Tensor) -> None:
@@ -154,6 +157,10 @@ class LogDensity(Density):
         except NotImplementedError:
             pass
         return failed[0] if failed else None
+
+    def expect(self, u: Tensor, value: Tensor) -> None:
+        """Told ``log pi(u)`` as a run of the model gave it; a compiled density checks itself by it."""
+        return None
 
     def with_start(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """``log pi(u)`` and the prior's log density ``log p(z(u)) + log |dz/du|``, both ``(chains, rows)``."""
@@ -202,7 +209,7 @@ class LogDensity(Density):
     @torch.no_grad()
     def is_random(self, u: Tensor) -> bool:
         """Whether two evaluations at the same states differ, which is warned about."""
-        random = not torch.allclose(self(u), self(u), rtol=1e-4, atol=1e-6, equal_nan=True)
+        random = not torch.allclose(self._eager(u), self._eager(u), rtol=1e-4, atol=1e-6, equal_nan=True)
         if random:
             warnings.warn(
                 "the model's log density is random (two evaluations at the same latents differ): put dropout "
@@ -218,7 +225,8 @@ class LogDensity(Density):
             return False
         other = u.clone()
         other[:, ::2] = u.roll(1, 1)[:, ::2]
-        return not torch.allclose(self(u)[:, 1::2], self(other)[:, 1::2], rtol=1e-3, atol=1e-5, equal_nan=True)
+        here, there = self._eager(u), self._eager(other)
+        return not torch.allclose(here[:, 1::2], there[:, 1::2], rtol=1e-3, atol=1e-5, equal_nan=True)
 
     def warn_if_rows_mix(self, u: Tensor) -> None:
         """Warn where the density is random, or where rows that should be independent are not (one chain)."""

@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from .chain import Gradients, RunInfo, Runner, ShortRun, isolate, run
-from .density import LogDensity
+from .compiled import Compiler, density_of
 from .dynamics import Dynamics, Langevin, back_off
 from .interop import emit, ordinary_autograd, outer_shape, plain, values_of_other_parts, without_model
 from .objective import Objective, PathDensity
@@ -87,7 +87,9 @@ class ShortRunGuide(AutoGuide):
         computing them is most of the cost; ``guide.eval()`` makes every log q exact. Every call in training mode
         counts, also each of an ELBO's ``num_particles`` if they are not vectorised.
     :param full_gradient: see above.
-    :param compile: reserved; must be False in this version.
+    :param compile: whether the log density and its gradient are traced and compiled (a few seconds per new shape), so
+        that Pyro is not in the loop; steps that are being tuned still run eagerly. A model that cannot be traced runs
+        eagerly with a logged warning.
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
     :raises ValueError: for arguments out of range, and at the first call for models that short runs cannot infer;
         the message names the site and the remedy.
@@ -112,8 +114,6 @@ class ShortRunGuide(AutoGuide):
         check_count("tune_every", tune_every)
         if dynamics is not None and step_size is not None:
             raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
-        if compile:
-            raise NotImplementedError("compiled runs are not in this version; leave compile=False.")
         check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
         check_kind("objective", objective, Objective, "PathDensity()")
         check_start(start)
@@ -130,6 +130,7 @@ class ShortRunGuide(AutoGuide):
         self._first: Structure | None = None
         self._conditioned: tuple[tuple, dict] | None = None
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
+        self._compiler = Compiler() if compile else None
         self._calls = 0
         self._warned = self._told = False
         self.register_buffer("_carried", torch.zeros(()), persistent=False)
@@ -291,7 +292,7 @@ class ShortRunGuide(AutoGuide):
             check_latents(self._first, structure, self._start.has_density)
             self._structures[signature] = structure
         structure = self._structures[signature]
-        call = Call(program, bind, reading, LogDensity(program, structure, bind), spare=[reading])
+        call = Call(program, bind, reading, density_of(program, structure, bind, self._compiler), spare=[reading])
         if self._first is None:
             self._first = structure
             self._start.setup(call.density)
@@ -375,6 +376,7 @@ class ShortRunGuide(AutoGuide):
         with silent:
             step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
             drawn = self._draw_start(replace(call, isolated=gradients is Gradients.GUIDE), chains, gradients)
+            call.density.expect(drawn.state, drawn.log_density)
         noise = self.dynamics.draw_noise(self.num_steps, drawn.state)
         runner = Runner(call.density, self.dynamics, self.objective, account)
         result = run(runner, drawn.state, step_size, noise, gradients, keep_states)

@@ -11,6 +11,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from .adaptation import Diagonal, Identity, Preconditioner
+from .compiled import Compiler
 from .dynamics import Dynamics, Langevin
 from .interop import ordinary_autograd, plain
 from .objective import Objective, PathDensity
@@ -77,7 +78,8 @@ class ShortRunLangevin(MCMCKernel):
     :param target_accept_prob: wanted acceptance rate; default 0.574, optimal for MALA in high dimension.
     :param objective: the bound by which short runs are tuned; default :class:`PathDensity`.
     :param transforms: with ``potential_fn``: transforms from constrained to unconstrained space by name.
-    :param compile: reserved; must be False in this version.
+    :param compile: whether the log density and its gradient are traced and compiled, as in :class:`ShortRunGuide`; for
+        models.
     :raises ValueError: for arguments out of range or that exclude each other, and at set-up for a density that is not
         finite at the start.
     """
@@ -104,8 +106,6 @@ class ShortRunLangevin(MCMCKernel):
         check_count("num_steps", num_steps)
         if dynamics is not None and step_size is not None:
             raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
-        if compile:
-            raise NotImplementedError("compiled runs are not in this version; leave compile=False.")
         if not isinstance(adjust, bool) or not isinstance(persistent, (bool, type(None))):
             raise ValueError(f"adjust and persistent must be True or False, got {adjust!r} and {persistent!r}.")
         if target_accept_prob is not None and not 0 < target_accept_prob < 1:
@@ -127,6 +127,7 @@ class ShortRunLangevin(MCMCKernel):
         self._start = start
         self._given_transforms = transforms
         self._check_combination(objective, target_accept_prob)
+        self._compiler = Compiler() if compile else None
         self.transforms: dict[str, Any] | None = None
         self._given: dict[str, Tensor] | None = None
         self._session: Session | None = None
@@ -239,7 +240,7 @@ class ShortRunLangevin(MCMCKernel):
         start = self._starting()
         # Improper priors cannot be drawn from; a start that does not draw from the prior need not.
         init = None if isinstance(start, Prior) else init_uniform
-        target = ModelTarget(Call.of(self.model, args, kwargs, init), start)
+        target = ModelTarget(Call.of(self.model, args, kwargs, init), start, self._compiler)
         if self.adjust and target.is_subsampled:
             raise ValueError(
                 "adjust=True would accept by the likelihood of a mini-batch, which is not exact: use the full plate, "

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ class _Reader(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         name = msg["name"]
+        if self.free is not None:
+            msg["fn"] = _unvalidated(msg["fn"])
         if site_is_subsample(msg):
             if msg["value"] is None and name in self.indices:
                 msg["value"] = self.indices[name]
@@ -110,6 +113,18 @@ class _Reader(Messenger):
             transform = biject_to(msg["fn"].support)
         self.transforms[msg["name"]] = transform
         return transform
+
+
+def _unvalidated(fn: Any) -> Any:
+    """A distribution that was built to check its values (before this run, as a module's priors are) without checks:
+    they cost time in every step, and cannot be traced."""
+    if not getattr(fn, "_validate_args", False):
+        return fn
+    fn = copy.copy(fn)
+    fn._validate_args = False
+    if isinstance(getattr(fn, "base_dist", None), Distribution):
+        fn.base_dist = _unvalidated(fn.base_dist)
+    return fn
 
 
 def _is_discrete(msg: Site) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .compiled import Compiler, density_of
 from .density import Density, LogDensity, PotentialDensity
 from .start import Call, Drawn, Start, init_uniform
 from .transforms import same_transform
@@ -68,10 +70,12 @@ class ModelTarget(Target):
     :raises NotImplementedError: where a latent lies in a subsampled plate.
     """
 
-    def __init__(self, call: Call, start: Start) -> None:
+    def __init__(self, call: Call, start: Start, compiler: Compiler | None = None) -> None:
         self._start, self._subsampled = start, call.reading.subsampled
-        self.call = _with_true_rows(call, start)
-        self.density = self.call.density
+        call = _with_true_rows(call, start)
+        density = density_of(call.program, call.density.structure, call.bind, compiler)
+        self.call = replace(call, density=density)
+        self.density: LogDensity = self.call.density
         local = [s.name for s in self.density.layout.sites if s.scale != 1]
         if local:
             raise NotImplementedError(
@@ -122,6 +126,7 @@ class ModelTarget(Target):
         for _ in range(_TRIES):
             bad = ~_finite(drawn)
             if not bad.any():
+                self.density.expect(drawn.state, drawn.log_density)
                 return Drawn(drawn.state.detach(), drawn.log_q.detach(), drawn.log_density.detach())
             again = self._start.draw(self.call, chains)
             drawn = Drawn(

@@ -90,11 +90,6 @@ def test_dynamics_has_its_own_step_size():
         ShortRunGuide(local, step_size=0.1, dynamics=Langevin(0.1))
 
 
-def test_compiled_runs_are_refused():
-    with pytest.raises(NotImplementedError, match="compile=False"):
-        ShortRunGuide(local, compile=True)
-
-
 @pytest.mark.parametrize(
     "make,name",
     [

@@ -1,0 +1,207 @@
+"""Compiled evaluation: equal to the eager one for every model, and never stale."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor, nn
+from zoo import CASES, EXTRA, Case
+
+from pyro_shortrun import Langevin, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
+from pyro_shortrun.compiled import CompiledDensity, Compiler, density_of
+from pyro_shortrun.start import Call
+
+
+def traced(call: Call, compiler: Compiler | None = None) -> CompiledDensity:
+    """The density through a traced graph, which is run without inductor: quick to make."""
+    compiler = Compiler("eager") if compiler is None else compiler
+    density = density_of(call.program, call.density.structure, call.bind, compiler)
+    assert isinstance(density, CompiledDensity)
+    return density
+
+
+def short(model: Callable, compile: bool, **options) -> ShortRunGuide:
+    dynamics = Langevin(StepSize(0.01, learnable=False))
+    guide = ShortRunGuide(model, num_steps=3, dynamics=dynamics, compile=compile, **options)
+    if compile:
+        guide._compiler = Compiler("eager")
+    return guide
+
+
+def draws(guide: ShortRunGuide, *args, num_samples: int = 4) -> dict[str, Tensor]:
+    pyro.set_rng_seed(1)
+    return guide.sample_posterior(*args, num_samples=num_samples)
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Our own warnings: dynamo logs its traces too."""
+    return [r.getMessage() for r in caplog.records if r.name == "pyro_shortrun" and r.levelno >= logging.WARNING]
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES + EXTRA, ids=lambda c: c.name)
+@pytest.mark.parametrize("chains", [1, 4])
+def test_graph_gives_value_and_gradient(case: Case, chains: int, caplog):
+    model, args = case.make()
+    call = Call.of(model, args, {})
+    u = call.prior(chains).detach()
+    density = traced(call)
+    value, grad = density.value_and_grad(u)
+    wanted, slope = call.density.value_and_grad(u)
+    torch.testing.assert_close(value, wanted)
+    torch.testing.assert_close(grad, slope)
+    with torch.no_grad():
+        torch.testing.assert_close(density(u), wanted)
+    assert len(density._compiler._graphs) == 2 and not warned(caplog)
+
+
+@pytest.mark.parametrize("name", ["eight_schools", "vae", "mixture"])
+def test_inductor_gives_what_eager_gives(name):
+    case = next(c for c in CASES + EXTRA if c.name == name)
+    model, args = case.make()
+    call = Call.of(model, args, {})
+    u = call.prior(4).detach()
+    density = traced(call, Compiler())
+    value, grad = density.value_and_grad(u)
+    wanted, slope = call.density.value_and_grad(u)
+    torch.testing.assert_close(value, wanted)
+    torch.testing.assert_close(grad, slope)
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+
+def generator(decoder: Decoder) -> Callable:
+    def model(x: Tensor, size: int | None = None, scale: float = 1.0) -> None:
+        pyro.module("decoder", decoder)
+        width = pyro.param("width", torch.tensor(0.5), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x), subsample_size=size) as index:
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), scale).to_event(1))
+            pyro.sample("x", dist.Normal(decoder.layer(z), width).to_event(1), obs=x[index])
+
+    return model
+
+
+def test_changes_of_data_parameters_shapes_and_numbers_are_seen():
+    """One guide, one cache of graphs; after each change the draws are the eager ones."""
+    decoder = Decoder()
+    model, x = generator(decoder), torch.randn(6, 3)
+    compiled, eager = short(model, True), short(model, False)
+
+    def check(*args) -> None:
+        assert_same(draws(compiled, *args), draws(eager, *args))
+
+    check(x)
+    first = len(compiled._compiler._graphs)
+    check(torch.randn(6, 3))
+    with torch.no_grad():
+        decoder.layer.weight.mul_(3.0)
+        decoder.layer.bias.add_(1.0)
+    check(x)
+    pyro.get_param_store()["width"] = torch.tensor(0.2)
+    check(x)
+    with torch.no_grad():
+        pyro.get_param_store()._params["width"].add_(0.7)
+    check(x)
+    assert len(compiled._compiler._graphs) == first  # nothing but tensors changed
+    check(torch.randn(9, 3))
+    check(x, None, 0.3)
+    assert len(compiled._compiler._graphs) == 3 * first
+
+
+def test_mini_batches_are_inputs():
+    decoder = Decoder()
+    model, x = generator(decoder), torch.randn(20, 3)
+    options = dict(create_plates=lambda x, size: pyro.plate("data", len(x), subsample_size=size))
+    compiled, eager = short(model, True, **options), short(model, False, **options)
+    for seed in range(3):
+        results = []
+        for guide in (compiled, eager):
+            pyro.set_rng_seed(seed)
+            results.append(guide.sample_posterior(x, 5, num_samples=2))
+        assert_same(*results)
+    assert len(compiled._compiler._graphs) == 2
+
+
+def test_a_graph_that_went_stale_in_another_way_is_made_anew(caplog):
+    outside = {"shift": torch.tensor(0.0), "scale": 1.0}
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z + outside["shift"], outside["scale"]), obs=x.sum())
+
+    compiled, eager = short(model, True), short(model, False)
+    x = torch.tensor([1.0, 2.0, -1.0])
+    assert_same(draws(compiled, x), draws(eager, x))
+    outside["shift"] = torch.tensor(5.0)
+    assert_same(draws(compiled, x), draws(eager, x))
+    outside["scale"] = 2.0  # a number in the trace
+    assert_same(draws(compiled, x), draws(eager, x))
+    assert not warned(caplog)
+
+
+def test_a_model_that_cannot_be_traced_runs_eagerly_and_says_so_once(caplog):
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        loc = z if z > 0 else 2 * z
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    compiled, eager = short(model, True), short(model, False)
+    x = torch.tensor(1.0)
+    for _ in range(2):
+        assert_same(draws(compiled, x, num_samples=1), draws(eager, x, num_samples=1))
+    assert len(warned(caplog)) == 1 and "compile=True has no effect" in warned(caplog)[0]
+
+
+def test_training_gives_the_eager_losses():
+    """Tuned and untuned calls mixed; weights move in between."""
+    losses = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        decoder = Decoder()
+        guide = ShortRunGuide(generator(decoder), num_steps=3, step_size=StepSize(0.05), tune_every=2, compile=compile)
+        if compile:
+            guide._compiler = Compiler("eager")
+        svi = SVI(guide.model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+        pyro.set_rng_seed(1)
+        losses.append([svi.step(torch.ones(4, 3)) for _ in range(6)])
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(persistent=True, step_size=0.01), dict(adjust=True)], ids=str)
+def test_kernels(options):
+    x = torch.randn(6, 3)
+    results = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        kernel = ShortRunLangevin(generator(Decoder()), 3, compile=compile, **options)
+        if compile:
+            kernel._compiler = Compiler("eager")
+        mcmc = VectorizedMCMC(kernel, 3, 3, num_chains=4, disable_progbar=True)
+        mcmc.run(x)
+        results.append(mcmc.get_samples())
+        assert not compile or kernel._compiler._graphs
+    assert_same(*results)
+
+
+def test_pickles_without_graphs():
+    guide = short(generator(Decoder()), True)
+    draws(guide, torch.randn(6, 3))
+    copy = pickle.loads(pickle.dumps(guide._compiler))
+    assert copy.backend == "eager" and not copy._graphs
