@@ -10,6 +10,7 @@ call: a graph that has gone stale in another way is traced anew.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,8 +107,10 @@ class Compiler:
             return None
         if key not in self._graphs:
             try:
-                graph = trace(fn, inputs, live, self.backend)
-                graph.bind(live)(*inputs)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # inductor's own
+                    graph = trace(fn, inputs, live, self.backend)
+                    graph.bind(live)(*inputs)
             except Exception as reason:  # make_fx, dynamo and inductor raise whatever they meet
                 self.give_up(reason)
                 return None

@@ -1,9 +1,10 @@
 """What chains cost, and effective samples per second of MALA and of Pyro's NUTS on six models.
 
-    python examples/benchmarks/chains.py             # about six minutes on one core
+    python examples/benchmarks/chains.py             # about eight minutes on one core
     python examples/benchmarks/chains.py --smoke     # seconds, to see that it runs
 
-`x1`, `x1024`: milliseconds of one MALA transition of 1 and of 1024 chains, and their ratio. ESS/s: bulk effective
+`x1`, `x1024`: milliseconds of one MALA transition of 1 and of 1024 chains, and their ratio, with `compile=False` and
+with `compile=True` (compiling itself not counted); all else is with `compile=False`. ESS/s: bulk effective
 sample size of the worst coordinate (ArviZ's estimator for all) over the wall time of warm-up and sampling together, for
 NUTS (one chain), and for MALA with a diagonal or a dense preconditioner in one chain or 256. R-hat is ArviZ's, of split
 chains (one chain: of its halves), the worst of all coordinates.
@@ -161,10 +162,10 @@ def mala(model: Callable, chains: int, preconditioner: Preconditioner, budget: B
     return VectorizedMCMC(kernel, budget.mala, budget.warmup, num_chains=chains, disable_progbar=True)
 
 
-def transition_ms(model: Callable, args: tuple, chains: int, budget: Budget) -> float:
+def transition_ms(model: Callable, args: tuple, chains: int, compile: bool, budget: Budget) -> float:
     """Milliseconds per transition, median of draws; set-up left out."""
     stamps: list[float] = []
-    kernel = ShortRunLangevin(model, budget.steps, adjust=True)
+    kernel = ShortRunLangevin(model, budget.steps, adjust=True, compile=compile)
     mcmc = VectorizedMCMC(
         kernel,
         budget.timed,
@@ -181,7 +182,7 @@ def line(make: Callable[[], Made], budget: Budget) -> str:
     """One row of the table."""
     pyro.set_rng_seed(0)
     model, args = make()
-    one, many = (transition_ms(model, args, c, budget) for c in (1, budget.many))
+    costs = [transition_ms(model, args, c, compile, budget) for compile in (False, True) for c in (1, budget.many)]
     nuts = MCMC(NUTS(model), budget.nuts, budget.warmup, disable_progbar=True)
     figures = [
         run(mcmc, args)
@@ -193,7 +194,8 @@ def line(make: Callable[[], Made], budget: Budget) -> str:
         )
     ]
     rates = " ".join(f"{rate:9.1f} {rhat:6.3f}" for rate, rhat in figures)
-    return f"{make.__name__:20s} {one:6.2f} {many:7.2f} {many / one:6.2f} {rates}"
+    pairs = " ".join(f"{one:5.2f} {many:5.2f} {many / one:5.1f}" for one, many in (costs[:2], costs[2:]))
+    return f"{make.__name__:18s} {pairs} {rates}"
 
 
 def main() -> None:
@@ -206,10 +208,11 @@ def main() -> None:
     logging.getLogger("pyro_shortrun").setLevel(logging.ERROR)
     budget = Budget(5, 5, 5, 2, 8, 16, 3) if options.smoke else Budget()
     columns = ["NUTS", "dense x1", f"diagonal x{budget.chains}", f"dense x{budget.chains}"]
-    head = f"{'':20s} {'ms per transition':21s}" + "".join(f" {c:>16s}" for c in columns)
-    names = f"{'model':20s} {'x1':>6s} {f'x{budget.many}':>7s} {'ratio':>6s}" + 4 * f" {'ESS/s':>9s} {'R-hat':>6s}"
+    head = f"{'':18s} {'ms/step, eager':>17s} {'ms/step, compiled':>17s}" + "".join(f" {c:>16s}" for c in columns)
+    costs = 2 * f" {'x1':>5s} {f'x{budget.many}':>5s} {'ratio':>5s}"
+    names = f"{'model':18s}" + costs + 4 * f" {'ESS/s':>9s} {'R-hat':>6s}"
     table = [head, names]
-    for make in tqdm(MODELS, desc="models"):
+    for make in tqdm(MODELS[:2] if options.smoke else MODELS, desc="models"):
         table.append(line(make, budget))
     print("\n".join(table))
     if options.output is not None:
