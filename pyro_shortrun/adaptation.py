@@ -145,7 +145,8 @@ class Dense(Preconditioner):
         return DenseScales(factor)
 
     def fit(self, draws: Tensor, grads: Tensor, previous: Tensor) -> Tensor:
-        # In units in which the diagonal is one, so that eigenvalues are not lost to rounding.
+        # In double precision, and in units in which the diagonal is one, so that eigenvalues are not lost to rounding.
+        dtype, draws, grads, previous = draws.dtype, draws.double(), grads.double(), previous.double()
         unit = (draws.diagonal(dim1=-2, dim2=-1) / grads.diagonal(dim1=-2, dim2=-1)).pow(0.25)
         outer = unit.unsqueeze(-1) * unit.unsqueeze(-2)
         known = (outer.isfinite() & (outer > 0)).all(-1, keepdim=True).all(-2, keepdim=True)
@@ -154,7 +155,7 @@ class Dense(Preconditioner):
         root, inverse = _power(grads, 0.5), _power(grads, -0.5)
         mean = inverse @ _power(root @ draws @ root, 0.5) @ inverse
         factor, failed = torch.linalg.cholesky_ex(mean * outer)
-        return torch.where(known & (failed == 0).reshape(-1, 1, 1), factor, previous)
+        return torch.where(known & (failed == 0).reshape(-1, 1, 1), factor, previous).to(dtype)
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:

@@ -292,7 +292,7 @@ def test_few_draws_have_no_diagnostics():
         mcmc.summary()
 
 
-def test_potential_fn_draws_what_the_model_draws():
+def test_potential_fn_draws_what_the_model_draws(dtype):
     """The same density, start and random numbers give the same draws."""
     y, start = data(), {"mu": torch.randn(6), "tau": torch.randn(6), "theta": torch.randn(6, 5)}
 
@@ -319,7 +319,8 @@ def test_potential_fn_draws_what_the_model_draws():
         kernel.open = seeded  # type: ignore[method-assign]
         mcmc.run(*([data()] if kernel.model else []))
         ends.append(mcmc.unconstrained())
-    torch.testing.assert_close(ends[0], ends[1])
+    tolerance = 1e-8 if dtype is torch.float64 else 1e-2  # rounding grows along a chain
+    torch.testing.assert_close(ends[0], ends[1], rtol=tolerance, atol=tolerance)
 
 
 def test_potential_fn_of_pyro_runs_in_one_chain():
