@@ -90,7 +90,9 @@ class Preconditioner(ABC):
     minimiser of the Fisher divergence (Seyboldt, Carlson, Carpenter 2024).
     """
 
-    dense = False
+    def moments(self, like: Tensor) -> Moments:
+        """An empty record of what :meth:`fit` needs."""
+        return Moments(like)
 
     @abstractmethod
     def initial(self, like: Tensor) -> Tensor:
@@ -136,7 +138,8 @@ class Dense(Preconditioner):
     """The whole covariance of a row, ``L L^T = cov(grad)^-1 # cov(u)`` (geometric mean): for correlated posteriors of
     up to some hundred coordinates."""
 
-    dense = True
+    def moments(self, like: Tensor) -> Moments:
+        return CrossMoments(like)
 
     def initial(self, like: Tensor) -> Tensor:
         return torch.diag_embed(torch.ones_like(like))
@@ -166,15 +169,12 @@ def _power(matrix: Tensor, exponent: float) -> Tensor:
 
 
 class Moments:
-    """Running mean and (co)variance over chains and draws, per row.
+    """Running mean and variance of every coordinate over chains and draws."""
 
-    :param dense: whether whole covariances are kept.
-    """
-
-    def __init__(self, like: Tensor, dense: bool) -> None:
-        self.dense, self.count = dense, 0
+    def __init__(self, like: Tensor) -> None:
+        self.count = 0
         self.mean = torch.zeros_like(like)
-        self.scatter = torch.zeros_like(torch.diag_embed(like) if dense else like)
+        self.scatter = self._squares(self.mean.unsqueeze(0))
 
     def update(self, values: Tensor) -> None:
         """Add ``(chains, rows, size)`` values; batches are merged as by Chan, Golub, LeVeque 1979."""
@@ -186,17 +186,27 @@ class Moments:
         self.count = count
 
     def _squares(self, x: Tensor) -> Tensor:
-        return torch.einsum("crd,cre->rde", x, x) if self.dense else x.square().sum(0)
+        return x.square().sum(0)
 
     @property
     def covariance(self) -> Tensor:
-        """``(rows, size)`` variances or ``(rows, size, size)`` covariances, these shrunk towards their diagonal.
+        """Variances, ``(rows, size)``."""
+        return self.scatter / max(self.count - 1, 1)
+
+
+class CrossMoments(Moments):
+    """The same with the covariances within a row."""
+
+    def _squares(self, x: Tensor) -> Tensor:
+        return torch.einsum("crd,cre->rde", x, x)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariances, ``(rows, size, size)``, shrunk towards their diagonal.
 
         Successive draws of a chain are alike, so that the number of draws says too much: shrinkage is strong.
         """
-        covariance = self.scatter / max(self.count - 1, 1)
-        if not self.dense:
-            return covariance
+        covariance = super().covariance
         kept = self.count**2 / (self.count**2 + (_SHRINKAGE * self.mean.shape[-1]) ** 2)
         return kept * covariance + (1 - kept) * torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
 
@@ -229,8 +239,8 @@ class Adaptation:
 
     def _begin_window(self) -> None:
         self._averaging = DualAveraging(prox_center=self.log_factor + math.log(10))
-        self._draws = Moments(self._like, self.preconditioner.dense)
-        self._grads = Moments(self._like, self.preconditioner.dense)
+        self._draws = self.preconditioner.moments(self._like)
+        self._grads = self.preconditioner.moments(self._like)
 
     def update(self, u: Tensor, grad: Tensor, accept_prob: Tensor) -> None:
         """Told state and gradient ``(chains, rows, size)`` after a transition, and ``(chains, rows)`` acceptance."""

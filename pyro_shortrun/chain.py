@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .density import Density
 from .dynamics import Dynamics
 from .objective import Objective
+from .potential import Density
 
 
 class Gradients(Enum):

@@ -27,6 +27,7 @@ from .program import Binding, Program
 from .structure import Structure
 
 _LOGGER = logging.getLogger("pyro_shortrun")
+_GRAPHS_AT_MOST = 64
 _LOOPED_AT_MOST = 8  # chains whose copies of the model may stand side by side in one graph
 
 Role = Hashable
@@ -105,6 +106,9 @@ class Compiler:
         """The graph of ``fn``, made if need be; None where the model cannot be traced, which is warned about once."""
         if self._eager:
             return None
+        if key not in self._graphs and len(self._graphs) >= _GRAPHS_AT_MOST:
+            self.give_up(f"its shapes or other arguments changed more than {_GRAPHS_AT_MOST} times")
+            return None
         if key not in self._graphs:
             try:
                 with warnings.catch_warnings():
@@ -125,7 +129,9 @@ class Compiler:
         """Run eagerly from now on."""
         self._eager = True
         text = str(reason).strip().split("\n")[0]
-        _LOGGER.warning("compile=True has no effect: the model cannot be traced and runs eagerly (%s).", text)
+        _LOGGER.warning(
+            "compile=True has no effect: the model runs eagerly, as it cannot be traced or compiled (%s).", text
+        )
 
     def __getstate__(self) -> dict:
         return {"backend": self.backend, "_graphs": {}, "_eager": False}

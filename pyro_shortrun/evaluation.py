@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .density import bind_model
+from .start import Call
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def importance_log_likelihood(
     :param rounds: rounds, the last one included.
     :raises ValueError: where a site is missing from ``draws`` or there are too few of them.
     """
-    density = bind_model(model, args, kwargs)
+    density = Call.of(model, args, kwargs).density
     thinned = [s.name for s in density.layout.sites if s.scale != 1]
     if thinned:
         raise ValueError(f"latent sites {thinned} lie in a subsampled plate: evaluate on the full plate.")

@@ -11,8 +11,8 @@ from torch import Tensor
 from .logdet import Automatic, LogDet
 
 if TYPE_CHECKING:
-    from .density import Density
     from .dynamics import Dynamics
+    from .potential import Density
 
 
 class Accounted(NamedTuple):

@@ -22,6 +22,7 @@ from .target import Target
 
 _LR = 0.05
 _PILOT_ROWS = 16
+_MUCH_CLIPPED = 0.1  # share of coordinates
 
 Schedule = Callable[[int], float]
 Stats = dict[str, Tensor]
@@ -54,6 +55,16 @@ class Sampler(ABC):
     @abstractmethod
     def draw(self, state: State, warming: bool) -> tuple[State, Stats]:
         """The next draw of every chain and its statistics, each ``(chains,)``."""
+
+    def fault(self, state: State, stats: Stats, warming: bool) -> str | None:
+        """What is wrong with a draw that the user would not see otherwise."""
+        bad = int((stats["nonfinite"] > 0).sum())
+        if not bad:
+            return None
+        return (
+            f"{bad} of {len(stats['nonfinite'])} chains met a non-finite density or gradient and stay at their last "
+            "finite state (counted in the statistic 'nonfinite')"
+        )
 
     @abstractmethod
     def state_dict(self) -> dict:
@@ -182,10 +193,17 @@ class Walk(Sampler):
         )
         return state, accept, finite
 
-    def clipped_share(self, state: State) -> float:
-        """Share of coordinates whose next drift is clipped: a chain with many of them bounces."""
+    def fault(self, state: State, stats: Stats, warming: bool) -> str | None:
+        if self.adjust:  # a rejected proposal is nothing to warn about
+            return None
         pull = self.adaptation.scales.pull(state.grad)
-        return self.dynamics.clipped(pull, self._last_eta, self._one).float().mean().item()
+        clipped = self.dynamics.clipped(pull, self._last_eta, self._one).float().mean()
+        if not warming and clipped > _MUCH_CLIPPED:
+            return (
+                "drifts are clipped at max_drift: the step size is too large, the chains bounce, and their law is not "
+                "the posterior's"
+            )
+        return super().fault(state, stats, warming)
 
     def state_dict(self) -> dict:
         return {"made": self.made, "adaptation": self.adaptation.state_dict()}

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from .interop import ordinary_autograd
-from .sampler import Sampler, State, Stats, Walk
+from .sampler import Sampler, State, Stats
 from .target import Target
-
-_MUCH_CLIPPED = 0.1  # share of coordinates
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Session:
         self.sampler, self.warmup_steps = sampler, warmup_steps
         self.done = 0  # draws, warm-up included
         self._stats: list[Stats] = []
-        self._accept = 0.0
+        self._last: Stats | None = None
         self._warned = False
         self.state: State
 
@@ -84,37 +82,25 @@ class Session:
         with ordinary_autograd():
             self.state, stats = self.sampler.draw(self.state, warming)
         self.done += 1
-        self._accept = stats["acceptance_rate"].mean().item()
         self._warn_once(stats, warming)
         if not warming:
             self._stats.append(stats)
         self._last = stats
 
     def _warn_once(self, stats: Stats, warming: bool) -> None:
-        """A chain without a Metropolis test shows its faults only here."""
-        if self._warned or (isinstance(self.sampler, Walk) and self.sampler.adjust):
-            return
-        bad = int((stats["nonfinite"] > 0).sum())
-        if bad:
+        fault = None if self._warned else self.sampler.fault(self.state, stats, warming)
+        if fault is not None:
             self._warned = True
             warnings.warn(
-                f"{bad} of {len(stats['nonfinite'])} chains met a non-finite density or gradient and stay at their "
-                "last finite state (counted in the statistic 'nonfinite'; this warning is shown once). Use a smaller "
-                "step_size, or adjust=True.",
-                stacklevel=4,
-            )
-        elif isinstance(self.sampler, Walk) and not warming and self.sampler.clipped_share(self.state) > _MUCH_CLIPPED:
-            self._warned = True
-            warnings.warn(
-                "drifts are clipped at max_drift: the step size is too large, the chains bounce, and their law is not "
-                "the posterior's (this warning is shown once). Use a smaller step_size, or adjust=True.",
-                stacklevel=4,
+                f"{fault}; this warning is shown once. Use a smaller step_size, or adjust=True.", stacklevel=4
             )
 
     def logging(self) -> OrderedDict:
         """For progress bars."""
-        size = self._last["step_size"][0].item() if self.done else float("nan")
-        return OrderedDict([("step size", f"{size:.2e}"), ("acc. prob", f"{self._accept:.3f}")])
+        if self._last is None:
+            return OrderedDict()
+        size, accept = self._last["step_size"][0].item(), self._last["acceptance_rate"].mean().item()
+        return OrderedDict([("step size", f"{size:.2e}"), ("acc. prob", f"{accept:.3f}")])
 
     def stats(self) -> Stats:
         """Statistics of the kept draws, ``(chains, draws)``."""

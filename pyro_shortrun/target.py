@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .compiled import Compiler, density_of
-from .density import Density, LogDensity, PotentialDensity
+from .density import LogDensity
+from .potential import Density, PotentialDensity
 from .start import Call, Drawn, Start, init_uniform
 from .transforms import same_transform
 
@@ -59,8 +60,7 @@ class Target(ABC):
         :raises ValueError: where a site is missing or has another shape.
         """
         layout = self.density.layout
-        wanted = {s.name: layout.unpack(torch.zeros(layout.rows, layout.size))[s.name].shape for s in layout.sites}
-        check_params(params, {k: tuple(v) for k, v in wanted.items()})
+        check_params(params, {s.name: tuple(s.shape) for s in layout.sites})
         return layout.pack(params)
 
 

@@ -55,7 +55,8 @@ class VectorizedMCMC:
     :param hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after each draw, ``params`` being the states of all
         chains, ``(num_chains, *shape)``.
     :param disable_progbar: whether to hide the progress bar.
-    :param chain_batch_size: chains evaluated at once (all, if None): bounds memory, changes nothing else.
+    :param chain_batch_size: chains evaluated at once (all, if None): bounds memory, and changes no draw (but for the
+        random probes of a stochastic log-determinant in the warm-up of short runs).
     :raises ValueError: for arguments out of range.
     :raises NotImplementedError: in :meth:`run`, where an operation of the model cannot be vectorised; the message
         names it.

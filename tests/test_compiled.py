@@ -205,3 +205,14 @@ def test_pickles_without_graphs():
     draws(guide, torch.randn(6, 3))
     copy = pickle.loads(pickle.dumps(guide._compiler))
     assert copy.backend == "eager" and not copy._graphs
+
+
+def test_ever_changing_shapes_end_in_eager_runs(monkeypatch, caplog):
+    monkeypatch.setattr("pyro_shortrun.compiled._GRAPHS_AT_MOST", 2)
+    model = generator(Decoder())
+    compiled, eager = short(model, True), short(model, False)
+    for size in (2, 3, 4):
+        x = torch.randn(size, 3)
+        assert_same(draws(compiled, x), draws(eager, x))
+    assert len(compiled._compiler._graphs) == 2
+    assert len(warned(caplog)) == 1 and "changed more than 2 times" in warned(caplog)[0]

@@ -28,7 +28,7 @@ from pyro_shortrun import (
     StepSize,
     VectorizedMCMC,
 )
-from pyro_shortrun.adaptation import DenseScales, DiagonalScales, Moments
+from pyro_shortrun.adaptation import CrossMoments, DenseScales, DiagonalScales, Moments
 from pyro_shortrun.sampler import State, Walk
 
 
@@ -218,7 +218,7 @@ def test_warm_up_finds_the_step_of_the_path_density():
 def test_moments_are_those_of_all_values():
     batches = torch.randn(4, 7, 2, 3) * torch.tensor([1.0, 5.0, 0.1])
     for dense in (False, True):
-        moments = Moments(torch.zeros(2, 3), dense)
+        moments = (CrossMoments if dense else Moments)(torch.zeros(2, 3))
         for batch in batches:
             moments.update(batch)
         for row in range(2):

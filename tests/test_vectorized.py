@@ -193,13 +193,15 @@ def test_resumed_run_is_the_uninterrupted_one(name, stop, tmp_path):
         assert torch.equal(second.sample_stats[stat], values)
 
 
+def seeded_run(samples: int) -> VectorizedMCMC:
+    pyro.set_rng_seed(5)
+    mcmc = vectorized(KERNELS["diagonal"](), samples, 5, 3)
+    mcmc.run(data())
+    return mcmc
+
+
 def test_a_longer_run_begins_with_the_saved_draws():
-    pyro.set_rng_seed(5)
-    whole = vectorized(KERNELS["diagonal"](), 12, 5, 3)
-    whole.run(data())
-    pyro.set_rng_seed(5)
-    short = vectorized(KERNELS["diagonal"](), 7, 5, 3)
-    short.run(data())
+    whole, short = seeded_run(12), seeded_run(7)
     longer = vectorized(KERNELS["diagonal"](), 12, 5, 3)
     longer.load_state_dict(short.state_dict())
     longer.run(data())
@@ -221,12 +223,7 @@ def test_a_longer_run_begins_with_the_saved_draws():
 
 
 def test_random_numbers_drawn_before_saving_change_nothing():
-    pyro.set_rng_seed(5)
-    whole = vectorized(KERNELS["diagonal"](), 12, 5, 3)
-    whole.run(data())
-    pyro.set_rng_seed(5)
-    short = vectorized(KERNELS["diagonal"](), 7, 5, 3)
-    short.run(data())
+    whole, short = seeded_run(12), seeded_run(7)
     torch.randn(10), short.get_samples(5), to_arviz(short)
     longer = vectorized(KERNELS["diagonal"](), 12, 5, 3)
     longer.load_state_dict(short.state_dict())
