@@ -8,10 +8,11 @@ can be tuned variationally. See :class:`ShortRunGuide`.
 from .adaptation import Dense, Diagonal, Identity
 from .diagnostics import to_arviz
 from .dynamics import Dynamics, Langevin
+from .elbo import ShortRunELBO
 from .guide import ShortRunGuide
 from .kernel import ShortRunLangevin
 from .logdet import Exact, Lanczos
-from .objective import Objective, PathDensity
+from .objective import Annealed, Objective, PathDensity
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
 from .vectorized import VectorizedMCMC
@@ -19,6 +20,7 @@ from .vectorized import VectorizedMCMC
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Annealed",
     "Dense",
     "Diagonal",
     "Dynamics",
@@ -31,6 +33,7 @@ __all__ = [
     "PathDensity",
     "Persistent",
     "Prior",
+    "ShortRunELBO",
     "ShortRunGuide",
     "ShortRunLangevin",
     "StepSize",

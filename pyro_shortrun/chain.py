@@ -6,23 +6,31 @@ Three ways to run, chosen by :class:`Gradients`:
 * ``GUIDE``: the run is one node of autograd whose backward differentiates with respect to the start and the step
   sizes and nothing else. The model's parameters, which occur inside every step, get no gradient through the run:
   maximum likelihood wants ``grad_theta log p_theta(x, z_K)`` with ``z_K`` held fixed. The backward pass recomputes
-  one step at a time, so memory is K states, not K graphs.
+  one step at a time, so memory is K states, not K graphs, or ``2 sqrt(K)`` states with ``checkpoint``.
 * ``FULL``: an ordinary graph through everything, for the exact gradient of the bound in the model's parameters too.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .base import Base
+from .bridge import Tempered, TemperedBackward, TemperedForward
 from .dynamics import Dynamics
 from .objective import Objective
 from .potential import Density
+from .steps import Backward, Carry, Forward, Land, Last, Report, Rule, Tape, where_rows
+
+_NOISE_AT_ONCE = 2**20  # numbers drawn in one call
 
 
 class Gradients(Enum):
@@ -73,7 +81,9 @@ class RunInfo:
 class ShortRun:
     """A finished run: ``end`` is ``u_K``, ``increment`` the sum of log-weight increments, ``(chains, rows)``.
 
-    ``states`` holds ``u_0 .. u_K`` as ``(K + 1, chains, rows, size)`` if it was asked for.
+    ``landed`` is what :meth:`~pyro_shortrun.potential.Density.land` gives at the end, without gradients; None where it
+    was not asked, or where some row did not get to its last proposal. ``states`` holds ``u_0 .. u_K`` as
+    ``(K + 1, chains, rows, size)`` if it was asked for.
     """
 
     start: Tensor
@@ -81,6 +91,7 @@ class ShortRun:
     increment: Tensor
     info: RunInfo
     states: Tensor | None = None
+    landed: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,30 +99,101 @@ class Runner:
     """What a run needs besides tensors.
 
     :param account: whether increments (log q) are wanted at all.
+    :param base: the density of the start, for objectives that temper, with their temperatures ``beta``, ``(K,)``.
+    :param checkpoint: whether the way back of a tuned run recomputes all but every ``sqrt(K)``-th state.
     """
 
     density: Density
     dynamics: Dynamics
     objective: Objective
     account: bool = True
+    checkpoint: bool = False
+    base: Base | None = None
+    beta: Tensor | None = None
 
-    def move(self, u: Tensor, grad: Tensor, step_size: Tensor, noise: Tensor) -> Tensor:
-        """One transition, at fixed gradient."""
-        return self.dynamics.step(u, grad, step_size, noise, self.density.layout.drift_scale(u))
+    @cached_property
+    def rule(self) -> Rule:
+        """The arithmetic of one step."""
+        return Rule(self.dynamics, self.objective, self.account)
 
-    def increment(
-        self, u: Tensor, grad: Tensor, step_size: Tensor, aux: Tensor | None, graph: bool
-    ) -> tuple[Tensor, Tensor]:
-        """What the step from ``u`` adds to the log weight, and whether it is singular, ``(chains, rows)``."""
-        out = self.objective.account(self.density, self.dynamics, u, grad, step_size, aux, create_graph=graph)
-        return out.increment, out.singular
+
+class Noise(ABC):
+    """Standard normal noise of a run, handed out in blocks of steps from first to last, and again for the way back."""
+
+    @abstractmethod
+    def block(self, first: int, count: int) -> Tensor:
+        """Noise of ``count`` steps, ``(count, chains, rows, size)``."""
+
+
+class Given(Noise):
+    """Noise of all steps, ``(K, chains, rows, size)``."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def block(self, first: int, count: int) -> Tensor:
+        return self.values[first : first + count]
+
+
+class Drawn(Noise):
+    """Noise drawn by the dynamics for as many steps at once as are not too many numbers, so that memory is bounded.
+
+    To give a block again, it draws it again from the state of torch's generator that it had.
+
+    :param like: a state, ``(chains, rows, size)``.
+    """
+
+    def __init__(self, dynamics: Dynamics, num_steps: int, like: Tensor) -> None:
+        self._dynamics, self._num_steps, self._like = dynamics, num_steps, like.detach()
+        self._at_once = max(1, min(num_steps, _NOISE_AT_ONCE // max(like.numel(), 1)))
+        self._generators: list[Tensor] = []
+        self._chunk, self._values = -1, self._like
+
+    def block(self, first: int, count: int) -> Tensor:
+        parts = []
+        while count:
+            chunk, offset = divmod(first, self._at_once)
+            part = self._of(chunk)[offset : offset + count]
+            parts.append(part)
+            first, count = first + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _of(self, chunk: int) -> Tensor:
+        if chunk != self._chunk:
+            size = min(self._at_once, self._num_steps - chunk * self._at_once)
+            if chunk < len(self._generators):
+                self._values = self._again(chunk, size)
+            else:
+                self._generators.append(_random_state(self._like))
+                self._values = self._dynamics.draw_noise(size, self._like)
+            self._chunk = chunk
+        return self._values
+
+    def _again(self, chunk: int, size: int) -> Tensor:
+        now = _random_state(self._like)
+        _set_random_state(self._like, self._generators[chunk])
+        try:
+            return self._dynamics.draw_noise(size, self._like)
+        finally:
+            _set_random_state(self._like, now)
+
+
+def _random_state(like: Tensor) -> Tensor:
+    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
+
+
+def _set_random_state(like: Tensor, state: Tensor) -> None:
+    if like.is_cuda:
+        torch.cuda.set_rng_state(state, like.device)
+    else:
+        torch.set_rng_state(state)
 
 
 def run(
     runner: Runner,
     start: Tensor,
     step_size: Tensor,
-    noise: Tensor,
+    noise: Tensor | Noise | None = None,
     gradients: Gradients = Gradients.NONE,
     keep_states: bool = False,
 ) -> ShortRun:
@@ -119,108 +201,235 @@ def run(
 
     :param start: ``u_0``, ``(chains, rows, size)``.
     :param step_size: ``eta``, ``(K, size)``.
-    :param noise: standard normal, ``(K, chains, rows, size)``; zeros make a noise-free run.
+    :param noise: standard normal, ``(K, chains, rows, size)``; zeros make a noise-free run. Drawn by default.
     :param gradients: which gradients are kept, see :class:`Gradients`.
     :param keep_states: whether ``ShortRun.states`` is wanted.
     """
-    aux = runner.objective.draw(start) if runner.account else None
-    walk = _Walk(runner, noise, aux, keep_states)
-    if gradients is Gradients.FULL:
-        end, increment = walk.forward(start, step_size, graph=True)
-    elif gradients is Gradients.GUIDE and (start.requires_grad or step_size.requires_grad):
-        with torch.enable_grad():
-            end, increment = _GuideOnly.apply(walk, start, step_size)
+    if noise is None:
+        noise = Drawn(runner.dynamics, len(step_size), start)
+        noise.block(0, 1)  # before other draws, so that a run is the same whether or not it is accounted for
+    aux = runner.objective.draw(start, runner.density.layout) if runner.account else None
+    noise = noise if isinstance(noise, Noise) else Given(noise)
+    walk: _Walk
+    inputs: tuple[Tensor, ...] = (start, step_size)
+    if runner.objective.tempers:
+        assert runner.base is not None
+        walk = _TemperedWalk(runner, noise, (), keep_states)
+        beta = start.new_ones(len(step_size)) if runner.beta is None else runner.beta
+        inputs = (start, step_size, beta, *runner.base.tensors)
     else:
-        end, increment = walk.forward(start.detach(), step_size.detach(), graph=False)
-    states = torch.stack([*walk.states, end.detach()]) if keep_states else None
-    return ShortRun(start, end, increment, walk.info(step_size), states)
+        walk = _Walk(runner, noise, () if aux is None else (aux,), keep_states)
+    if gradients is Gradients.FULL:
+        end, increment = walk.forward(*inputs, graph=True)
+    elif gradients is Gradients.GUIDE and any(t.requires_grad for t in inputs):
+        with torch.enable_grad():
+            end, increment = _GuideOnly.apply(walk, *inputs)
+    else:
+        end, increment = walk.forward(*(t.detach() for t in inputs))
+    states = torch.cat([*walk.states, end.detach().unsqueeze(0)]) if keep_states else None
+    landed = walk.landed if walk.landed and walk.lands else None
+    return ShortRun(start, end, increment, walk.info(step_size), states, landed)
 
 
 class _Walk:
-    """The loop over steps, with its running record."""
+    """The loop over blocks of steps, with its running record."""
 
-    def __init__(self, runner: Runner, noise: Tensor, aux: Tensor | None, keep_states: bool) -> None:
-        self.runner, self.noise, self.aux = runner, noise, aux
-        self.keep_states = keep_states
+    def __init__(self, runner: Runner, noise: Noise, aux: tuple[Tensor, ...], keep_states: bool) -> None:
+        self.runner, self.noise, self.aux, self.keep_states = runner, noise, aux, keep_states
         self.states: list[Tensor] = []
-        self.accepted: list[Tensor] = []
-        self._log_density: list[Tensor] = []
-        self._grad_norm: list[Tensor] = []
-        self._log_det: list[Tensor] = []
+        self._segments: list[_Segment] = []
+        self._reports: list[Report] = []
 
-    def forward(self, u: Tensor, step_size: Tensor, graph: bool, partials: list | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, start: Tensor, step_size: Tensor, *extra: Tensor, graph: bool = False, taped: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """``u_K`` and the sum of increments.
 
         A step whose end has a non-finite density, gradient or determinant is undone and its row moves no more.
 
-        :param partials: if a list, gets each increment's derivatives in state and step size.
+        :param graph: whether all of it stays in the graph of autograd.
+        :param taped: whether :meth:`backward` will be called.
         """
-        runner, account = self.runner, self.runner.account
-        hessian = account or graph
-        total = u.new_zeros(u.shape[:2])
-        self.singular = torch.zeros_like(total, dtype=torch.bool)
-        x, value, grad = self._evaluate(u, graph, hessian)
-        alive = _finite(value, grad)
-        for k, eta in enumerate(step_size):
-            if self.keep_states or partials is not None:
-                self.states.append(u.detach())
-            self._note(value, grad, alive)
-            extra, moving = None, alive
-            if account:
-                eta_rows = eta
-                if partials is not None:
-                    eta_rows = eta.detach().expand_as(x).clone().requires_grad_()
-                extra, singular = runner.increment(x, grad, eta_rows, self.aux, graph or partials is not None)
-                if partials is not None:
-                    partials.append(_partials(extra, x, eta_rows, alive))
-                    extra = extra.detach()
-                moving = alive & extra.isfinite()
-                self.singular |= singular & moving
-            with torch.set_grad_enabled(graph):
-                moved = runner.move(x, grad if graph else grad.detach(), eta, self.noise[k])
-                new = _where(moving, moved, u)
-            if k + 1 < len(step_size):
-                x, value, grad = self._evaluate(new, graph, hessian)
-                ok = moving & _finite(value, grad)
-            else:
-                with torch.no_grad():
-                    value = runner.density(new.detach())
-                ok = moving & value.isfinite() & new.detach().isfinite().all(-1)
-            u = _where(ok, new, u)
-            if extra is not None:
-                total = total + torch.where(ok, extra, torch.zeros_like(extra))
-                self._log_det.append(_mean(extra.detach(), ok))
-            self.accepted.append(ok)
-            alive = ok
-        self._log_density.append(_mean(value.detach(), alive))
-        return u, total
-
-    def _evaluate(self, u: Tensor, graph: bool, hessian: bool) -> tuple[Tensor, Tensor, Tensor]:
         if not graph:
-            u = u.detach().requires_grad_()
-        elif not u.requires_grad:
-            u = u.requires_grad_()
-        value, grad = self.runner.density.value_and_grad(u, create_graph=hessian)
-        return u, value, grad
+            start, step_size = start.contiguous(), step_size.contiguous()
+        carry, count = Carry.at(start), len(step_size)
+        length = math.isqrt(count - 1) + 1 if taped and self.runner.checkpoint else count
+        for first in range(0, count, length):
+            segment = _Segment(first, step_size[first : first + length], carry)
+            carry = self._advance(segment, graph, taped and length == count)
+            if taped:
+                self._segments.append(segment)
+        return self._land(carry, graph)
 
-    def _note(self, value: Tensor, grad: Tensor, alive: Tensor) -> None:
-        self._log_density.append(_mean(value.detach(), alive))
-        self._grad_norm.append(_mean(grad.detach().norm(dim=-1), alive))
+    def _land(self, carry: Carry, graph: bool) -> tuple[Tensor, Tensor]:
+        end, total, self.arrived, *self._last = self._execute(Last(graph), carry)
+        self.landed = tuple(self._last[2:])
+        self.lands = bool(self.arrived.all())
+        self.singular = carry.singular
+        return end, total
+
+    def _advance(self, segment: _Segment, graph: bool, taped: bool, again: bool = False) -> Carry:
+        """Through a segment; if ``taped``, fills its tapes."""
+        carry, forward = segment.begin, Forward(self.runner.rule, taped, graph)
+
+        def inputs(first: int, last: int) -> tuple:
+            noise = self.noise.block(segment.first + first, last - first)
+            return *carry, segment.step_size[first:last], noise, *self.aux
+
+        at_once = self._at_once(forward, len(segment.step_size), inputs)
+        for k in range(0, len(segment.step_size), at_once):
+            carry, tape = self._block(forward, inputs(k, k + at_once), segment.first + k == 0, again)
+            if taped:
+                segment.tapes.append(Tape(*tape))
+        return carry
+
+    def _block(self, forward: Any, inputs: tuple, first: bool, again: bool = False) -> tuple[Carry, tuple]:
+        """A block of arrivals, reported unless it was before; the first one also tells whether graphs are stale."""
+        out = self._execute(forward, inputs)
+        if first and self.runner.density.is_stale(inputs[0], out[6]):
+            out = self._execute(forward, inputs)
+        if not again:
+            self._reports.append(Report(*out[6:10]))
+        if self.keep_states:
+            self.states.append(out[0].detach().unsqueeze(0))
+        return Carry(*out[:6]), out[10:]
+
+    def _at_once(self, fn: Any, count: int, inputs: Callable[[int, int], tuple]) -> int:
+        """How many of ``count`` steps make a block: a divisor; one where every state is wanted."""
+        if self.keep_states or self.runner.checkpoint:
+            return 1
+        most = self.runner.density.steps_at_once(fn, lambda: inputs(0, 1))
+        return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+
+    @property
+    def invalid(self) -> Tensor:
+        """Rows whose log q is not valid, ``(chains, rows)``."""
+        return self.singular | ~self.arrived
+
+    def backward(self, back: Tensor, back_total: Tensor) -> tuple[Tensor, ...]:
+        """Cotangents of what :meth:`forward` was given from those of ``u_K`` and of the increments."""
+        invalid = self.invalid
+        back, back_total = back.contiguous(), back_total.contiguous()
+        retreat, found, following = Backward(self.runner.rule), [], self.arrived.unsqueeze(0)
+        for segment in reversed(self._segments):
+            if not segment.tapes:
+                self._advance(segment, graph=False, taped=True, again=True)
+            tape = Tape(*map(torch.cat, zip(*segment.tapes, strict=True)))
+            segment.tapes.clear()
+            ends = torch.cat([tape.arrived[1:], following])
+            tape, following = tape._replace(arrived=ends), tape.arrived[:1]
+
+            def inputs(first: int, last: int, segment: _Segment = segment, tape: Tape = tape) -> tuple:
+                noise = self.noise.block(segment.first + first, last - first)
+                return invalid, segment.step_size[first:last], noise, *(t[first:last] for t in tape)
+
+            one = (back, back_total, *inputs(0, 1))
+            at_once = self._at_once(retreat, len(segment.step_size), lambda *_, one=one: one)
+            for last in range(len(segment.step_size), 0, -at_once):
+                back, part = self._execute(retreat, (back, back_total, *inputs(last - at_once, last)))
+                found.append(part)
+        return back, torch.cat(found[::-1])
+
+    def _execute(self, fn: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return self.runner.density.execute(fn, tuple(inputs), fn.key)
 
     def info(self, step_size: Tensor) -> RunInfo:
-        empty = step_size.new_zeros(0)
+        log_density, last_increment = self._last[:2]
+        increments = torch.cat([*(r.increment for r in self._reports), last_increment.unsqueeze(0)])[1:]
+        count = len(step_size)
         return RunInfo(
-            log_density=torch.stack(self._log_density),
-            grad_norm=torch.stack(self._grad_norm),
-            log_det=torch.stack(self._log_det) if self._log_det else empty,
+            log_density=torch.cat([*(r.log_density for r in self._reports), log_density.unsqueeze(0)])[: count + 1],
+            grad_norm=torch.cat([r.grad_norm for r in self._reports])[:count],
+            log_det=increments[:count] if self.runner.account else increments[:0],
             step_size=step_size.detach().clone(),
-            frozen=~self.accepted[-1],
+            frozen=~self.arrived,
             singular=self.singular,
         )
 
 
+@dataclass
+class _Segment:
+    """Consecutive steps from ``first``, the state before them, and their tapes block by block."""
+
+    first: int
+    step_size: Tensor
+    begin: Carry
+    tapes: list[Tape] = field(default_factory=list)
+
+
+class _TemperedWalk(_Walk):
+    """The loop over arrivals of a run whose targets move from the start's density to the model's."""
+
+    def forward(
+        self, start: Tensor, step_size: Tensor, *extra: Tensor, graph: bool = False, taped: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        assert self.runner.base is not None
+        beta, *tensors = extra
+        self._step = Tempered(self.runner.rule, self.runner.base)
+        self._schedule = _padded(step_size, beta, graph)
+        self._tensors, self._tapes = tuple(tensors), []
+        forward, carry = TemperedForward(self._step, taped, graph), Carry.at(start if graph else start.contiguous())
+        count = len(step_size) + 1
+        at_once = self._at_once(forward, count, lambda *_: (*carry, *self._arrivals(0, 1), *tensors))
+        for k in range(0, count, at_once):
+            carry, tape = self._block(forward, (*carry, *self._arrivals(k, k + at_once), *tensors), k == 0)
+            self._tapes.append(tape)
+        self.arrived, self.singular = carry.alive, carry.singular
+        self.lands = True
+        self.landed = () if graph else self._execute(Land(), (carry.u,))
+        if self.keep_states:
+            self.states.pop()  # the end
+        self._last = [self._reports[-1].log_density[-1], self._reports[-1].increment[-1]]
+        return carry.u, carry.total
+
+    def _arrivals(self, first: int, last: int) -> tuple[Tensor, ...]:
+        """The schedule of arrivals ``first .. last - 1``; before the first step and after the last one is no noise."""
+        eta, beta, ends = self._schedule
+        count = len(ends) - 1
+        inner = self.noise.block(max(first - 1, 0), min(last, count) - max(first - 1, 0))
+        silent = torch.zeros_like(inner[:1])
+        parts = [silent] * (first == 0) + [inner] + [silent] * (last > count)
+        return eta[first : last + 1], beta[first : last + 1], torch.cat(parts), ends[first:last]
+
+    def backward(self, back: Tensor, back_total: Tensor) -> tuple[Tensor, ...]:
+        valid = ~self.invalid
+        zero = torch.zeros_like(back)
+        earlier, back = where_rows(valid, back, zero), zero
+        back_total = torch.where(valid, back_total, torch.zeros_like(back_total))
+        retreat, count = TemperedBackward(self._step), len(self._schedule[2])
+        states, befores = (torch.cat(t) for t in zip(*self._tapes, strict=True))
+        grads = [torch.zeros_like(t) for t in self._schedule[:2]]
+        bases = [torch.zeros_like(t) for t in self._tensors]
+
+        def inputs(first: int, last: int) -> tuple:
+            return *self._arrivals(first, last), states[first:last], befores[first:last], *self._tensors
+
+        one = (back, earlier, back_total, *inputs(0, 1))
+        at_once = self._at_once(retreat, count, lambda *_: one)
+        for last in range(count, 0, -at_once):
+            first = last - at_once
+            out = self._execute(retreat, (back, earlier, back_total, *inputs(first, last)))
+            back, earlier = out[:2]
+            for grad, ended, began in zip(grads, out[2:6:2], out[3:6:2], strict=True):
+                grad[first:last] += ended
+                grad[first + 1 : last + 1] += began
+            bases = [a + b for a, b in zip(bases, out[6:], strict=True)]
+        return back, *(g[1:-1] for g in grads), *bases
+
+
+def _padded(step_size: Tensor, beta: Tensor, graph: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Step sizes and temperatures with one more before the first step and after the last, where they do not matter."""
+    if not graph:
+        step_size, beta = step_size.detach(), beta.detach()
+    eta = torch.cat([step_size[:1], step_size, step_size[-1:]])
+    ends = torch.ones(len(step_size) + 1, dtype=eta.dtype, device=eta.device)
+    ends[0] = 0
+    return eta, torch.cat([beta[:1], beta, beta[-1:]]), ends
+
+
 class _GuideOnly(torch.autograd.Function):
-    """The run as one node: gradients to the start and the step sizes only, one recomputed step at a time.
+    """The run as one node: gradients to the start, the step sizes and what else is the guide's only, one recomputed
+    step at a time.
 
     A row that froze or took a singular step has no valid log q to differentiate. It takes the place of a row whose
     loss is ``log eta`` (averaged over steps and coordinates), so that step sizes too large for some rows shrink at a
@@ -228,87 +437,58 @@ class _GuideOnly(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, walk: _Walk, start: Tensor, step_size: Tensor) -> tuple[Tensor, Tensor]:
-        partials: list[tuple[Tensor, Tensor]] = []
-        with torch.enable_grad():
-            end, total = walk.forward(start.detach(), step_size.detach(), graph=False, partials=partials)
-        ctx.walk, ctx.partials, ctx.step_size = walk, partials, step_size.detach()
+    def forward(ctx: Any, walk: _Walk, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        end, total = walk.forward(*(t.detach() for t in inputs), taped=True)
+        ctx.walk, ctx.step_size = walk, inputs[1].detach()
         return end.detach(), total.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_end: Tensor, grad_total: Tensor) -> tuple:
         walk, step_size = ctx.walk, ctx.step_size
-        grad_u = grad_end
-        grad_steps = torch.zeros_like(step_size)
-        invalid = (walk.singular | ~walk.accepted[-1]).unsqueeze(-1)
-        pull = torch.where(invalid.squeeze(-1), grad_total, torch.zeros_like(grad_total)).sum()
-        for k in reversed(range(len(step_size))):
-            ok = walk.accepted[k].unsqueeze(-1)
-            with torch.enable_grad():
-                u = walk.states[k].clone().requires_grad_()
-                eta = step_size[k].expand_as(u).clone().requires_grad_()
-                _, grad = walk.runner.density.value_and_grad(u, create_graph=True)
-                moved = walk.runner.move(u, grad, eta, walk.noise[k])
-                back_u, back_eta = torch.autograd.grad(moved, (u, eta), grad_u, materialize_grads=True)
-            if ctx.partials:
-                part_u, part_eta = ctx.partials[k]
-                back_u = back_u + grad_total.unsqueeze(-1) * part_u
-                back_eta = back_eta + grad_total.unsqueeze(-1) * part_eta
-            zero = torch.zeros_like(back_u)
-            grad_u = torch.where(ok, back_u, grad_u)
-            back_eta = torch.where(ok & ~invalid, back_eta, zero)
-            grad_steps[k] = back_eta.sum((0, 1)) - pull / (step_size[k] * step_size.numel())
-        return None, torch.where(invalid, torch.zeros_like(grad_u), grad_u), grad_steps
+        grad_start, grad_steps, *others = walk.backward(grad_end, grad_total)
+        pull = torch.where(walk.invalid, grad_total, torch.zeros_like(grad_total)).sum()
+        grad_steps = grad_steps - pull / (step_size * step_size.numel())
+        return None, where_rows(walk.invalid, torch.zeros_like(grad_start), grad_start), grad_steps, *others
 
 
-def isolate(fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], isolated: bool) -> tuple[Tensor, ...]:
+def isolate(
+    fn: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    isolated: bool,
+    known: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
     """``fn(*inputs)``, differentiable in its inputs alone if ``isolated``.
 
     ``fn`` may hold the model's parameters, as a support that depends on them does.
+
+    :param known: the result without gradients, if it is known.
     """
     if not isolated:
         return fn(*inputs)
-    if not any(t.requires_grad for t in inputs):
-        with torch.no_grad():
-            return fn(*inputs)
-    return _InputOnly.apply(fn, *inputs)
+    if any(t.requires_grad for t in inputs):
+        return _InputOnly.apply(fn, known, *inputs)
+    if known is not None:
+        return known
+    with torch.no_grad():
+        return fn(*inputs)
 
 
 class _InputOnly(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, fn: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
-        with torch.enable_grad():
-            ctx.out = fn(*ctx.inputs)
-        return tuple(t.detach().clone() for t in ctx.out)
+    def forward(ctx: Any, fn: Callable, known: tuple[Tensor, ...] | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.fn, ctx.inputs = fn, [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        if known is None:
+            with torch.no_grad():
+                known = fn(*ctx.inputs)
+        return tuple(t.detach().clone() for t in known)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         wanted = [t for t in ctx.inputs if t.requires_grad]
-        pairs = [(t, g) for t, g in zip(ctx.out, grads, strict=True) if t.requires_grad]
+        with torch.enable_grad():
+            pairs = [(t, g) for t, g in zip(ctx.fn(*ctx.inputs), grads, strict=True) if t.requires_grad]
         outs, back = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outs, wanted, back, retain_graph=True, materialize_grads=True))
-        return None, *(next(found) if t.requires_grad else None for t in ctx.inputs)
-
-
-def _partials(extra: Tensor, x: Tensor, eta: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives of each row's increment in its own state and step size (rows do not mix)."""
-    if not extra.requires_grad:
-        return torch.zeros_like(x), torch.zeros_like(eta)
-    parts = torch.autograd.grad(extra.sum(), (x, eta), retain_graph=True, materialize_grads=True)
-    mask = alive.unsqueeze(-1)
-    return tuple(torch.where(mask & p.isfinite(), p, torch.zeros_like(p)) for p in parts)  # type: ignore
-
-
-def _finite(value: Tensor, grad: Tensor) -> Tensor:
-    return value.detach().isfinite() & grad.detach().isfinite().all(-1)
-
-
-def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(rows.unsqueeze(-1), a, b)
-
-
-def _mean(value: Tensor, rows: Tensor) -> Tensor:
-    return torch.where(rows, value, torch.zeros_like(value)).sum() / rows.sum().clamp(min=1)
+        found = iter(torch.autograd.grad(outs, wanted, back, materialize_grads=True))
+        return None, None, *(next(found) if t.requires_grad else None for t in ctx.inputs)

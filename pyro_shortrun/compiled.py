@@ -1,7 +1,9 @@
 """Compiled evaluation: Pyro runs once per structure, while a graph is traced, and not in the loop.
 
-:class:`CompiledDensity` is a :class:`~pyro_shortrun.density.LogDensity` whose value and gradient are traced with
-``make_fx`` and compiled by inductor. Whatever tensors the model reaches (data, parameters, plate indices) show in the
+:class:`CompiledDensity` is a :class:`~pyro_shortrun.density.LogDensity` whose value and gradient, and the blocks of
+steps of :mod:`pyro_shortrun.steps`, are traced with ``make_fx`` and compiled by inductor.
+
+Whatever tensors the model reaches (data, parameters, plate indices) show in the
 trace as constants; they become inputs of the graph and are found again in later calls by their role (:func:`roles`), so
 that a changed batch or parameter changes the result. A start's eager log density is compared with the graph's in every
 call: a graph that has gone stale in another way is traced anew.
@@ -10,7 +12,9 @@ call: a graph that has gone stale in another way is traced anew.
 from __future__ import annotations
 
 import logging
+import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,10 +32,15 @@ from .structure import Structure
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _GRAPHS_AT_MOST = 64
+_STEPS_AT_MOST = 5  # in one graph
+_NODES_AT_MOST = 1500  # in a graph of several steps: more take long to compile
+_SMALL_STATE = 1024  # numbers
+_TRIALS = 4
 _LOOPED_AT_MOST = 8  # chains whose copies of the model may stand side by side in one graph
 
 Role = Hashable
 Function = Callable[..., Any]
+Constants = tuple["Role | Tensor", ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ def roles(bind: Binding, batches: Mapping[str, Tensor]) -> Live:
     leaves, spec = pytree.tree_flatten(sources)
     tensors.update({i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)})
     literals = tuple(_literal(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-    shapes = tuple((role, t.shape, t.dtype, t.device) for role, t in tensors.items())
+    shapes = tuple((role, t.shape, t.stride(), t.dtype, t.device) for role, t in tensors.items())
     return Live(tensors, (shapes, literals, str(spec), bind.enum_dim))
 
 
@@ -62,17 +71,26 @@ class Graph:
     """A compiled function whose constants have become inputs: each a role, or a tensor that has none."""
 
     run: Function
-    constants: tuple[Role | Tensor, ...]
+    constants: Constants
+
+    def wants_gradients(self, live: Live) -> bool:
+        """Whether the function depends on something that is to be trained."""
+        return any((c if isinstance(c, Tensor) else live.tensors[c]).requires_grad for c in self.constants)
 
     def bind(self, live: Live) -> Function:
         """The function with this call's tensors in their roles."""
-        values = [(c if isinstance(c, Tensor) else live.tensors[c]).detach() for c in self.constants]
+        values = _bound(self.constants, live)
         return lambda *inputs: self.run(*inputs, *values)
 
 
-def trace(fn: Function, inputs: tuple[Tensor, ...], live: Live, backend: str) -> Graph:
-    """Trace and compile ``fn(*inputs)``; what it reaches besides its inputs becomes an input too."""
-    with pyro.validation_enabled(False):
+def _bound(constants: Constants, live: Live) -> list[Tensor]:
+    return [(c if isinstance(c, Tensor) else live.tensors[c]).detach() for c in constants]
+
+
+def trace(fn: Function, inputs: tuple[Tensor, ...], live: Live) -> tuple[GraphModule, Constants]:
+    """Trace ``fn(*inputs)``; what it reaches besides its inputs becomes an input too."""
+    inputs = tuple(t.clone() for t in inputs)  # the tracer takes inputs that are one tensor for one input
+    with pyro.validation_enabled(False), torch.no_grad():
         module = make_fx(lambda *xs: fn(*xs))(*inputs)  # a bound method would count its self
     role_of = {id(t): role for role, t in live.tensors.items()}
     constants: dict[str, Role | Tensor] = {}
@@ -81,69 +99,138 @@ def trace(fn: Function, inputs: tuple[Tensor, ...], live: Live, backend: str) ->
         value = getattr(module, node.target)
         with module.graph.inserting_after(last):
             new = module.graph.placeholder(f"constant_{len(constants)}")
-        constants[new.name] = role_of.get(id(value), value.detach())
+        constants[new.name] = role_of.get(id(value), value)
         node.replace_all_uses_with(new)
         module.graph.erase_node(node)
         last = new
-    lifted = GraphModule({}, module.graph)
-    options: dict[str, Any] = {"mode": "reduce-overhead"} if inputs[0].is_cuda and backend == "inductor" else {}
-    run = torch.compile(lifted, fullgraph=True, dynamic=False, backend=backend, **options)
-    return Graph(run, tuple(constants.values()))
+    module.graph.eliminate_dead_code()
+    return GraphModule({}, module.graph), tuple(constants.values())
+
+
+class Backend(ABC):
+    """What makes a traced graph fast."""
+
+    @abstractmethod
+    def build(self, module: GraphModule, inputs: list[Tensor]) -> Function:
+        """A function that gives what ``module(*inputs)`` gives, for inputs of these shapes."""
+
+
+class Untouched(Backend):
+    """The graph as traced, one operation after the other."""
+
+    def build(self, module: GraphModule, inputs: list[Tensor]) -> Function:
+        return module
+
+
+class Inductor(Backend):
+    """torch's inductor, or the graph as traced where that is faster (large factorisations)."""
+
+    def build(self, module: GraphModule, inputs: list[Tensor]) -> Function:
+        if inputs[0].is_cuda:
+            return _cuda_graphs(module)
+        # Shapes and strides are the key under which the graph is kept, so dynamo and its guards are not needed.
+        compiled = torch._inductor.compile(module, list(inputs))
+        return min((compiled, module), key=lambda run: _seconds(run, inputs))
+
+
+def _cuda_graphs(module: GraphModule) -> Function:
+    """CUDA graphs reuse the memory of their outputs, which here must outlive the next call."""
+    run = torch.compile(module, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tuple(t.clone() for t in run(*inputs))
+
+    return call
+
+
+def _seconds(run: Function, inputs: list[Tensor]) -> float:
+    """The best of a few calls."""
+    taken = []
+    for _ in range(_TRIALS):
+        begin = time.perf_counter()
+        run(*inputs)
+        taken.append(time.perf_counter() - begin)
+    return min(taken[1:])
 
 
 class Compiler:
-    """The graphs of one guide or kernel, by function, structure and shapes.
+    """The graphs of one guide or kernel, by function, structure and shapes."""
 
-    :param backend: of ``torch.compile``.
-    """
-
-    def __init__(self, backend: str = "inductor") -> None:
-        self.backend = backend
-        self._graphs: dict[Hashable, Graph] = {}
+    def __init__(self, backend: Backend | None = None) -> None:
+        self.backend = Inductor() if backend is None else backend
+        self._graphs: dict[Hashable, Graph | None] = {}
+        self._sizes: dict[Hashable, int] = {}
+        self._traced: dict[Hashable, tuple[GraphModule, Constants]] = {}  # to be compiled if they are the size wanted
+        self._given_up: set[str] = set()
         self._eager = False
 
-    def graph(self, key: Hashable, fn: Function, inputs: tuple[Tensor, ...], live: Live) -> Graph | None:
-        """The graph of ``fn``, made if need be; None where the model cannot be traced, which is warned about once."""
-        if self._eager:
+    def graph(self, key: Hashable, what: str, fn: Function, inputs: tuple[Tensor, ...], live: Live) -> Graph | None:
+        """The graph of ``fn``, made if need be; None where it cannot be traced, which is warned about once.
+
+        :param what: name of the function for the warning.
+        """
+        if self._eager or what in self._given_up:
             return None
         if key not in self._graphs and len(self._graphs) >= _GRAPHS_AT_MOST:
             self.give_up(f"its shapes or other arguments changed more than {_GRAPHS_AT_MOST} times")
             return None
         if key not in self._graphs:
             try:
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), torch.no_grad():
                     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # inductor's own
-                    graph = trace(fn, inputs, live, self.backend)
-                    graph.bind(live)(*inputs)
-            except Exception as reason:  # make_fx, dynamo and inductor raise whatever they meet
-                self.give_up(reason)
+                    module, constants = self._traced.pop(key) if key in self._traced else trace(fn, inputs, live)
+                    values = [*inputs, *_bound(constants, live)]
+                    self._graphs[key] = Graph(self.backend.build(module, values), constants)
+            except Exception as reason:  # make_fx and inductor raise whatever they meet
+                self.give_up(reason, what if self._graphs else None)
                 return None
-            self._graphs[key] = graph
         return self._graphs[key]
+
+    def size(self, key: Hashable, fn: Function, inputs: tuple[Tensor, ...], live: Live) -> int | None:
+        """Number of operations in ``fn``, or None where it cannot be traced."""
+        if key not in self._sizes:
+            try:
+                self._traced[key] = trace(fn, inputs, live)
+            except Exception:  # said when it is to be compiled
+                return None
+            self._sizes[key] = len(self._traced[key][0].graph.nodes)
+        return self._sizes[key]
 
     def forget(self) -> None:
         """Drop every graph."""
         self._graphs.clear()
+        self._sizes.clear()
+        self._traced.clear()
 
-    def give_up(self, reason: object) -> None:
-        """Run eagerly from now on."""
-        self._eager = True
+    def give_up(self, reason: object, what: str | None = None) -> None:
+        """Run eagerly from now on, in one function or all."""
         text = str(reason).strip().split("\n")[0]
-        _LOGGER.warning(
-            "compile=True has no effect: the model runs eagerly, as it cannot be traced or compiled (%s).", text
-        )
+        if what is None:
+            self._eager = True
+            _LOGGER.warning(
+                "compile=True has no effect: the model runs eagerly, as it cannot be traced or compiled (%s).", text
+            )
+        else:
+            self._given_up.add(what)
+            _LOGGER.warning(
+                "compile=True has no effect on the %s part of a run, which cannot be traced or compiled (%s).",
+                what,
+                text,
+            )
 
     def __getstate__(self) -> dict:
-        return {"backend": self.backend, "_graphs": {}, "_eager": False}
+        return {**vars(Compiler(self.backend))}
 
 
 class CompiledDensity(LogDensity):
-    """A log density whose value and gradient come from compiled graphs where nothing differentiates through them."""
+    """A log density whose value and gradient, and blocks of steps, come from compiled graphs."""
 
     def __init__(self, program: Program, structure: Structure, bind: Binding, compiler: Compiler) -> None:
         super().__init__(program, structure, bind)
         self._compiler = compiler
         self._bound: dict[Hashable, Function | None] = {}
+        self._at_once: dict[Hashable, int] = {}
         self._live: Live | None = None
         self._known: tuple[Tensor, Tensor] | None = None
 
@@ -152,80 +239,132 @@ class CompiledDensity(LogDensity):
         density._batches = indices
         return density
 
+    def execute(self, fn: Function, inputs: tuple[Tensor, ...], key: Hashable) -> tuple[Tensor, ...]:
+        if getattr(fn, "graph", False):  # of autograd
+            return fn(self, *inputs)
+        with torch.no_grad():
+            ready = _ready(inputs)
+            run = self._compiled(key, fn, ready)
+            return fn(self._plain(), *inputs) if run is None else run(*ready)
+
+    def steps_at_once(self, fn: Callable[..., tuple], inputs: Callable[[], tuple[Tensor, ...]]) -> int:
+        """Several where a step is so small that calling its graph takes most of the time."""
+        if getattr(fn, "graph", False):
+            return 1
+        key = fn.key  # type: ignore[attr-defined]
+        if key not in self._at_once:
+            self._at_once[key] = self._choose(fn, _ready(inputs()))
+        return self._at_once[key]
+
+    def _choose(self, fn: Callable[..., tuple], inputs: tuple[Tensor, ...]) -> int:
+        if inputs[0].numel() > _SMALL_STATE or _STEPS_AT_MOST == 1:
+            return 1
+        key = self._key(fn.key, inputs)  # type: ignore[attr-defined]
+        size = self._compiler.size(key, self._traceable(fn), inputs, self._roles)
+        return 1 if size is None else max(1, min(_STEPS_AT_MOST, _NODES_AT_MOST // size))
+
     def __call__(self, u: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().__call__(u)
-        run = self._compiled("value", self._eager_value, u)
-        return super().__call__(u) if run is None else run(u)
+        return self.execute(_value, (u,), ("value",))[0]
+
+    def value_and_grad(self, u: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+        if create_graph:
+            return super().value_and_grad(u, create_graph)
+        value, grad = self.execute(_gradient, (u,), ("gradient",))
+        if self.is_stale(u, value):
+            value, grad = self.execute(_gradient, (u,), ("gradient",))
+        return value, grad
+
+    def differentiable(self, u: Tensor, parameters: bool) -> Tensor:
+        """From the graph of the gradient, where no tensor that the model reaches wants a gradient."""
+        if parameters and self.structure.vectorizes.get("parameters move supports", True):
+            return super().differentiable(u, parameters)  # finds out
+        inputs = _ready((u,))
+        graph = self._compiler.graph(
+            self._key(("gradient",), inputs), "gradient", self._traceable(_gradient), inputs, self._roles
+        )
+        if graph is None or (parameters and graph.wants_gradients(self._roles)):
+            return super().differentiable(u, parameters)
+        value, grad = self.execute(_gradient, inputs, ("gradient",))
+        if self.is_stale(u, value):
+            value, grad = self.execute(_gradient, inputs, ("gradient",))
+        return value + ((u - u.detach()) * grad).sum(-1)
 
     def expect(self, u: Tensor, value: Tensor) -> None:
         self._known = (u.detach(), value.detach())
 
-    def value_and_grad(self, u: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-        run = None if create_graph else self._compiled("gradient", self._eager_gradient, u)
-        if run is None:
-            return super().value_and_grad(u, create_graph)
-        with torch.no_grad():
-            value, grad = run(u.detach())
-        if self._is_stale(u, value):
-            return self._renewed(u)
-        return value, grad
-
-    def _is_stale(self, u: Tensor, value: Tensor) -> bool:
-        """Whether the graph's value differs from the eager one at the start of the run (compared once)."""
+    def is_stale(self, u: Tensor, value: Tensor) -> bool:
+        """Whether graphs no longer are the model's; then they are dropped, and given up if new ones are no better."""
         known, self._known = self._known, None
-        if known is None or known[0].shape != u.shape or not torch.equal(known[0], u.detach()):
+        if known is None or _agree(known, u, value):
             return False
-        tolerance = 1e-3 if u.dtype is torch.float32 else 1e-6
-        return not torch.allclose(known[1], value, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-    def _renewed(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The graph no longer is the model's: something changed that is not an argument or a parameter."""
-        value, grad = super().value_and_grad(u)
         self._compiler.forget()
         self._bound.clear()
-        run = self._compiled("gradient", self._eager_gradient, u)
-        if run is not None:
-            self._known = (u.detach(), value)
-            if self._is_stale(u, run(u.detach())[0]):
-                self._compiler.give_up("its graph does not give the model's log density")
-                self._bound.clear()
-        return value, grad
+        if not _agree(known, u, self.execute(_value, (u,), ("value",))[0]):
+            self._compiler.give_up("its graph does not give the model's log density")
+            self._bound.clear()
+        return True
 
-    def _compiled(self, name: str, fn: Function, u: Tensor) -> Function | None:
+    @property
+    def _roles(self) -> Live:
+        if self._live is None:
+            self._live = roles(self.bind, self._batches)
+        return self._live
+
+    def _key(self, key: Hashable, inputs: tuple[Tensor, ...]) -> Hashable:
+        shapes = tuple((t.shape, t.dtype, t.device) for t in inputs)
+        return key, shapes, self.layout, self._roles.key
+
+    def _compiled(self, key: Hashable, fn: Function, inputs: tuple[Tensor, ...]) -> Function | None:
         """The graph of ``fn`` bound to this call, or None."""
-        call = (name, u.shape, u.dtype, u.device)
-        if call not in self._bound:
-            if self._live is None:
-                self._live = roles(self.bind, self._batches)
-            inputs = (u.detach(),)
-            graph = self._compiler.graph((*call, self.layout, self._live.key), fn, inputs, self._live)
-            self._bound[call] = None if graph is None else graph.bind(self._live)
-        return self._bound[call]
+        here = (key, tuple(t.shape for t in inputs), inputs[0].dtype, inputs[0].device)
+        if here not in self._bound:
+            self.layout.drift_scale(inputs[0])  # kept by the layout: not to be made in a trace
+            name = key[0] if isinstance(key, tuple) else str(key)
+            graph = self._compiler.graph(self._key(key, inputs), name, self._traceable(fn), inputs, self._roles)
+            self._bound[here] = None if graph is None else graph.bind(self._roles)
+        return self._bound[here]
 
-    def _plain(self, u: Tensor) -> LogDensity:
+    def _traceable(self, fn: Function) -> Function:
+        def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+            plain = self._plain()
+            plain.repeats = self.layout.rows == 1 and not self._batches
+            out = fn(plain, *inputs)
+            chains = len(inputs[0])
+            if not plain.structure.vectorizes.get("density", True) and chains > _LOOPED_AT_MOST:
+                raise NotImplementedError(f"its {chains} chains cannot be vectorised in a trace")
+            return out
+
+        return call
+
+    def _plain(self) -> LogDensity:
         """Eager, with its own note of whether vmap works: it may fail in a trace where it works without."""
         density = LogDensity(self._program, replace(self.structure, vectorizes={}), self.bind)
         density._batches = self._batches
         return density
 
-    def _eager_value(self, u: Tensor) -> Tensor:
-        plain = self._plain(u)
-        with torch.no_grad():
-            value = plain(u)
-        _check_size(plain, u)
-        return value
 
-    def _eager_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        plain = self._plain(u)
-        value, grad = plain.value_and_grad(u)
-        _check_size(plain, u)
-        return value, grad
+def _ready(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs as graphs expect them: outside autograd, and contiguous, as the shapes are all they are known by."""
+    return tuple((t.detach() if t.requires_grad else t).contiguous() for t in inputs)
 
 
-def _check_size(density: LogDensity, u: Tensor) -> None:
-    if not density.structure.vectorizes.get("density", True) and len(u) > _LOOPED_AT_MOST:
-        raise NotImplementedError(f"its {len(u)} chains cannot be vectorised in a trace")
+def _value(density: LogDensity, u: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return (density(u),)
+
+
+def _gradient(density: LogDensity, u: Tensor) -> tuple[Tensor, ...]:
+    return density.value_and_grad(u)
+
+
+def _agree(known: tuple[Tensor, Tensor], u: Tensor, value: Tensor) -> bool:
+    """Whether ``value`` is what is known of ``u``, if anything is."""
+    if known[0].shape != u.shape or not torch.equal(known[0], u.detach()):
+        return True
+    tolerance = 1e-3 if u.dtype is torch.float32 else 1e-6
+    return torch.allclose(known[1], value.detach(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def density_of(program: Program, structure: Structure, bind: Binding, compiler: Compiler | None) -> LogDensity:

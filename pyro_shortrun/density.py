@@ -54,9 +54,10 @@ class LogDensity(Density):
 
     def __call__(self, u: Tensor) -> Tensor:
         """``log pi(u)``, ``(chains, rows)``."""
-        return self._eager(u)
+        return self.eager(u)
 
-    def _eager(self, u: Tensor) -> Tensor:
+    def eager(self, u: Tensor) -> Tensor:
+        """``log pi(u)`` by running the model, compiled or not."""
         return self._each(lambda density, one: density._terms(one, prior=False)[0], u)
 
     def require_vectorization(self, u: Tensor) -> None:
@@ -84,13 +85,44 @@ class LogDensity(Density):
             pass
         return failed[0] if failed else None
 
-    def expect(self, u: Tensor, value: Tensor) -> None:
-        """Told ``log pi(u)`` as a run of the model gave it; a compiled density checks itself by it."""
-        return None
-
     def with_start(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """``log pi(u)`` and the prior's log density ``log p(z(u)) + log |dz/du|``, both ``(chains, rows)``."""
         return self._each(lambda density, one: density._terms(one, prior=True), u)
+
+    def differentiable(self, u: Tensor, parameters: bool) -> Tensor:
+        """``log pi(u)``, differentiable in ``u`` and, if asked for, the model's parameters, which show to handlers.
+
+        :raises NotImplementedError: where a site's support depends on parameters: their gradient would not be that at
+            fixed site values.
+        """
+        known = self.structure.vectorizes
+        if parameters and "parameters move supports" not in known:
+            values, jacobian = self.constrain(u.detach())
+            known["parameters move supports"] = any(t.requires_grad for t in (jacobian, *values.values()))
+        if parameters and known["parameters move supports"]:
+            raise NotImplementedError("a latent site's support depends on parameters: use Trace_ELBO.")
+        with torch.set_grad_enabled(parameters or u.requires_grad), self._program.showing_parameters():
+            return self.eager(u)
+
+    def start_terms(self, reading: Reading) -> tuple[Tensor, Tensor] | None:
+        """What :meth:`with_start` gives, of the run of the model that drew the state; None where that run does not
+        tell (enumerated sites are not drawn), one chain."""
+        if self.structure.summed:
+            return None
+        with pyro.validation_enabled(False):
+            reading.trace.compute_log_prob()
+            joint, prior = self._terms_of(reading, prior=True)
+        return joint.unsqueeze(0), prior.unsqueeze(0)
+
+    def land(self, u: Tensor) -> tuple[Tensor, ...]:
+        """``log pi(u)``, ``log |dz/du|`` and the site values there, from one run of the model."""
+
+        def one_chain(density: LogDensity, one: Tensor) -> tuple[Tensor, ...]:
+            reading = density._run(one)
+            values = (reading.trace.nodes[k]["value"] for k in self._sites)
+            return density._terms_of(reading, prior=False)[0], density._jacobian(reading), *values
+
+        return self._each(one_chain, u)
 
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Site values ``(chains, *batch, *event)`` and ``log |dz/du|`` per row, ``(chains, rows)``.
@@ -135,7 +167,7 @@ class LogDensity(Density):
     @torch.no_grad()
     def is_random(self, u: Tensor) -> bool:
         """Whether two evaluations at the same states differ, which is warned about."""
-        random = not torch.allclose(self._eager(u), self._eager(u), rtol=1e-4, atol=1e-6, equal_nan=True)
+        random = not torch.allclose(self.eager(u), self.eager(u), rtol=1e-4, atol=1e-6, equal_nan=True)
         if random:
             warnings.warn(
                 "the model's log density is random (two evaluations at the same latents differ): put dropout "
@@ -151,7 +183,7 @@ class LogDensity(Density):
             return False
         other = u.clone()
         other[:, ::2] = u.roll(1, 1)[:, ::2]
-        here, there = self._eager(u), self._eager(other)
+        here, there = self.eager(u), self.eager(other)
         return not torch.allclose(here[:, 1::2], there[:, 1::2], rtol=1e-3, atol=1e-5, equal_nan=True)
 
     def warn_if_rows_mix(self, u: Tensor) -> None:
@@ -207,7 +239,9 @@ class LogDensity(Density):
 
     def _terms(self, u: Tensor, prior: bool) -> tuple[Tensor, ...]:
         """Rows of ``log pi`` and, if asked for, of the prior, from one run of the model."""
-        reading = self._run(u)
+        return self._terms_of(self._run(u), prior)
+
+    def _terms_of(self, reading: Reading, prior: bool) -> tuple[Tensor, ...]:
         sites = [s for s in reading.trace.nodes.values() if s["type"] == "sample"]
         sites = [s for s in sites if not site_is_subsample(s)]
         summed = _enumerated_factors(reading.trace, sites) if self.structure.summed else {}

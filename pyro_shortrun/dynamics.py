@@ -70,6 +70,10 @@ class Dynamics(PyroModule):
         """Whether :meth:`log_transition` is defined."""
         return False
 
+    def mean(self, u: Tensor, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
+        """Where :meth:`step` goes without noise."""
+        return self.step(u, grad, step_size, torch.zeros_like(u), scale)
+
     def log_transition(self, u: Tensor, moved: Tensor, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
         """``log f(moved | u)``, the density of :meth:`step` with noise, ``(chains, rows)``."""
         raise NotImplementedError(f"{type(self).__name__} has no transition density.")
@@ -128,8 +132,11 @@ class Langevin(Dynamics):
         return torch.zeros((), dtype=like.dtype, device=like.device).expand(num_steps, *like.shape)
 
     def step(self, u: Tensor, grad: Tensor, step_size: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
-        moved = u + (step_size * scale * grad).clamp(-self.max_drift, self.max_drift)
+        moved = self.mean(u, grad, step_size, scale)
         return moved + (2 * step_size).sqrt() * noise if self.noise else moved
+
+    def mean(self, u: Tensor, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
+        return u + (step_size * scale * grad).clamp(-self.max_drift, self.max_drift)
 
     def clipped(self, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
         return (step_size * scale * grad).abs() >= self.max_drift
@@ -139,7 +146,7 @@ class Langevin(Dynamics):
         return self.noise
 
     def log_transition(self, u: Tensor, moved: Tensor, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
-        mean = u + (step_size * scale * grad).clamp(-self.max_drift, self.max_drift)
+        mean = self.mean(u, grad, step_size, scale)
         variance = 2 * step_size
         return -0.5 * ((moved - mean).square() / variance + (2 * math.pi * variance).log()).sum(-1)
 
@@ -155,25 +162,7 @@ class Langevin(Dynamics):
     ) -> LogDetResult:
         diagonal = (step_size * scale).expand_as(grad)
         free = (diagonal * grad).detach().abs() < self.max_drift
+        # The clip is locally a translation, but where eta * lambda_max(-H) >= 1 the step still folds the space (the
+        # run bounces between both sides of the mode): the whole diagonal decides about that.
         clipped = torch.where(free, diagonal, torch.zeros_like(diagonal))
-        if free.all():
-            return logdet(product, clipped, layout, probes)
-        product = _once(product)
-        result = logdet(product, clipped, layout, probes)
-        # The clip is locally a translation, but where eta * lambda_max(-H) >= 1 the step still folds the space:
-        # the run bounces between both sides of the mode.
-        with torch.no_grad():
-            whole = logdet(product, diagonal.detach(), layout, probes)
-        return LogDetResult(result.value, result.singular | whole.singular)
-
-
-def _once(product: Product) -> Product:
-    """Remembers the last block of products: the columns of the Hessian serve both diagonals."""
-    last: list[tuple[Tensor, Tensor]] = []
-
-    def remembered(vectors: Tensor) -> Tensor:
-        if not (last and last[0][0].shape == vectors.shape and torch.equal(last[0][0], vectors)):
-            last[:] = [(vectors.detach(), product(vectors))]
-        return last[0][1]
-
-    return remembered
+        return logdet(product, clipped, layout, probes, judged=diagonal if math.isfinite(self.max_drift) else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -106,6 +107,7 @@ class ShortRunGuide(AutoGuide):
         objective: Objective | None = None,
         tune_every: int = 1,
         full_gradient: bool = False,
+        checkpoint: bool = False,
         compile: bool = False,
         create_plates: Callable | None = None,
     ) -> None:
@@ -118,11 +120,14 @@ class ShortRunGuide(AutoGuide):
         check_kind("objective", objective, Objective, "PathDensity()")
         check_start(start)
         self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
+        self.checkpoint = checkpoint
         self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
         self.objective = PathDensity() if objective is None else objective
         if isinstance(start, AutoGuide) and start.create_plates is not None:  # plates are the outer guide's business
             self.create_plates = create_plates or start.create_plates
             start.create_plates = None
+        if self.objective.tempers and not self.dynamics.has_transition_density:
+            raise ValueError("Annealed needs dynamics with noise, such as Langevin(0.1): its weights are those of it.")
         self.start = Prior() if start is None else start
         self.info: RunInfo | None = None
         self._program = (Program(model),)
@@ -143,26 +148,48 @@ class ShortRunGuide(AutoGuide):
         :return: dict from site name to value.
         """
         with ordinary_autograd() as grad_enabled:
-            masked = poutine.get_mask() is False
             outer = outer_shape()
-            call = self._bind(args, kwargs, outer.numel())
-            tune = self._tunes(grad_enabled and not masked)
-            carry = self.training and grad_enabled and not masked and not tune and self._calls > 1
-            account = not (masked or carry) and self._start.has_density
-            gradients = self._gradients(tune, grad_enabled and not masked)
-            drawn, result = self._run(call, outer.numel(), account, gradients)
-            self._warn_once(result.info)
-            if self.training and grad_enabled and not masked:
-                self._start.finish(call, result.end)
-            values, jacobian = self._constrain(call, result.end, gradients)
-            increment = result.increment
-            if account and self.training and grad_enabled:
-                self._carried = increment.detach().mean()
-            elif carry:
-                increment = self._carried.to(increment).expand_as(increment)
-                self.info = replace(result.info, carried=True)
-            log_q = drawn.log_q - increment - jacobian if self._start.has_density else torch.zeros_like(jacobian)
+            call, result, log_q, gradients = self._play(args, kwargs, outer.numel(), grad_enabled)
+            values, jacobian = self._constrain(call, result, gradients)
+            log_q = log_q - jacobian if self._start.has_density else torch.zeros_like(jacobian)
             return emit(call, self.plates, self._pyro_name, outer, values, result.end, log_q)
+
+    def log_weight(self, *args: Any, num_particles: int = 1, **kwargs: Any) -> Tensor:
+        r"""``log w = log p(x, z_K) - log q(z_K)`` of independent runs, ``(num_particles,)``, as ``Trace_ELBO`` finds it
+        by tracing guide and model, with the same gradients; for :class:`ShortRunELBO`.
+
+        :raises NotImplementedError: for a start whose density is not known, and where a support depends on parameters.
+        """
+        if not self._start.has_density:
+            raise NotImplementedError(f"{type(self._start).__name__} starts have no density: use Trace_ELBO.")
+        with ordinary_autograd() as grad_enabled, self._pyro_context:
+            call, result, log_q, gradients = self._play(args, kwargs, num_particles, grad_enabled)
+            density = call.density.differentiable(result.end, grad_enabled)
+            weight = math.prod(1.0 if call.density.layout.is_arrow else p.scale for p in call.density.layout.row_plates)
+            return (density - weight * log_q).sum(-1)
+
+    def _play(
+        self, args: tuple, kwargs: dict, chains: int, grad_enabled: bool
+    ) -> tuple[Call, ShortRun, Tensor, Gradients]:
+        """A training or evaluation call: its run and ``log q(u_K)``, ``(chains, rows)``."""
+        masked = poutine.get_mask() is False
+        training = grad_enabled and not masked
+        call = self._bind(args, kwargs, chains)
+        tune = self._tunes(training)
+        carry = self.training and training and not tune and self._calls > 1 and not self.objective.tempers
+        account = not (masked or carry) and self._start.has_density
+        gradients = self._gradients(tune, training)
+        drawn, result = self._run(call, chains, account, gradients)
+        self._warn_once(result.info)
+        if self.training and training:
+            self._start.finish(call, result.end)
+        increment = result.increment
+        if account and self.training and grad_enabled:
+            self._carried = increment.detach().mean()
+        elif carry:
+            increment = self._carried.to(increment).expand_as(increment)
+            self.info = replace(result.info, carried=True)
+        return call, result, drawn.log_q - increment, gradients
 
     def setup(self, *args: Any, **kwargs: Any) -> ShortRunGuide:
         """Create every parameter now, so that optimisers, ``state_dict``, DDP and ``ELBOModule`` see them.
@@ -275,7 +302,8 @@ class ShortRunGuide(AutoGuide):
         fixed_args, fixed_kwargs = self._arguments(args, kwargs)
         indices = {name: plate.indices for name, plate in plates.items() if plate.size is not None}
         given = values_of_other_parts() if program.hides else {}
-        reading = program.draw(fixed_args, fixed_kwargs, indices, given)
+        with torch.set_grad_enabled(self.full_gradient):  # the start of a run is a draw, unless all is differentiated
+            reading = program.draw(fixed_args, fixed_kwargs, indices, given)
         if chains > 1 and any(name in reading.trace.nodes for name in given):
             raise NotImplementedError(
                 "ShortRunGuide as a part of an AutoGuideList needs the other parts' values and takes one set of "
@@ -300,6 +328,7 @@ class ShortRunGuide(AutoGuide):
                 self._start.draw(call, 1)  # creates a lazily built guide's parameters
             call.density.warn_if_rows_mix(structure.layout.pack(reading.unconstrained).unsqueeze(0).detach())
         like = next(iter(reading.unconstrained.values()))
+        self.objective.setup(self.num_steps, like.detach())
         created = self.dynamics.step_size.setup(structure.layout, self.num_steps, like.detach())
         if created and self._backs_off and self.dynamics.step_size.is_at_init:  # a param store may know better
             pilot = replace(call, spare=[])  # the call's own draw is kept for its run
@@ -377,26 +406,35 @@ class ShortRunGuide(AutoGuide):
             step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
             drawn = self._draw_start(replace(call, isolated=gradients is Gradients.GUIDE), chains, gradients)
             call.density.expect(drawn.state, drawn.log_density)
-        noise = self.dynamics.draw_noise(self.num_steps, drawn.state)
-        runner = Runner(call.density, self.dynamics, self.objective, account)
-        result = run(runner, drawn.state, step_size, noise, gradients, keep_states)
+            beta = self.objective.temperatures(self.num_steps, drawn.state) if self.objective.tempers else None
+        runner = Runner(call.density, self.dynamics, self.objective, account, self.checkpoint, drawn.base, beta)
+        result = run(runner, drawn.state, step_size, None, gradients, keep_states)
         self.info = result.info
         return drawn, result
 
     @staticmethod
-    def _constrain(call: Call, u: Tensor, gradients: Gradients) -> tuple[dict[str, Tensor], Tensor]:
-        """Site values and log-Jacobian, with gradients to ``u`` only unless they are to be full."""
+    def _constrain(call: Call, result: ShortRun, gradients: Gradients) -> tuple[dict[str, Tensor], Tensor]:
+        """Site values and log-Jacobian of the end, with gradients to it only unless they are to be full."""
         names = [s.name for s in call.density.layout.sites]
 
         def flat(state: Tensor) -> tuple[Tensor, ...]:
             values, jacobian = call.density.constrain(state)
-            return *(values[name] for name in names), jacobian
+            return jacobian, *(values[name] for name in names)
 
-        *values, jacobian = isolate(flat, [u], gradients is not Gradients.FULL)
+        known = None if result.landed is None else result.landed[1:]
+        jacobian, *values = isolate(flat, [result.end], gradients is not Gradients.FULL, known)
         return dict(zip(names, values, strict=True)), jacobian
 
     def _draw_start(self, call: Call, chains: int, gradients: Gradients) -> Drawn:
-        drawn = self._start.draw(call, chains)
+        learned = isinstance(self._start, FromGuide)
+        attached = gradients is Gradients.FULL or (learned and gradients is Gradients.GUIDE)
+        with torch.set_grad_enabled(attached):
+            drawn = self._start.draw(call, chains)
+        if self.objective.tempers and drawn.base is None:
+            raise NotImplementedError(
+                f"{type(self.objective).__name__} needs the density of the start everywhere, not only at draws: use "
+                "start=Prior(), AutoNormal(model), AutoDiagonalNormal(model) or AutoMultivariateNormal(model)."
+            )
         finite = drawn.log_density.isfinite() & drawn.log_q.isfinite()
         if not finite.all():
             chain = int((~finite).any(1).nonzero()[0])
@@ -405,10 +443,14 @@ class ShortRunGuide(AutoGuide):
                 f"{call.density.offender(drawn.state[chain].detach())}: check the data for NaN, the observation's "
                 "support, and the priors, or pass another start, such as start=Init(init_to_median)."
             )
-        learned = isinstance(self._start, FromGuide)
-        if gradients is Gradients.FULL or (learned and gradients is Gradients.GUIDE):
+        if attached:
             return drawn
-        return Drawn(drawn.state.detach(), drawn.log_q.detach(), drawn.log_density.detach())
+        return replace(
+            drawn,
+            state=drawn.state.detach(),
+            log_q=drawn.log_q.detach(),
+            log_density=drawn.log_density.detach(),
+        )
 
     def _warn_once(self, info: RunInfo) -> None:
         if not self._told and info.singular.float().mean() > 0.25:

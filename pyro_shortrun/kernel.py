@@ -134,6 +134,10 @@ class ShortRunLangevin(MCMCKernel):
         self._params: dict[str, Tensor] = {}
 
     def _check_combination(self, objective: Objective | None, target_accept_prob: float | None) -> None:
+        if objective is not None and objective.tempers:
+            raise NotImplementedError(
+                f"{type(objective).__name__} tunes a ShortRunGuide, not a kernel: use PathDensity()."
+            )
         chain = self.persistent or self.adjust
         if chain and objective is not None:
             raise ValueError("objective tunes short runs: it has no use with persistent=True or adjust=True.")

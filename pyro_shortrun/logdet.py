@@ -30,7 +30,7 @@ class LogDetResult(NamedTuple):
 class LogDet(ABC):
     """Estimates ``log |det(I + D H)|`` per row."""
 
-    def probes(self, like: Tensor) -> Tensor | None:
+    def probes(self, like: Tensor, layout: Layout) -> Tensor | None:
         """Random vectors for one run, drawn once so that all steps share them; None if none are needed.
 
         :param like: a state, ``(chains, rows, size)``.
@@ -38,11 +38,19 @@ class LogDet(ABC):
         return None
 
     @abstractmethod
-    def __call__(self, product: Product, diagonal: Tensor, layout: Layout, probes: Tensor | None) -> LogDetResult:
+    def __call__(
+        self,
+        product: Product,
+        diagonal: Tensor,
+        layout: Layout,
+        probes: Tensor | None = None,
+        judged: Tensor | None = None,
+    ) -> LogDetResult:
         """
         :param product: ``H`` times vectors, ``(m, chains, rows, size)`` to the same shape.
         :param diagonal: ``D >= 0``, ``(chains, rows, size)``.
         :param probes: what :meth:`probes` returned.
+        :param judged: another diagonal, nowhere smaller, to take instead of ``D`` for ``singular``.
         """
 
 
@@ -58,17 +66,23 @@ class Exact(LogDet):
     """
 
     def __call__(
-        self, product: Product, diagonal: Tensor, layout: Layout, probes: Tensor | None = None
+        self,
+        product: Product,
+        diagonal: Tensor,
+        layout: Layout,
+        probes: Tensor | None = None,
+        judged: Tensor | None = None,
     ) -> LogDetResult:
+        judged = (diagonal if judged is None else judged).detach()
         if layout.arrow is not None:
-            return self._arrowhead(product, diagonal, layout.arrow)
+            return self._arrowhead(product, diagonal, layout.arrow, judged)
         size = diagonal.shape[-1]
         basis = torch.eye(size, dtype=diagonal.dtype, device=diagonal.device)
         columns = product(basis[:, None, None, :].expand(size, *diagonal.shape).contiguous())
-        return _dense(diagonal, columns.movedim(0, -1))
+        return _dense(diagonal, columns.movedim(0, -1), judged)
 
     @staticmethod
-    def _arrowhead(product: Product, diagonal: Tensor, arrow: Arrow) -> LogDetResult:
+    def _arrowhead(product: Product, diagonal: Tensor, arrow: Arrow, judged: Tensor) -> LogDetResult:
         g, n, m = arrow.shared, arrow.count, arrow.local
         chains = diagonal.shape[0]
         vectors = diagonal.new_zeros(g + m, chains, 1, g + n * m)
@@ -81,32 +95,48 @@ class Exact(LogDet):
         a = top[..., :g].movedim(0, -1)  # (chains, g, g)
         b = top[..., g:].reshape(g, chains, n, m).permute(1, 2, 3, 0)  # local by shared
         c = columns[g:, :, g:].reshape(m, chains, n, m).permute(1, 2, 3, 0)
-        d_shared, d_local = diagonal[:, 0, :g], diagonal[:, 0, g:].reshape(chains, n, m)
-        eye = torch.eye(m, dtype=diagonal.dtype, device=diagonal.device)
-        local = eye + d_local.unsqueeze(-1) * c
-        solved = torch.linalg.solve_ex(local, d_local.unsqueeze(-1) * b)[0]
-        schur = torch.eye(g, dtype=eye.dtype, device=eye.device) + d_shared.unsqueeze(-1) * (
-            a - (b.transpose(-1, -2) @ solved).sum(1)
-        )
-        local_value = _dense(d_local, c)
-        sign, value = torch.linalg.slogdet(schur)
-        total = value + arrow.weight * local_value.value.sum(-1)
-        # The Schur complement is similar to a symmetric matrix; it is positive definite iff its real
-        # eigenvalues are positive.
-        finite = schur.detach().nan_to_num(0.0, 0.0, 0.0)
-        positive = torch.linalg.eigvals(finite).real.amin(-1) > 0
-        singular = local_value.singular.any(-1) | ~positive
+
+        def schur(d_local: Tensor) -> Tensor:
+            """The shared block less what the local ones explain, symmetric, ``(chains, g, g)``."""
+            local = torch.eye(m, dtype=c.dtype, device=c.device) + d_local.unsqueeze(-1) * c
+            solved = torch.linalg.solve_ex(local, d_local.unsqueeze(-1) * b)[0]
+            return a - (b.transpose(-1, -2) @ solved).sum(1)
+
+        def local(d: Tensor) -> Tensor:
+            return d[:, 0, g:].reshape(chains, n, m)
+
+        with torch.no_grad():
+            seen = schur(local(judged))
+        blocks = _dense(local(diagonal), c, local(judged))
+        shared = _dense(diagonal[:, 0, :g], schur(local(diagonal)), judged[:, 0, :g], seen)
+        total = shared.value + arrow.weight * blocks.value.sum(-1)
+        singular = blocks.singular.any(-1) | shared.singular
         return LogDetResult(total.unsqueeze(-1), singular.unsqueeze(-1))
 
 
-def _dense(diagonal: Tensor, hessian: Tensor) -> LogDetResult:
-    """``diagonal`` ``(..., size)``, ``hessian`` ``(..., size, size)``."""
+def _dense(diagonal: Tensor, hessian: Tensor, judged: Tensor, seen: Tensor | None = None) -> LogDetResult:
+    """``log |det(I + D H)|``, and whether ``I + E H`` is not positive definite.
+
+    The gradient of ``log |det J|`` is ``tr(J^-1 dJ)``, with the inverse taken outside the graph, which keeps what is
+    differentiated again (and compiled) free of factorisations.
+
+    :param diagonal: ``D``, ``(..., size)``.
+    :param hessian: ``H``, ``(..., size, size)``.
+    :param judged: ``E``.
+    :param seen: another ``H`` to go with ``E``.
+    """
     eye = torch.eye(diagonal.shape[-1], dtype=diagonal.dtype, device=diagonal.device)
-    value = torch.linalg.slogdet(eye + diagonal.unsqueeze(-1) * hessian)[1]
+    jacobian = eye + diagonal.unsqueeze(-1) * hessian
     with torch.no_grad():
-        root = diagonal.sqrt()
-        symmetric = eye + root.unsqueeze(-1) * hessian * root.unsqueeze(-2)
+        value = torch.linalg.slogdet(jacobian)[1]
+        root = judged.sqrt()
+        symmetric = eye + root.unsqueeze(-1) * (hessian if seen is None else seen) * root.unsqueeze(-2)
         singular = torch.linalg.cholesky_ex(symmetric)[1] != 0
+    if jacobian.requires_grad:
+        with torch.no_grad():
+            inverse = torch.linalg.inv_ex(jacobian)[0].mT.nan_to_num(0.0, 0.0, 0.0)
+        change = (inverse * jacobian).sum((-1, -2))
+        value = value + (change - change.detach())
     return LogDetResult(value, singular)
 
 
@@ -129,23 +159,34 @@ class Lanczos(LogDet):
             raise ValueError("num_probes and num_iterations must be at least 1.")
         self.num_probes, self.num_iterations = num_probes, num_iterations
 
-    def probes(self, like: Tensor) -> Tensor:
+    def probes(self, like: Tensor, layout: Layout) -> Tensor:
         return torch.randint(0, 2, (self.num_probes, *like.shape), device=like.device).to(like) * 2 - 1
 
-    def __call__(self, product: Product, diagonal: Tensor, layout: Layout, probes: Tensor | None) -> LogDetResult:
+    def __call__(
+        self,
+        product: Product,
+        diagonal: Tensor,
+        layout: Layout,
+        probes: Tensor | None = None,
+        judged: Tensor | None = None,
+    ) -> LogDetResult:
         if layout.arrow is not None and layout.arrow.weight != 1:
             raise NotImplementedError(
                 "the stochastic log-determinant cannot scale the local part of a subsampled model with shared "
                 "latents; use PathDensity(logdet=Exact())."
             )
         assert probes is not None
-        root = _safe_sqrt(diagonal)
 
-        def apply(v: Tensor) -> Tensor:
-            return root * product(root * v)
+        def scaled(d: Tensor) -> Product:
+            root = _safe_sqrt(d)
+            return lambda v: root * product(root * v)
 
+        apply = scaled(diagonal)
         with torch.no_grad():
             quadratic, solved, smallest = self._quadrature(lambda v: apply(v).detach(), probes)
+            if judged is not None:
+                whole = scaled(judged.detach())
+                smallest = self._quadrature(lambda v: whole(v).detach(), probes[:1])[2]
         change = (solved * apply(probes)).sum(-1).mean(0)
         value = quadratic.mean(0) + (change - change.detach())
         return LogDetResult(value, smallest.amin(0) <= 0)
@@ -208,8 +249,15 @@ class Automatic(LogDet):
         products = layout.size if arrow is None else arrow.shared + arrow.local
         return self._exact if products <= self.max_products else self._stochastic
 
-    def probes(self, like: Tensor) -> Tensor:
-        return self._stochastic.probes(like)
+    def probes(self, like: Tensor, layout: Layout) -> Tensor | None:
+        return self.choose(layout).probes(like, layout)
 
-    def __call__(self, product: Product, diagonal: Tensor, layout: Layout, probes: Tensor | None) -> LogDetResult:
-        return self.choose(layout)(product, diagonal, layout, probes)
+    def __call__(
+        self,
+        product: Product,
+        diagonal: Tensor,
+        layout: Layout,
+        probes: Tensor | None = None,
+        judged: Tensor | None = None,
+    ) -> LogDetResult:
+        return self.choose(layout)(product, diagonal, layout, probes, judged)

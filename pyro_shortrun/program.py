@@ -78,8 +78,7 @@ class _Reader(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         name = msg["name"]
-        if self.free is not None:
-            msg["fn"] = _unvalidated(msg["fn"])
+        msg["fn"] = _unvalidated(msg["fn"])
         if site_is_subsample(msg):
             if msg["value"] is None and name in self.indices:
                 msg["value"] = self.indices[name]
@@ -255,6 +254,16 @@ class Program:
 
     def __init__(self, model: Callable) -> None:
         self._model, self._hidden = _look_through_blocks(model)
+        self._shows = False
+
+    @contextmanager
+    def showing_parameters(self) -> Iterator[None]:
+        """Let the model's ``pyro.param`` statements reach the handlers outside."""
+        self._shows = True
+        try:
+            yield
+        finally:
+            self._shows = False
 
     @property
     def hides(self) -> bool:
@@ -354,7 +363,8 @@ class Program:
         init: Callable | None = None,
     ) -> Reading:
         tracer = poutine.trace()
-        with _own_dims(), poutine.block(), tracer:
+        shown = poutine.block(hide_types=["sample"]) if self._shows else poutine.block()
+        with _own_dims(), shown, tracer:
             if enum_dim is None:
                 with reader:
                     if init is None:

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
+from .base import Base, GaussianBase, PriorBase
 from .chain import isolate
 from .density import LogDensity
+from .layout import Layout
 from .program import Binding, Program, Reading, masked, plates_of
 from .structure import read_structure
 from .vectorize import map_chains
@@ -70,11 +73,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Start states ``(chains, rows, size)``, their log density and ``log pi`` there, ``(chains, rows)``."""
+    """Start states ``(chains, rows, size)``, their log density and ``log pi`` there, ``(chains, rows)``, and their
+    density everywhere, if it is known."""
 
     state: Tensor
     log_q: Tensor
     log_density: Tensor
+    base: Base | None = None
 
 
 class Start(ABC):
@@ -114,8 +119,9 @@ class Prior(Start):
         self._told = False
 
     def draw(self, call: Call, chains: int) -> Drawn:
+        known = call.density.start_terms(call.spare[-1]) if chains == 1 and call.spare else None
         u = call.prior(chains)
-        value, prior = call.density.with_start(u)
+        value, prior = known or call.density.with_start(u)
         for _ in range(self.tries):
             bad = ~(value.isfinite() & prior.isfinite())
             if not bad.any():
@@ -132,7 +138,7 @@ class Prior(Start):
                 again = torch.stack([call.redraw() if row.any() else one for row, one in zip(bad, u, strict=True)])
             u = torch.where(bad.unsqueeze(-1), again, u)
             value, prior = call.density.with_start(u)
-        return Drawn(u, prior, value)
+        return Drawn(u, prior, value, PriorBase())
 
 
 class Init(Start):
@@ -163,7 +169,7 @@ class Init(Start):
         if layout.arrow is not None:
             local = torch.arange(layout.size, device=u.device) >= layout.arrow.shared
             log_q = torch.where(local, layout.arrow.weight * log_q, log_q)
-        return Drawn(u, log_q.sum(-1), call.density(u))
+        return Drawn(u, log_q.sum(-1), call.density.eager(u))
 
 
 class Persistent(nn.Module, Start):
@@ -222,7 +228,7 @@ class Persistent(nn.Module, Start):
         fresh = call.prior(chains).detach()
         use = self.visited[index] & (torch.rand(chains, len(index), device=fresh.device) >= self.refresh)
         u = torch.where(use.unsqueeze(-1), self.store[index], fresh)
-        value = call.density(u)
+        value = call.density.eager(u)
         return Drawn(u, torch.zeros_like(value), value)
 
     def finish(self, call: Call, end: Tensor) -> None:
@@ -247,15 +253,50 @@ class FromGuide(Start):
         self._guide = guide
 
     def draw(self, call: Call, chains: int) -> Drawn:
-        u, log_q = call.replicate(lambda: self._draw_one(call), chains, "start")
-        return Drawn(u, log_q, call.density(u.detach()))
+        base = self._gaussian(call)
+        if base is None:
+            u, log_q = call.replicate(lambda: self._draw_one(call), chains, "start")
+            return Drawn(u, log_q, call.density.eager(u.detach()))
+        u, terms = base.draw(chains)
+        layout = call.density.layout
+        log_q = (terms / layout.drift_scale(u) if layout.is_arrow else terms).sum(-1)
+        return Drawn(u, log_q, call.density.eager(u.detach()), base)
 
-    def _draw_one(self, call: Call) -> tuple[Tensor, Tensor]:
+    def _gaussian(self, call: Call) -> GaussianBase | None:
+        """The guide's density in unconstrained space, where it is one of Pyro's Gaussian AutoGuides."""
+        guide: Any = self._guide
+        known = isinstance(guide, (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal))
+        if not known or any(s["mask"] is not None for s in call.reading.latents):
+            return None
+        trace, layout = self._trace(call), call.density.layout
+        if isinstance(guide, AutoNormal):
+            fns = {s.name: _innermost(trace.nodes[f"{s.name}_unconstrained"]["fn"]) for s in layout.sites}
+            shapes = {s.name: s.shape for s in layout.sites}
+            loc = layout.pack({k: fn.loc.expand(shapes[k]) for k, fn in fns.items()})
+            return GaussianBase(loc, layout.pack({k: fn.scale.expand(shapes[k]) for k, fn in fns.items()}))
+        order = self._pack_flat(layout, torch.arange(guide.latent_dim, dtype=torch.float64)).long()
+        fn = guide.get_posterior()
+        if isinstance(guide, AutoDiagonalNormal):
+            return GaussianBase(fn.base_dist.loc[order], fn.base_dist.scale[order])
+        if not torch.equal(order, torch.arange(guide.latent_dim).unsqueeze(0)):  # its factor would not be triangular
+            return None
+        return GaussianBase(fn.loc.unsqueeze(0), fn.scale_tril.unsqueeze(0))
+
+    def _pack_flat(self, layout: Layout, latent: Tensor) -> Tensor:
+        """A flat latent of an AutoContinuous as ``(rows, size)``."""
+        guide: Any = self._guide
+        values = {site["name"]: value for site, value in guide._unpack_latent(latent)}
+        return layout.pack({s.name: values[s.name].reshape(s.shape) for s in layout.sites})
+
+    def _trace(self, call: Call) -> Any:
         tracer = poutine.trace()
         with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), tracer:
             with _SameSubsample(call.bind.indices):
                 self._guide(*call.bind.args, **call.bind.kwargs)
-        trace: Any = tracer.get_trace()
+        return tracer.get_trace()
+
+    def _draw_one(self, call: Call) -> tuple[Tensor, Tensor]:
+        trace = self._trace(call)
         layout = call.density.layout
         names = [s.name for s in layout.sites]
         missing = [name for name in names if name not in trace.nodes]
@@ -293,6 +334,13 @@ class FromGuide(Start):
         if inside and layout.is_arrow:
             term = scale * term
         return layout.sum_to_rows(term, plates)
+
+
+def _innermost(fn: Any) -> Any:
+    """A distribution without its ``Independent`` wrappers."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
 
 
 def init_uniform(site: Any) -> Tensor:

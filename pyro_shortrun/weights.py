@@ -42,12 +42,12 @@ class WeightedDraws:
 
 def weigh(call: Call, drawn: Drawn, result: ShortRun, account: bool) -> WeightedDraws:
     """The ends of a run as site values; log densities if the run was asked to ``account`` for them."""
-    values, jacobian = call.density.constrain(result.end)
-    values = {k: v.detach() for k, v in values.items()}
+    density, jacobian, *found = result.landed or call.density.land(result.end)
+    layout = call.density.layout
+    values = {s.name: v.detach() for s, v in zip(layout.sites, found, strict=True)}
     frozen = result.info.frozen.sum(-1)
     if not account:
         return WeightedDraws(values, None, None, None, frozen)
-    density, layout = call.density(result.end), call.density.layout
     # Rows of a subsampled plate stand for full_size / size rows each, in log q as in the model's log joint.
     weight = 1.0 if layout.is_arrow else math.prod(plate.scale for plate in layout.row_plates)
     log_q = weight * (drawn.log_q - result.increment - jacobian).sum(-1)

@@ -14,14 +14,15 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from zoo import CASES, EXTRA, Case
 
-from pyro_shortrun import Langevin, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
-from pyro_shortrun.compiled import CompiledDensity, Compiler, density_of
+from pyro_shortrun import Exact, Langevin, PathDensity, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
+from pyro_shortrun.chain import Gradients, Runner, run
+from pyro_shortrun.compiled import CompiledDensity, Compiler, Untouched, density_of
 from pyro_shortrun.start import Call
 
 
 def traced(call: Call, compiler: Compiler | None = None) -> CompiledDensity:
     """The density through a traced graph, which is run without inductor: quick to make."""
-    compiler = Compiler("eager") if compiler is None else compiler
+    compiler = Compiler(Untouched()) if compiler is None else compiler
     density = density_of(call.program, call.density.structure, call.bind, compiler)
     assert isinstance(density, CompiledDensity)
     return density
@@ -31,7 +32,7 @@ def short(model: Callable, compile: bool, **options) -> ShortRunGuide:
     dynamics = Langevin(StepSize(0.01, learnable=False))
     guide = ShortRunGuide(model, num_steps=3, dynamics=dynamics, compile=compile, **options)
     if compile:
-        guide._compiler = Compiler("eager")
+        guide._compiler = Compiler(Untouched())
     return guide
 
 
@@ -176,7 +177,7 @@ def test_training_gives_the_eager_losses():
         decoder = Decoder()
         guide = ShortRunGuide(generator(decoder), num_steps=3, step_size=StepSize(0.05), tune_every=2, compile=compile)
         if compile:
-            guide._compiler = Compiler("eager")
+            guide._compiler = Compiler(Untouched())
         svi = SVI(guide.model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
         pyro.set_rng_seed(1)
         losses.append([svi.step(torch.ones(4, 3)) for _ in range(6)])
@@ -192,7 +193,7 @@ def test_kernels(options):
         pyro.set_rng_seed(0)
         kernel = ShortRunLangevin(generator(Decoder()), 3, compile=compile, **options)
         if compile:
-            kernel._compiler = Compiler("eager")
+            kernel._compiler = Compiler(Untouched())
         mcmc = VectorizedMCMC(kernel, 3, 3, num_chains=4, disable_progbar=True)
         mcmc.run(x)
         results.append(mcmc.get_samples())
@@ -204,7 +205,7 @@ def test_pickles_without_graphs():
     guide = short(generator(Decoder()), True)
     draws(guide, torch.randn(6, 3))
     copy = pickle.loads(pickle.dumps(guide._compiler))
-    assert copy.backend == "eager" and not copy._graphs
+    assert isinstance(copy.backend, Untouched) and not copy._graphs
 
 
 def test_ever_changing_shapes_end_in_eager_runs(monkeypatch, caplog):
@@ -216,3 +217,84 @@ def test_ever_changing_shapes_end_in_eager_runs(monkeypatch, caplog):
         assert_same(draws(compiled, x), draws(eager, x))
     assert len(compiled._compiler._graphs) == 2
     assert len(warned(caplog)) == 1 and "changed more than 2 times" in warned(caplog)[0]
+
+
+@pytest.mark.parametrize("case", CASES + EXTRA, ids=lambda c: c.name)
+def test_tuned_runs_give_the_eager_bound_and_gradient(case: Case, caplog, monkeypatch):
+    """Increments, step-size gradient and every statistic of a taped run, per-dimension steps, two chains."""
+    monkeypatch.setattr("pyro_shortrun.compiled._STEPS_AT_MOST", 1)
+    model, args = case.make()
+    call = Call.of(model, args, {})
+    u, layout = call.prior(2).detach(), call.density.layout
+    noise = torch.randn(2, *u.shape)
+    density = traced(call)
+    found: list[tuple[Tensor, ...]] = []
+    frozen: list[Tensor] = []
+    for each in (call.density, density):
+        eta = torch.full((2, layout.size), 1e-3, requires_grad=True)
+        result = run(Runner(each, Langevin(1e-3), PathDensity(Exact())), u, eta, noise, Gradients.GUIDE)
+        (result.end.tanh().sum() + result.increment.sum()).backward()
+        info = result.info
+        found.append((result.end, result.increment, eta.grad, info.log_density, info.grad_norm, info.log_det))
+        frozen.append(info.frozen)
+    for compiled, eager in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    assert torch.equal(*frozen)
+    assert {key[0][0] for key in density._compiler._graphs} == {"forward", "last", "backward"} and not warned(caplog)
+
+
+@pytest.mark.parametrize("name", ["eight_schools", "vae"])
+def test_inductor_gives_the_eager_step_size_gradient(name):
+    case = next(c for c in CASES + EXTRA if c.name == name)
+    model, args = case.make()
+    call = Call.of(model, args, {})
+    u = call.prior(1).detach()
+    noise, grads = torch.randn(4, *u.shape), []
+    for density in (call.density, traced(call, Compiler())):
+        eta = torch.full((4, call.density.layout.size), 1e-3, requires_grad=True)
+        result = run(Runner(density, Langevin(1e-3), PathDensity()), u, eta, noise, Gradients.GUIDE)
+        (result.end.tanh().sum() + result.increment.sum()).backward()
+        grads.append(eta.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_blocks_of_steps_are_single_steps(steps, monkeypatch):
+    """However many steps a graph holds, and whatever divides K, the run is the same."""
+    model, args = next(c for c in CASES if c.name == "eight_schools").make()
+    call = Call.of(model, args, {})
+    u = call.prior(1).detach()
+    noise, results = torch.randn(steps, *u.shape), []
+    for most in (1, 2):
+        monkeypatch.setattr("pyro_shortrun.compiled._STEPS_AT_MOST", most)
+        density = traced(call)
+        eta = torch.full((steps, call.density.layout.size), 1e-3, requires_grad=True)
+        result = run(Runner(density, Langevin(1e-3), PathDensity()), u, eta, noise, Gradients.GUIDE)
+        (result.end.tanh().sum() + result.increment.sum()).backward()
+        results.append((result.end, result.increment, eta.grad, result.info.log_density, result.info.log_det))
+    for single, block in zip(*results, strict=True):
+        torch.testing.assert_close(block, single, rtol=1e-6, atol=1e-8)
+
+
+def test_a_part_of_a_run_that_cannot_be_traced_runs_eagerly(caplog):
+    """Here: what needs second derivatives."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z: Tensor) -> Tensor:
+            return z.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad: Tensor) -> Tensor:
+            raise RuntimeError("no derivative")
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(Once.apply(z), 1.0), obs=x)
+
+    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.01), compile=True)
+    guide._compiler = Compiler(Untouched())
+    with pytest.raises(RuntimeError, match="no derivative"):  # eager says what is wrong
+        guide(torch.tensor(1.0))
+    assert len(warned(caplog)) == 1

@@ -378,3 +378,44 @@ def test_masked_latents_add_nothing_to_the_bound():
         loss = Trace_ELBO(num_particles=20000, vectorize_particles=True, max_plate_nesting=1).loss(program, guide, x)
         losses.append(loss)
     assert losses[0] == pytest.approx(losses[1], abs=0.05)  # several standard errors
+
+
+def curved_run(checkpoint: bool, gradients: Gradients = Gradients.GUIDE, steps: int = 11):
+    """A run on a curved density, noise drawn by the run itself; end, increment and step-size gradient."""
+
+    def model() -> None:
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z.tanh().sum(-1), 0.5), obs=torch.ones(3))
+
+    call = ShortRunGuide(model, num_steps=steps, step_size=0.05)._bind((), {})
+    pyro.set_rng_seed(3)
+    eta = torch.full((steps, 2), 0.05, requires_grad=True)
+    runner = Runner(call.density, Langevin(0.05), PathDensity(), checkpoint=checkpoint)
+    result = run(runner, torch.randn(1, 3, 2), eta, None, gradients)
+    if gradients is not Gradients.NONE:
+        (result.end.square().sum() + result.increment.sum()).backward()
+    return result, eta.grad
+
+
+@pytest.mark.parametrize("at_once", [2**20, 6, 24])
+def test_checkpointed_run_has_the_same_gradient(at_once, monkeypatch):
+    """Also where the noise is drawn in several parts, and drawn again on the way back."""
+    monkeypatch.setattr("pyro_shortrun.chain._NOISE_AT_ONCE", at_once)
+    (plain, wanted), (checked, grad) = curved_run(False), curved_run(True)
+    torch.testing.assert_close(checked.end, plain.end, rtol=0, atol=0)
+    torch.testing.assert_close(grad, wanted)
+    after = torch.rand(3)
+    curved_run(True)
+    torch.testing.assert_close(torch.rand(3), after, rtol=0, atol=0)  # drawing again left the generator alone
+
+
+def test_untuned_run_keeps_nothing_per_step(monkeypatch):
+    """Whatever K is, no more noise is there at once than is to be drawn at once, and nothing is on a tape."""
+    monkeypatch.setattr("pyro_shortrun.chain._NOISE_AT_ONCE", 12)
+    asked = []
+    draw = Langevin.draw_noise
+    monkeypatch.setattr(Langevin, "draw_noise", lambda self, k, like: asked.append(k) or draw(self, k, like))
+    for steps in (3, 60):
+        result, _ = curved_run(False, Gradients.NONE, steps)
+        assert result.states is None and not result.end.requires_grad and set(asked) <= {2, 1}

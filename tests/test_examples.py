@@ -17,7 +17,7 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 # From the bottom up: a module may import those before it.
 LAYERS = (
     "layout transforms vectorize log_einsum step_size logdet program structure potential density compiled dynamics "
-    "objective chain start validation interop weights guide target adaptation sampler session kernel vectorized "
+    "objective steps chain start validation interop weights guide target adaptation sampler session kernel vectorized "
     "evaluation diagnostics"
 ).split()
 
@@ -34,8 +34,9 @@ EXPECTED = {
     "quickstart": ("test MSE", {"reconstructions.png", "samples.png", "training.png", "trajectories.png"}),
     "chains": ("ESS/s", {"chains.txt"}),
     "posteriordb": ("R-hat", {"table.txt"}),
+    "speed": ("Peak memory", {"speed.txt"}),
 }
-MODULES = {"posteriordb_models"}  # imported by an example
+MODULES = {"posteriordb_models", "speed_models", "speed_jax"}  # imported by an example
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in MODULES], ids=lambda p: p.stem)

@@ -1549,7 +1549,7 @@ SWAP: dict[str, tuple[int, float, float]] = {  # number of steps, step size, lea
     "gamma_def": (3, 0.0001, 0.05),
     "vae": (8, 0.1, 0.05),
     "dmm": (3, 0.01, 0.05),
-    "gp_regression": (3, 0.001, 0.02),
+    "gp_regression": (3, 0.0005, 0.02),
 }
 
 

@@ -127,7 +127,7 @@ def complete(size: int) -> Lanczos:
     """Lanczos whose mean over probes is a trace: sqrt(size) times the unit vectors, every iteration."""
 
     class Complete(Lanczos):
-        def probes(self, like: Tensor) -> Tensor:
+        def probes(self, like: Tensor, layout: Layout) -> Tensor:
             basis = math.sqrt(size) * torch.eye(size)
             return basis[:, None, None].expand(size, *like.shape).contiguous()
 
@@ -143,7 +143,7 @@ every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=
 
 
 def apply(estimator: LogDet, problem: Problem) -> LogDetResult:
-    probes = estimator.probes(problem.diagonal)
+    probes = estimator.probes(problem.diagonal, problem.layout)
     return estimator(problem.product, problem.diagonal, problem.layout, probes)
 
 
@@ -193,7 +193,7 @@ def test_rademacher_probes_are_unbiased(num_probes: int) -> None:
     """
     problem = spectrum()
     estimator = Lanczos(num_probes, SIZE)
-    probes = estimator.probes(problem.diagonal)
+    probes = estimator.probes(problem.diagonal, problem.layout)
     assert probes.shape == (num_probes, CHAINS, ROWS, SIZE)
     assert torch.equal(probes.abs(), torch.ones_like(probes))
     value = apply(estimator, problem).value
