@@ -81,7 +81,7 @@ def _mix(slopes: tuple[Tensor, Tensor], beta: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TemperedForward:
-    """A block of arrivals: ``(*carry, *schedule, *base)`` to ``(*carry, *report[, states, before])``."""
+    """A block of arrivals: ``(*carry, *schedule, *base)`` to ``(*carry, *report[, states])``."""
 
     step: Tempered
     taped: bool = False
@@ -93,7 +93,7 @@ class TemperedForward:
 
     def __call__(self, density: LogDensity, *inputs: Tensor) -> tuple[Tensor, ...]:
         carry, schedule, tensors = Carry(*inputs[:6]), Schedule(*inputs[6:10]), inputs[10:]
-        reports, tapes = [], []
+        reports, states = [], []
         for k in range(len(schedule.ends)):
             x, before = carry.proposal, carry.u
             with torch.enable_grad():
@@ -116,10 +116,10 @@ class TemperedForward:
             norm = slopes[0].detach().norm(dim=-1)
             known = value.detach()
             reports.append((known, *(mean_over(t, arrived) for t in (known, norm, extra.detach()))))
-            tapes.append((u.detach(), before.detach()))
+            states.append(u.detach())
         first, *columns = zip(*reports, strict=True)
         out = (*carry, first[0], *map(torch.stack, columns))
-        return (*out, *map(torch.stack, zip(*tapes, strict=True))) if self.taped else out
+        return (*out, torch.stack(states)) if self.taped else out
 
 
 @dataclass(frozen=True)

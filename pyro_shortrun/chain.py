@@ -367,13 +367,16 @@ class _TemperedWalk(_Walk):
         beta, *tensors = extra
         self._step = Tempered(self.runner.rule, self.runner.base)
         self._schedule = _padded(step_size, beta, graph)
-        self._tensors, self._tapes = tuple(tensors), []
+        self._tensors = tuple(tensors)
+        self._tapes: list[Tensor] = []
         forward, carry = TemperedForward(self._step, taped, graph), Carry.at(start if graph else start.contiguous())
-        count = len(step_size) + 1
+        steps, count = len(step_size), len(step_size) + 1
+        small = steps * start.numel() <= _NOISE_AT_ONCE
+        self._noise = self._padded_noise(0, count, steps) if small else None
         at_once = self._at_once(forward, count, lambda *_: (*carry, *self._arrivals(0, 1), *tensors))
         for k in range(0, count, at_once):
             carry, tape = self._block(forward, (*carry, *self._arrivals(k, k + at_once), *tensors), k == 0)
-            self._tapes.append(tape)
+            self._tapes.extend(tape)
         self.arrived, self.singular = carry.alive, carry.singular
         self.lands = True
         self.landed = () if graph else self._execute(Land(), (carry.u,))
@@ -386,10 +389,14 @@ class _TemperedWalk(_Walk):
         """The schedule of arrivals ``first .. last - 1``; before the first step and after the last one is no noise."""
         eta, beta, ends = self._schedule
         count = len(ends) - 1
+        noise = self._padded_noise(first, last, count) if self._noise is None else self._noise[first : last + 1]
+        return eta[first : last + 1], beta[first : last + 1], noise, ends[first:last]
+
+    def _padded_noise(self, first: int, last: int, count: int) -> Tensor:
+        """Noise of the steps that end and begin at these arrivals, of ``count`` steps."""
         inner = self.noise.block(max(first - 1, 0), min(last, count) - max(first - 1, 0))
         silent = torch.zeros_like(inner[:1])
-        parts = [silent] * (first == 0) + [inner] + [silent] * (last > count)
-        return eta[first : last + 1], beta[first : last + 1], torch.cat(parts), ends[first:last]
+        return torch.cat([silent] * (first == 0) + [inner] + [silent] * (last > count))
 
     def backward(self, back: Tensor, back_total: Tensor) -> tuple[Tensor, ...]:
         valid = ~self.invalid
@@ -397,7 +404,8 @@ class _TemperedWalk(_Walk):
         earlier, back = where_rows(valid, back, zero), zero
         back_total = torch.where(valid, back_total, torch.zeros_like(back_total))
         retreat, count = TemperedBackward(self._step), len(self._schedule[2])
-        states, befores = (torch.cat(t) for t in zip(*self._tapes, strict=True))
+        states = torch.cat(self._tapes)
+        befores = torch.cat([states[:1], states[:-1]])
         grads = [torch.zeros_like(t) for t in self._schedule[:2]]
         bases = [torch.zeros_like(t) for t in self._tensors]
 

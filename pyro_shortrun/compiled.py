@@ -33,9 +33,11 @@ from .structure import Structure
 _LOGGER = logging.getLogger("pyro_shortrun")
 _GRAPHS_AT_MOST = 64
 _STEPS_AT_MOST = 5  # in one graph
-_NODES_AT_MOST = 1500  # in a graph of several steps: more take long to compile
+_NODES_AT_MOST = 1700  # in a graph of several steps: more take long to compile
 _SMALL_STATE = 1024  # numbers
 _TRIALS = 4
+_LARGE_MATRIX = 2**14  # numbers
+_BLOCKS = 4
 _LOOPED_AT_MOST = 8  # chains whose copies of the model may stand side by side in one graph
 
 Role = Hashable
@@ -129,8 +131,34 @@ class Inductor(Backend):
         if inputs[0].is_cuda:
             return _cuda_graphs(module)
         # Shapes and strides are the key under which the graph is kept, so dynamo and its guards are not needed.
-        compiled = torch._inductor.compile(module, list(inputs))
+        compiled = torch._inductor.compile(_split_transposed_products(module), list(inputs))
         return min((compiled, module), key=lambda run: _seconds(run, inputs))
+
+
+def _split_transposed_products(module: GraphModule) -> GraphModule:
+    """Products of a large transposed matrix with a vector, as the sum of a few products of its blocks of rows.
+
+    Inductor would make a loop of such a product that goes through memory column by column.
+    """
+    aten = torch.ops.aten
+    for node in [n for n in module.graph.nodes if n.target is aten.mv.default]:
+        transposed, vector = node.args
+        rows, columns = (n.meta["tensor_meta"].shape.numel() if "tensor_meta" in n.meta else 0 for n in (vector, node))
+        if transposed.target not in (aten.t.default, aten.permute.default, aten.transpose.int):
+            continue
+        if rows * columns < _LARGE_MATRIX or rows % _BLOCKS:
+            continue
+        with module.graph.inserting_before(node):
+            shape = [_BLOCKS, rows // _BLOCKS, columns]
+            matrices = module.graph.call_function(aten.reshape.default, (transposed.args[0], shape))
+            vectors = module.graph.call_function(aten.reshape.default, (vector, [_BLOCKS, 1, rows // _BLOCKS]))
+            product = module.graph.call_function(aten.bmm.default, (vectors, matrices))
+            total = module.graph.call_function(aten.sum.dim_IntList, (product, [0, 1]))
+        node.replace_all_uses_with(total)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
 
 
 def _cuda_graphs(module: GraphModule) -> Function:

@@ -128,6 +128,10 @@ class ShortRunGuide(AutoGuide):
             start.create_plates = None
         if self.objective.tempers and not self.dynamics.has_transition_density:
             raise ValueError("Annealed needs dynamics with noise, such as Langevin(0.1): its weights are those of it.")
+        if self.objective.tempers and checkpoint:
+            raise ValueError(
+                "checkpoint=True is for PathDensity(): leave it out with Annealed(), which keeps K states."
+            )
         self.start = Prior() if start is None else start
         self.info: RunInfo | None = None
         self._program = (Program(model),)
@@ -136,6 +140,7 @@ class ShortRunGuide(AutoGuide):
         self._conditioned: tuple[tuple, dict] | None = None
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
         self._compiler = Compiler() if compile else None
+        self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
         self._calls = 0
         self._warned = self._told = False
         self.register_buffer("_carried", torch.zeros(()), persistent=False)
@@ -293,7 +298,11 @@ class ShortRunGuide(AutoGuide):
 
     @property
     def _start(self) -> Start:
-        return self.start if isinstance(self.start, Start) else FromGuide(self.start)
+        if isinstance(self.start, Start):
+            return self.start
+        if not self._adapter:
+            self._adapter = (FromGuide(self.start),)
+        return self._adapter[0]
 
     def _bind(self, args: tuple, kwargs: dict, chains: int = 1) -> Call:
         """Read the model once, check it against earlier calls, and bind its log density."""
@@ -487,7 +496,7 @@ class ShortRunGuide(AutoGuide):
     def __getstate__(self) -> dict:
         """Drop the model and what hangs on a call, without touching the live guide (Pyro's own AutoGuide does)."""
         state = self.__dict__.copy()
-        state.update(_model=None, _program=None, master=None, info=None, plates={}, _conditioned=None)
+        state.update(_model=None, _program=None, master=None, info=None, plates={}, _conditioned=None, _adapter=())
         state["_structures"] = {}
         state["_modules"] = {k: without_model(m) for k, m in self._modules.items()}
         return state

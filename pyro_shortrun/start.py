@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro import poutine
@@ -19,7 +19,6 @@ from torch.distributions import biject_to
 from .base import Base, GaussianBase, PriorBase
 from .chain import isolate
 from .density import LogDensity
-from .layout import Layout
 from .program import Binding, Program, Reading, masked, plates_of
 from .structure import read_structure
 from .vectorize import map_chains
@@ -251,6 +250,7 @@ class FromGuide(Start):
 
     def __init__(self, guide: Callable) -> None:
         self._guide = guide
+        self._orders: dict[str, Any] = {}  # of the last layout
 
     def draw(self, call: Call, chains: int) -> Drawn:
         base = self._gaussian(call)
@@ -268,25 +268,32 @@ class FromGuide(Start):
         known = isinstance(guide, (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal))
         if not known or any(s["mask"] is not None for s in call.reading.latents):
             return None
-        trace, layout = self._trace(call), call.density.layout
+        layout = call.density.layout
         if isinstance(guide, AutoNormal):
+            trace = self._trace(call)
             fns = {s.name: _innermost(trace.nodes[f"{s.name}_unconstrained"]["fn"]) for s in layout.sites}
             shapes = {s.name: s.shape for s in layout.sites}
             loc = layout.pack({k: fn.loc.expand(shapes[k]) for k, fn in fns.items()})
             return GaussianBase(loc, layout.pack({k: fn.scale.expand(shapes[k]) for k, fn in fns.items()}))
-        order = self._pack_flat(layout, torch.arange(guide.latent_dim, dtype=torch.float64)).long()
+        order = self._order(call)
         fn = guide.get_posterior()
         if isinstance(guide, AutoDiagonalNormal):
             return GaussianBase(fn.base_dist.loc[order], fn.base_dist.scale[order])
-        if not torch.equal(order, torch.arange(guide.latent_dim).unsqueeze(0)):  # its factor would not be triangular
+        if order.shape[0] > 1 or (order.diff() != 1).any():  # its factor would not be triangular
             return None
         return GaussianBase(fn.loc.unsqueeze(0), fn.scale_tril.unsqueeze(0))
 
-    def _pack_flat(self, layout: Layout, latent: Tensor) -> Tensor:
-        """A flat latent of an AutoContinuous as ``(rows, size)``."""
-        guide: Any = self._guide
-        values = {site["name"]: value for site, value in guide._unpack_latent(latent)}
-        return layout.pack({s.name: values[s.name].reshape(s.shape) for s in layout.sites})
+    def _order(self, call: Call) -> Tensor:
+        """Where each coordinate of the rows is in the flat latent of an AutoContinuous, ``(rows, size)``."""
+        guide, layout = cast(Any, self._guide), call.density.layout
+        if guide.prototype_trace is None:
+            self._trace(call)  # creates its parameters
+        if self._orders.get("layout") is not layout:
+            flat = torch.arange(guide.latent_dim, dtype=torch.float64, device=guide.loc.device)
+            values = {site["name"]: value for site, value in guide._unpack_latent(flat)}
+            rows = layout.pack({s.name: values[s.name].reshape(s.shape) for s in layout.sites})
+            self._orders.update(layout=layout, order=rows.long())
+        return self._orders["order"]
 
     def _trace(self, call: Call) -> Any:
         tracer = poutine.trace()
