@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 class Base(ABC):
-    """The density ``q_0`` of a run's start."""
+    """The density ``q_0`` of a run's start.
+
+    ``is_weighted`` tells whether in an arrowhead its local parts count ``full_size / size`` times.
+    """
+
+    is_weighted = False
 
     @property
     @abstractmethod
@@ -38,6 +43,8 @@ class Base(ABC):
 @dataclass(frozen=True)
 class PriorBase(Base):
     """The model's own prior."""
+
+    is_weighted = True
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

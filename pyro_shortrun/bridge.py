@@ -47,7 +47,7 @@ class Tempered:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``log pi`` and the gradients of ``log pi`` and ``log q_0``, scaled alike."""
         value, grad, slope = self.base.evaluate(density, u, tensors, create_graph)
-        if density.layout.is_arrow:  # both count the local plate's full size
+        if density.layout.is_arrow and self.base.is_weighted:
             return value, grad, slope
         return value, grad, slope / density.layout.drift_scale(u)
 
@@ -126,10 +126,10 @@ class TemperedForward:
 class TemperedBackward:
     """The way back through a block of arrivals.
 
-    ``(back, earlier, back_total, *schedule, states, before, *base)``, where ``back`` is the cotangent of the proposal
-    that the block ended with and ``earlier`` what the next block's first increment adds to the last state's, to
-    ``(back, earlier, eta, eta, beta, beta, *base)``: cotangents of the steps that ended here and of those that began
-    here, ``(n, size)`` and ``(n,)`` each.
+    ``(back, earlier, back_total, valid, *schedule, states, before, *base)``, where ``back`` is the cotangent of the
+    proposal that the block ended with and ``earlier`` what the next block's first increment adds to the last state's,
+    to ``(back, earlier, eta, eta, beta, beta, *base)``: cotangents of the steps that ended here and of those that
+    began here, ``(n, size)`` and ``(n,)`` each, over ``valid`` rows.
     """
 
     step: Tempered
@@ -139,13 +139,17 @@ class TemperedBackward:
         return "backward", self.step.key
 
     def __call__(self, density: LogDensity, *inputs: Tensor) -> tuple[Tensor, ...]:
-        back, earlier, back_total = inputs[:3]
-        schedule, states, befores, tensors = Schedule(*inputs[3:7]), inputs[7], inputs[8], inputs[9:]
+        back, earlier, back_total, valid = inputs[:4]
+        schedule, states, befores, tensors = Schedule(*inputs[4:8]), inputs[8], inputs[9], inputs[10:]
         steps: list[tuple[Tensor, ...]] = []
         bases = [torch.zeros_like(t) for t in tensors]
         for k in reversed(range(len(schedule.ends))):
-            leaves = [states[k], befores[k], *schedule.eta[k : k + 2], *schedule.beta[k : k + 2], *tensors]
-            leaves = [t.detach().clone().requires_grad_() for t in leaves]
+            u = states[k]
+            # Every row has its own copy of what rows share, so that a row that is not finite cannot spoil the others.
+            shared = [t.expand_as(u) for t in schedule.eta[k : k + 2]]
+            shared += [t.expand(*u.shape[:2], 1) for t in schedule.beta[k : k + 2]]
+            shared += [t.expand(len(u), *t.shape) for t in tensors]
+            leaves = [t.detach().clone().requires_grad_() for t in (u, befores[k], *shared)]
             u, before, eta, eta_ahead, beta, beta_ahead, *base = leaves
             with torch.enable_grad():
                 _, *slopes = self.step.evaluate(density, u, tuple(base), create_graph=True)
@@ -155,6 +159,14 @@ class TemperedBackward:
                 goal = (back * ahead).sum() + (back_total * schedule.ends[k] * extra).sum()
                 found = torch.autograd.grad(goal, leaves, materialize_grads=True)
             back, earlier = found[0] + earlier, found[1]
-            steps.append(found[2:6])
-            bases = [a + b for a, b in zip(bases, found[6:], strict=True)]
+            eta_sums = [_kept(t, valid).sum((0, 1)) for t in found[2:4]]
+            beta_sums = [_kept(t, valid).sum() for t in found[4:6]]
+            steps.append((*eta_sums, *beta_sums))
+            bases = [a + _kept(b, valid).sum(0) for a, b in zip(bases, found[6:], strict=True)]
         return (back, earlier, *(torch.stack(t[::-1]) for t in zip(*steps, strict=True)), *bases)
+
+
+def _kept(grad: Tensor, valid: Tensor) -> Tensor:
+    """``grad`` of ``(chains, rows, ...)`` without what belongs to other rows or is not finite."""
+    mask = valid.reshape(*valid.shape, *((1,) * (grad.dim() - 2)))
+    return torch.where(mask & grad.isfinite(), grad, torch.zeros_like(grad))

@@ -286,7 +286,7 @@ class _Walk:
     def _block(self, forward: Any, inputs: tuple, first: bool, again: bool = False) -> tuple[Carry, tuple]:
         """A block of arrivals, reported unless it was before; the first one also tells whether graphs are stale."""
         out = self._execute(forward, inputs)
-        if first and self.runner.density.is_stale(inputs[0], out[6]):
+        while first and self.runner.density.is_stale(inputs[0], out[6]):
             out = self._execute(forward, inputs)
         if not again:
             self._reports.append(Report(*out[6:10]))
@@ -412,11 +412,11 @@ class _TemperedWalk(_Walk):
         def inputs(first: int, last: int) -> tuple:
             return *self._arrivals(first, last), states[first:last], befores[first:last], *self._tensors
 
-        one = (back, earlier, back_total, *inputs(0, 1))
+        one = (back, earlier, back_total, valid, *inputs(0, 1))
         at_once = self._at_once(retreat, count, lambda *_: one)
         for last in range(count, 0, -at_once):
             first = last - at_once
-            out = self._execute(retreat, (back, earlier, back_total, *inputs(first, last)))
+            out = self._execute(retreat, (back, earlier, back_total, valid, *inputs(first, last)))
             back, earlier = out[:2]
             for grad, ended, began in zip(grads, out[2:6:2], out[3:6:2], strict=True):
                 grad[first:last] += ended

@@ -36,6 +36,7 @@ _STEPS_AT_MOST = 5  # in one graph
 _NODES_AT_MOST = 1700  # in a graph of several steps: more take long to compile
 _SMALL_STATE = 1024  # numbers
 _TRIALS = 4
+_RENEWALS_AT_MOST = 4
 _LARGE_MATRIX = 2**14  # numbers
 _BLOCKS = 4
 _LOOPED_AT_MOST = 8  # chains whose copies of the model may stand side by side in one graph
@@ -47,7 +48,8 @@ Constants = tuple["Role | Tensor", ...]
 
 @dataclass(frozen=True)
 class Live:
-    """What a call's graphs depend on: tensors by role, and a key of everything else."""
+    """What a call's graphs depend on: tensors by role (the arguments', and parameters by name), and a key of the
+    arguments' shapes and of everything else."""
 
     tensors: Mapping[Role, Tensor]
     key: Hashable
@@ -55,17 +57,34 @@ class Live:
 
 def roles(bind: Binding, batches: Mapping[str, Tensor]) -> Live:
     """The tensors that a model sees in a call, by the way they come to it, and their shapes and the other arguments."""
-    tensors: dict[Role, Tensor] = dict(pyro.get_param_store()._params.items())
     sources = (bind.args, bind.kwargs, dict(bind.indices), dict(bind.given), dict(batches))
     leaves, spec = pytree.tree_flatten(sources)
-    tensors.update({i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)})
+    given: dict[Role, Tensor] = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     literals = tuple(_literal(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-    shapes = tuple((role, t.shape, t.stride(), t.dtype, t.device) for role, t in tensors.items())
-    return Live(tensors, (shapes, literals, str(spec), bind.enum_dim))
+    shapes = tuple((role, *_spec(t)) for role, t in given.items())
+    tensors: dict[Role, Tensor] = dict(pyro.get_param_store()._params.items())
+    return Live(tensors | given, (shapes, literals, str(spec), bind.enum_dim))
 
 
 def _literal(leaf: Any) -> Hashable:
-    return leaf if isinstance(leaf, (int, float, str, bool, type(None))) else id(leaf)
+    return (type(leaf), leaf) if isinstance(leaf, (int, float, str, bool, type(None))) else _Same(leaf)
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """An argument that is no tensor and no number: known by its identity, and kept, so that this is not used again."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _spec(t: Tensor) -> tuple:
+    return t.shape, t.stride(), t.dtype, t.device
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,17 @@ class Graph:
 
     run: Function
     constants: Constants
+    specs: tuple[tuple, ...]
+
+    @classmethod
+    def of(cls, run: Function, constants: Constants, live: Live) -> Graph:
+        """With the shapes that the constants have now."""
+        return cls(run, constants, tuple(map(_spec, _bound(constants, live))))
+
+    def fits(self, live: Live) -> bool:
+        """Whether parameters still have the shapes that they had."""
+        known = all(isinstance(c, Tensor) or c in live.tensors for c in self.constants)
+        return known and self.specs == tuple(map(_spec, _bound(self.constants, live)))
 
     def wants_gradients(self, live: Live) -> bool:
         """Whether the function depends on something that is to be trained."""
@@ -187,10 +217,12 @@ class Compiler:
 
     def __init__(self, backend: Backend | None = None) -> None:
         self.backend = Inductor() if backend is None else backend
-        self._graphs: dict[Hashable, Graph | None] = {}
+        self._graphs: dict[Hashable, Graph] = {}
         self._sizes: dict[Hashable, int] = {}
         self._traced: dict[Hashable, tuple[GraphModule, Constants]] = {}  # to be compiled if they are the size wanted
         self._given_up: set[str] = set()
+        self._renewals = 0
+        self.rounding: float | None = None  # how far a new graph was from the eager log density, relatively
         self._eager = False
 
     def graph(self, key: Hashable, what: str, fn: Function, inputs: tuple[Tensor, ...], live: Live) -> Graph | None:
@@ -200,6 +232,8 @@ class Compiler:
         """
         if self._eager or what in self._given_up:
             return None
+        if key in self._graphs and not self._graphs[key].fits(live):
+            del self._graphs[key]
         if key not in self._graphs and len(self._graphs) >= _GRAPHS_AT_MOST:
             self.give_up(f"its shapes or other arguments changed more than {_GRAPHS_AT_MOST} times")
             return None
@@ -209,7 +243,7 @@ class Compiler:
                     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # inductor's own
                     module, constants = self._traced.pop(key) if key in self._traced else trace(fn, inputs, live)
                     values = [*inputs, *_bound(constants, live)]
-                    self._graphs[key] = Graph(self.backend.build(module, values), constants)
+                    self._graphs[key] = Graph.of(self.backend.build(module, values), constants, live)
             except Exception as reason:  # make_fx and inductor raise whatever they meet
                 self.give_up(reason, what if self._graphs else None)
                 return None
@@ -226,7 +260,11 @@ class Compiler:
         return self._sizes[key]
 
     def forget(self) -> None:
-        """Drop every graph."""
+        """Drop every graph, as they no longer are the model's; give up if this happens again and again."""
+        self._renewals += 1
+        if self._renewals > _RENEWALS_AT_MOST:
+            self.give_up("something that it depends on changes from call to call: pass that as a tensor argument")
+        self.rounding = None
         self._graphs.clear()
         self._sizes.clear()
         self._traced.clear()
@@ -261,6 +299,7 @@ class CompiledDensity(LogDensity):
         self._at_once: dict[Hashable, int] = {}
         self._live: Live | None = None
         self._known: tuple[Tensor, Tensor] | None = None
+        self._renewed = False
 
     def on_batches(self, indices: Mapping[str, Tensor]) -> LogDensity:
         density = CompiledDensity(self._program, self.structure, self.bind, self._compiler)
@@ -299,8 +338,11 @@ class CompiledDensity(LogDensity):
     def value_and_grad(self, u: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         if create_graph:
             return super().value_and_grad(u, create_graph)
+        return self._fresh_gradient(u)
+
+    def _fresh_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = self.execute(_gradient, (u,), ("gradient",))
-        if self.is_stale(u, value):
+        while self.is_stale(u, value):
             value, grad = self.execute(_gradient, (u,), ("gradient",))
         return value, grad
 
@@ -314,9 +356,7 @@ class CompiledDensity(LogDensity):
         )
         if graph is None or (parameters and graph.wants_gradients(self._roles)):
             return super().differentiable(u, parameters)
-        value, grad = self.execute(_gradient, inputs, ("gradient",))
-        if self.is_stale(u, value):
-            value, grad = self.execute(_gradient, inputs, ("gradient",))
+        value, grad = self._fresh_gradient(inputs[0])
         return value + ((u - u.detach()) * grad).sum(-1)
 
     def expect(self, u: Tensor, value: Tensor) -> None:
@@ -325,14 +365,27 @@ class CompiledDensity(LogDensity):
     def is_stale(self, u: Tensor, value: Tensor) -> bool:
         """Whether graphs no longer are the model's; then they are dropped, and given up if new ones are no better."""
         known, self._known = self._known, None
-        if known is None or _agree(known, u, value):
+        if known is None or known[0].shape != u.shape or not torch.equal(known[0], u.detach()):
             return False
-        self._compiler.forget()
-        self._bound.clear()
-        if not _agree(known, u, self.execute(_value, (u,), ("value",))[0]):
+        if self._agree(known[1], value.detach()):
+            return False
+        if self._renewed:
             self._compiler.give_up("its graph does not give the model's log density")
-            self._bound.clear()
+        else:
+            self._compiler.forget()
+            self._renewed, self._known = True, known
+        self._bound.clear()
         return True
+
+    def _agree(self, known: Tensor, value: Tensor) -> bool:
+        """Within the rounding of the first comparison of these graphs, or a loose bound for that one."""
+        gap = ((known - value).abs() / (1 + known.abs())).nan_to_num(0.0).max().item()
+        if not torch.equal(known.isfinite(), value.isfinite()):
+            return False
+        tight, loose = (2e-5, 1e-3) if known.dtype is torch.float32 else (1e-9, 1e-6)
+        if self._compiler.rounding is None and gap < loose:
+            self._compiler.rounding = gap
+        return gap <= max(tight, 20 * (self._compiler.rounding or 0.0))
 
     @property
     def _roles(self) -> Live:
@@ -385,14 +438,6 @@ def _value(density: LogDensity, u: Tensor) -> tuple[Tensor, ...]:
 
 def _gradient(density: LogDensity, u: Tensor) -> tuple[Tensor, ...]:
     return density.value_and_grad(u)
-
-
-def _agree(known: tuple[Tensor, Tensor], u: Tensor, value: Tensor) -> bool:
-    """Whether ``value`` is what is known of ``u``, if anything is."""
-    if known[0].shape != u.shape or not torch.equal(known[0], u.detach()):
-        return True
-    tolerance = 1e-3 if u.dtype is torch.float32 else 1e-6
-    return torch.allclose(known[1], value.detach(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def density_of(program: Program, structure: Structure, bind: Binding, compiler: Compiler | None) -> LogDensity:

@@ -19,7 +19,15 @@ from torch import Tensor
 from .chain import Gradients, RunInfo, Runner, ShortRun, isolate, run
 from .compiled import Compiler, density_of
 from .dynamics import Dynamics, Langevin, back_off
-from .interop import emit, ordinary_autograd, outer_shape, plain, values_of_other_parts, without_model
+from .interop import (
+    emit,
+    is_weighted_from_outside,
+    ordinary_autograd,
+    outer_shape,
+    plain,
+    values_of_other_parts,
+    without_model,
+)
 from .objective import Objective, PathDensity
 from .program import Binding, Program, Reading
 from .start import Call, Drawn, FromGuide, Prior, Start
@@ -82,15 +90,16 @@ class ShortRunGuide(AutoGuide):
     :param dynamics: a :class:`~pyro_shortrun.dynamics.Dynamics` instead of ``step_size``; default ``Langevin``.
     :param start: :class:`Prior` (default), :class:`Persistent`, :class:`Init` or any Pyro guide over the same sites
         (an ``AutoGuide``, an encoder), which is then trained too.
-    :param objective: how log q is accounted; default :class:`PathDensity`.
+    :param objective: how log q is accounted: :class:`PathDensity` (default) or :class:`Annealed`.
     :param tune_every: step sizes (and a learned start) get gradients in every ``tune_every``-th training call. In
         the calls between, in training mode, the log-determinants in log q are those of the last tuned run, since
         computing them is most of the cost; ``guide.eval()`` makes every log q exact. Every call in training mode
         counts, also each of an ELBO's ``num_particles`` if they are not vectorised.
     :param full_gradient: see above.
-    :param compile: whether the log density and its gradient are traced and compiled (a few seconds per new shape), so
-        that Pyro is not in the loop; steps that are being tuned still run eagerly. A model that cannot be traced runs
-        eagerly with a logged warning.
+    :param checkpoint: whether a tuned run keeps ``2 sqrt(K)`` states instead of K for its way back, and recomputes the
+        others; with :class:`PathDensity`.
+    :param compile: whether blocks of steps, forwards and back, are traced and compiled (some seconds per new shape), so
+        that Pyro is not in the loop. A model that cannot be traced runs eagerly with a logged warning.
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
     :raises ValueError: for arguments out of range, and at the first call for models that short runs cannot infer;
         the message names the site and the remedy.
@@ -167,6 +176,8 @@ class ShortRunGuide(AutoGuide):
         """
         if not self._start.has_density:
             raise NotImplementedError(f"{type(self._start).__name__} starts have no density: use Trace_ELBO.")
+        if is_weighted_from_outside():
+            raise NotImplementedError("poutine.scale, poutine.mask or a plate around ShortRunELBO: use Trace_ELBO.")
         with ordinary_autograd() as grad_enabled, self._pyro_context:
             call, result, log_q, gradients = self._play(args, kwargs, num_particles, grad_enabled)
             density = call.density.differentiable(result.end, grad_enabled)

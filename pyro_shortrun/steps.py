@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .dynamics import Dynamics
+from .logdet import LogDet
 from .objective import Objective
 from .potential import Density
 
@@ -34,8 +35,17 @@ class Rule:
     @cached_property
     def key(self) -> tuple:
         """Everything that decides the arithmetic."""
-        numbers = {k: v for k, v in vars(self.dynamics).items() if isinstance(v, (bool, int, float))}
-        return self.dynamics, self.objective, self.account, tuple(numbers.items())
+        return self.dynamics, self.objective, self.account, _settings(self.dynamics), _settings(self.objective)
+
+
+def _settings(thing: object) -> tuple:
+    """Numbers that an object was made with, and those of its log-determinant."""
+    found = [
+        (k, _settings(v) if isinstance(v, LogDet) else v)
+        for k, v in vars(thing).items()
+        if k != "training" and isinstance(v, (bool, int, float, LogDet))
+    ]
+    return type(thing), *found
 
 
 class Carry(NamedTuple):

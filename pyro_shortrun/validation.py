@@ -5,6 +5,8 @@ from __future__ import annotations
 from numbers import Integral
 from typing import Any
 
+from pyro.nn import PyroModule
+
 from .start import Start
 
 
@@ -24,5 +26,10 @@ def check_start(start: Any) -> None:
     """Refuse what is neither a Start nor a guide."""
     if start is not None and (isinstance(start, type) or not (isinstance(start, Start) or callable(start))):
         raise ValueError(f"start must be Prior(), Persistent(), Init(...) or a Pyro guide, got {start!r}.")
+    if isinstance(start, PyroModule) and start._pyro_context.used:
+        raise ValueError(
+            "the start was called before it was given to ShortRunGuide, and its parameters are in Pyro's store "
+            f"under its own name: pass a function, start=lambda *args: {type(start).__name__.lower()}(*args)."
+        )
     if getattr(start, "__module__", "") == "pyro.infer.autoguide.initialization":
         raise ValueError(f"start={start!r} is an initialisation, not a guide: use start=Init({start!r}).")

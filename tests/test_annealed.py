@@ -15,9 +15,11 @@ from torch import Tensor
 
 from pyro_shortrun import Annealed, Init, Langevin, ShortRunGuide, ShortRunLangevin, StepSize
 from pyro_shortrun.base import Base, GaussianBase, PriorBase
+from pyro_shortrun.bridge import Tempered
 from pyro_shortrun.chain import Gradients, Runner, run
 from pyro_shortrun.compiled import Compiler, Untouched, density_of
 from pyro_shortrun.start import Call
+from pyro_shortrun.steps import Rule
 
 STEPS = 5
 
@@ -174,3 +176,36 @@ def test_refusals():
         ShortRunGuide(model, dynamics=Langevin(0.1, noise=False), objective=Annealed())
     with pytest.raises(NotImplementedError, match="ShortRunGuide"):
         ShortRunLangevin(model, objective=Annealed())
+
+
+def test_a_row_whose_gradient_is_not_finite_does_not_spoil_the_others():
+    def model() -> None:
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("kink", -(z - 1.0).abs().sqrt())
+
+    call = Call.of(model, (), {})
+    u = torch.tensor([1.0, 0.2, -0.5]).reshape(1, 3, 1)  # the first on the kink
+    leaves = [torch.full((2, 1), 0.01), torch.tensor([0.5, 1.0]), torch.zeros(3, 1), torch.ones(3, 1)]
+    eta, beta, loc, scale = (t.requires_grad_() for t in leaves)
+    runner = Runner(call.density, Langevin(0.1), Annealed(), base=GaussianBase(loc, scale), beta=beta)
+    result = run(runner, u, eta, torch.randn(2, 1, 3, 1), Gradients.GUIDE)
+    assert result.info.frozen[0].tolist() == [True, False, False]
+    grads = torch.autograd.grad(result.increment.sum(), (eta, beta, loc, scale))
+    assert all(g.isfinite().all() for g in grads) and grads[2][1:].abs().sum() > 0 and grads[2][0] == 0
+
+
+def test_a_gaussian_start_has_its_own_gradient_in_an_arrowhead():
+    """Also where a subsampled plate makes the local part of log q count several times."""
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 6, subsample_size=2):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(2))
+
+    density = Call.of(model, (), {}).density
+    u, loc, scale = torch.randn(1, 1, 3), torch.randn(1, 3), torch.rand(1, 3) + 0.5
+    step = Tempered(Rule(Langevin(0.1), Annealed()), GaussianBase(loc, scale))
+    _, _, slope = step.evaluate(density, u.requires_grad_(), (loc, scale), create_graph=False)
+    torch.testing.assert_close(slope * density.layout.drift_scale(u), (loc - u) / scale.square())

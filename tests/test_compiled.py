@@ -14,7 +14,16 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from zoo import CASES, EXTRA, Case
 
-from pyro_shortrun import Exact, Langevin, PathDensity, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
+from pyro_shortrun import (
+    Exact,
+    Lanczos,
+    Langevin,
+    PathDensity,
+    ShortRunGuide,
+    ShortRunLangevin,
+    StepSize,
+    VectorizedMCMC,
+)
 from pyro_shortrun.chain import Gradients, Runner, run
 from pyro_shortrun.compiled import CompiledDensity, Compiler, Untouched, density_of
 from pyro_shortrun.start import Call
@@ -298,3 +307,71 @@ def test_a_part_of_a_run_that_cannot_be_traced_runs_eagerly(caplog):
     with pytest.raises(RuntimeError, match="no derivative"):  # eager says what is wrong
         guide(torch.tensor(1.0))
     assert len(warned(caplog)) == 1
+
+
+def test_settings_are_part_of_what_a_graph_is_known_by():
+    model, x = generator(Decoder()), torch.randn(6, 3)
+    guide = ShortRunGuide(
+        model, num_steps=2, step_size=StepSize(0.01), objective=PathDensity(Lanczos(1, 1)), compile=True
+    )
+    guide._compiler = Compiler(Untouched())
+    values = []
+    for iterations in (1, 2):
+        objective.logdet.num_iterations = iterations
+        pyro.set_rng_seed(0)
+        values.append(guide.log_weight(x).item())
+    eager = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.01), objective=PathDensity(Lanczos(1, 2)))
+    pyro.set_rng_seed(0)
+    assert values[0] != values[1] == pytest.approx(eager.log_weight(x).item())
+
+
+def test_what_does_not_matter_makes_no_new_graph():
+    guide, x = short(generator(Decoder()), True), torch.randn(6, 3)
+    draws(guide, x)
+    count = len(guide._compiler._graphs)
+    pyro.param("unrelated", torch.zeros(2))
+    guide.eval()
+    draws(guide, x)
+    assert len(guide._compiler._graphs) == count
+
+
+def test_a_parameter_of_another_shape_is_seen():
+    def model(x: Tensor) -> None:
+        shift = pyro.param("shift", torch.zeros(1))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
+
+    compiled, eager, x = short(model, True), short(model, False), torch.randn(3)
+    assert_same(draws(compiled, x), draws(eager, x))
+    del pyro.get_param_store()["shift"]
+    pyro.param("shift", torch.tensor([1.0, -5.0, 2.0]))
+    assert_same(draws(compiled, x), draws(eager, x))
+
+
+def test_what_changes_from_call_to_call_ends_in_eager_runs(caplog):
+    outside = {"scale": 1.0}
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, outside["scale"]), obs=x)
+
+    compiled, eager, x = short(model, True), short(model, False), torch.tensor(1.0)
+    for i in range(7):
+        outside["scale"] = 1.0 + i
+        assert_same(draws(compiled, x), draws(eager, x))
+    assert len(warned(caplog)) == 1 and "pass that as a tensor argument" in warned(caplog)[0]
+
+
+def test_small_changes_of_a_large_log_density_are_seen():
+    """In float32, too: the tolerance is that of the first comparison's rounding."""
+    outside, x = {"scale": 1.0}, torch.randn(20000, dtype=torch.float32)
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(10, dtype=torch.float32), outside["scale"]).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(), 1.0).expand([20000]).to_event(1), obs=x)
+
+    compiled, eager = short(model, True), short(model, False)
+    for scale in (1.0, 0.5):
+        outside["scale"] = scale
+        assert_same(draws(compiled, x, num_samples=1), draws(eager, x, num_samples=1))

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
@@ -125,3 +126,18 @@ def test_weights_that_are_to_be_trained_again_get_gradients():
     weight.requires_grad_(True)
     ShortRunELBO().loss_and_grads(model, guide, x)
     assert weight.weight.grad is not None and weight.weight.grad.abs().sum() > 0
+
+
+def test_handlers_around_the_loss_are_refused():
+    guide = ShortRunGuide(local, num_steps=2)
+    with pytest.raises(NotImplementedError, match="use Trace_ELBO"), poutine.scale(scale=0.5):
+        ShortRunELBO().loss_and_grads(local, guide, torch.ones(3))
+
+
+def test_a_start_that_was_called_before():
+    start = AutoNormal(local)
+    start(torch.ones(3))
+    with pytest.raises(ValueError, match="pass a function, start=lambda"):
+        ShortRunGuide(local, start=start)
+    guide = ShortRunGuide(local, num_steps=2, start=lambda *args: start(*args))
+    assert ShortRunELBO().loss(local, guide, torch.ones(3)) > 0

@@ -17,8 +17,8 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 # From the bottom up: a module may import those before it.
 LAYERS = (
     "layout transforms vectorize log_einsum step_size logdet program structure potential density compiled dynamics "
-    "objective steps chain start validation interop weights guide target adaptation sampler session kernel vectorized "
-    "evaluation diagnostics"
+    "objective steps base bridge chain start validation interop weights guide elbo target adaptation sampler session "
+    "kernel vectorized evaluation diagnostics"
 ).split()
 
 
@@ -63,7 +63,7 @@ def snippets(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/chains.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/chains.md", "docs/speed.md"])
 def test_snippets_run_in_order(name):
     code = "\n".join(snippets(name))
     assert code or name != "README.md"
