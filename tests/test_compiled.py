@@ -317,7 +317,7 @@ def test_settings_are_part_of_what_a_graph_is_known_by():
     guide._compiler = Compiler(Untouched())
     values = []
     for iterations in (1, 2):
-        objective.logdet.num_iterations = iterations
+        guide.objective.logdet.num_iterations = iterations
         pyro.set_rng_seed(0)
         values.append(guide.log_weight(x).item())
     eager = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.01), objective=PathDensity(Lanczos(1, 2)))
