@@ -13,7 +13,6 @@ Three ways to run, chosen by :class:`Gradients`:
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -26,11 +25,10 @@ from torch import Tensor
 from .base import Base
 from .bridge import Tempered, TemperedBackward, TemperedForward
 from .dynamics import Dynamics
+from .noise import Drawn, Given, Noise
 from .objective import Objective
 from .potential import Density
 from .steps import Backward, Carry, Forward, Land, Last, Report, Rule, Tape, where_rows
-
-_NOISE_AT_ONCE = 2**20  # numbers drawn in one call
 
 
 class Gradients(Enum):
@@ -115,78 +113,6 @@ class Runner:
     def rule(self) -> Rule:
         """The arithmetic of one step."""
         return Rule(self.dynamics, self.objective, self.account)
-
-
-class Noise(ABC):
-    """Standard normal noise of a run, handed out in blocks of steps from first to last, and again for the way back."""
-
-    @abstractmethod
-    def block(self, first: int, count: int) -> Tensor:
-        """Noise of ``count`` steps, ``(count, chains, rows, size)``."""
-
-
-class Given(Noise):
-    """Noise of all steps, ``(K, chains, rows, size)``."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    def block(self, first: int, count: int) -> Tensor:
-        return self.values[first : first + count]
-
-
-class Drawn(Noise):
-    """Noise drawn by the dynamics for as many steps at once as are not too many numbers, so that memory is bounded.
-
-    To give a block again, it draws it again from the state of torch's generator that it had.
-
-    :param like: a state, ``(chains, rows, size)``.
-    """
-
-    def __init__(self, dynamics: Dynamics, num_steps: int, like: Tensor) -> None:
-        self._dynamics, self._num_steps, self._like = dynamics, num_steps, like.detach()
-        self._at_once = max(1, min(num_steps, _NOISE_AT_ONCE // max(like.numel(), 1)))
-        self._generators: list[Tensor] = []
-        self._chunk, self._values = -1, self._like
-
-    def block(self, first: int, count: int) -> Tensor:
-        parts = []
-        while count:
-            chunk, offset = divmod(first, self._at_once)
-            part = self._of(chunk)[offset : offset + count]
-            parts.append(part)
-            first, count = first + len(part), count - len(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _of(self, chunk: int) -> Tensor:
-        if chunk != self._chunk:
-            size = min(self._at_once, self._num_steps - chunk * self._at_once)
-            if chunk < len(self._generators):
-                self._values = self._again(chunk, size)
-            else:
-                self._generators.append(_random_state(self._like))
-                self._values = self._dynamics.draw_noise(size, self._like)
-            self._chunk = chunk
-        return self._values
-
-    def _again(self, chunk: int, size: int) -> Tensor:
-        now = _random_state(self._like)
-        _set_random_state(self._like, self._generators[chunk])
-        try:
-            return self._dynamics.draw_noise(size, self._like)
-        finally:
-            _set_random_state(self._like, now)
-
-
-def _random_state(like: Tensor) -> Tensor:
-    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
-
-
-def _set_random_state(like: Tensor, state: Tensor) -> None:
-    if like.is_cuda:
-        torch.cuda.set_rng_state(state, like.device)
-    else:
-        torch.set_rng_state(state)
 
 
 def run(
@@ -371,8 +297,8 @@ class _TemperedWalk(_Walk):
         self._tapes: list[Tensor] = []
         forward, carry = TemperedForward(self._step, taped, graph), Carry.at(start if graph else start.contiguous())
         steps, count = len(step_size), len(step_size) + 1
-        small = steps * start.numel() <= _NOISE_AT_ONCE
-        self._noise = self._padded_noise(0, count, steps) if small else None
+        self._noise = None
+        self._noise = self._padded_noise(0, count, steps) if self.noise.is_whole else None
         at_once = self._at_once(forward, count, lambda *_: (*carry, *self._arrivals(0, 1), *tensors))
         for k in range(0, count, at_once):
             carry, tape = self._block(forward, (*carry, *self._arrivals(k, k + at_once), *tensors), k == 0)
@@ -458,45 +384,3 @@ class _GuideOnly(torch.autograd.Function):
         pull = torch.where(walk.invalid, grad_total, torch.zeros_like(grad_total)).sum()
         grad_steps = grad_steps - pull / (step_size * step_size.numel())
         return None, where_rows(walk.invalid, torch.zeros_like(grad_start), grad_start), grad_steps, *others
-
-
-def isolate(
-    fn: Callable[..., tuple[Tensor, ...]],
-    inputs: Sequence[Tensor],
-    isolated: bool,
-    known: tuple[Tensor, ...] | None = None,
-) -> tuple[Tensor, ...]:
-    """``fn(*inputs)``, differentiable in its inputs alone if ``isolated``.
-
-    ``fn`` may hold the model's parameters, as a support that depends on them does.
-
-    :param known: the result without gradients, if it is known.
-    """
-    if not isolated:
-        return fn(*inputs)
-    if any(t.requires_grad for t in inputs):
-        return _InputOnly.apply(fn, known, *inputs)
-    if known is not None:
-        return known
-    with torch.no_grad():
-        return fn(*inputs)
-
-
-class _InputOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, fn: Callable, known: tuple[Tensor, ...] | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.fn, ctx.inputs = fn, [t.detach().requires_grad_(t.requires_grad) for t in inputs]
-        if known is None:
-            with torch.no_grad():
-                known = fn(*ctx.inputs)
-        return tuple(t.detach().clone() for t in known)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        wanted = [t for t in ctx.inputs if t.requires_grad]
-        with torch.enable_grad():
-            pairs = [(t, g) for t, g in zip(ctx.fn(*ctx.inputs), grads, strict=True) if t.requires_grad]
-        outs, back = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outs, wanted, back, materialize_grads=True))
-        return None, None, *(next(found) if t.requires_grad else None for t in ctx.inputs)

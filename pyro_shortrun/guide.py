@@ -16,7 +16,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from .chain import Gradients, RunInfo, Runner, ShortRun, isolate, run
+from .chain import Gradients, RunInfo, Runner, ShortRun, run
 from .compiled import Compiler, density_of
 from .dynamics import Dynamics, Langevin, back_off
 from .interop import (
@@ -28,6 +28,7 @@ from .interop import (
     values_of_other_parts,
     without_model,
 )
+from .isolate import isolate
 from .objective import Objective, PathDensity
 from .program import Binding, Program, Reading
 from .start import Call, Drawn, FromGuide, Prior, Start

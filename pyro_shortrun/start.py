@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from .base import Base, GaussianBase, PriorBase
-from .chain import isolate
 from .density import LogDensity
+from .isolate import isolate
 from .program import Binding, Program, Reading, masked, plates_of
 from .structure import read_structure
 from .vectorize import map_chains

@@ -401,7 +401,7 @@ def curved_run(checkpoint: bool, gradients: Gradients = Gradients.GUIDE, steps: 
 @pytest.mark.parametrize("at_once", [2**20, 6, 24])
 def test_checkpointed_run_has_the_same_gradient(at_once, monkeypatch):
     """Also where the noise is drawn in several parts, and drawn again on the way back."""
-    monkeypatch.setattr("pyro_shortrun.chain._NOISE_AT_ONCE", at_once)
+    monkeypatch.setattr("pyro_shortrun.noise._NOISE_AT_ONCE", at_once)
     (plain, wanted), (checked, grad) = curved_run(False), curved_run(True)
     torch.testing.assert_close(checked.end, plain.end, rtol=0, atol=0)
     torch.testing.assert_close(grad, wanted)
@@ -412,7 +412,7 @@ def test_checkpointed_run_has_the_same_gradient(at_once, monkeypatch):
 
 def test_untuned_run_keeps_nothing_per_step(monkeypatch):
     """Whatever K is, no more noise is there at once than is to be drawn at once, and nothing is on a tape."""
-    monkeypatch.setattr("pyro_shortrun.chain._NOISE_AT_ONCE", 12)
+    monkeypatch.setattr("pyro_shortrun.noise._NOISE_AT_ONCE", 12)
     asked = []
     draw = Langevin.draw_noise
     monkeypatch.setattr(Langevin, "draw_noise", lambda self, k, like: asked.append(k) or draw(self, k, like))

@@ -16,9 +16,9 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 # From the bottom up: a module may import those before it.
 LAYERS = (
-    "layout transforms vectorize log_einsum step_size logdet program structure potential density compiled dynamics "
-    "objective steps base bridge chain start validation interop weights guide elbo target adaptation sampler session "
-    "kernel vectorized evaluation diagnostics"
+    "layout transforms vectorize log_einsum step_size logdet program structure potential density tracing compiled "
+    "dynamics objective steps base bridge noise chain isolate start validation interop weights guide elbo target "
+    "adaptation sampler session kernel vectorized evaluation diagnostics"
 ).split()
 
 
