@@ -297,7 +297,6 @@ class _TemperedWalk(_Walk):
         self._tapes: list[Tensor] = []
         forward, carry = TemperedForward(self._step, taped, graph), Carry.at(start if graph else start.contiguous())
         steps, count = len(step_size), len(step_size) + 1
-        self._noise = None
         self._noise = self._padded_noise(0, count, steps) if self.noise.is_whole else None
         at_once = self._at_once(forward, count, lambda *_: (*carry, *self._arrivals(0, 1), *tensors))
         for k in range(0, count, at_once):
