@@ -6,13 +6,16 @@ can be tuned variationally. See :class:`ShortRunGuide`.
 """
 
 from .adaptation import Dense, Diagonal, Identity
+from .annealed import Annealed, GaussianReverse
 from .diagnostics import to_arviz
-from .dynamics import Dynamics, Langevin
+from .dynamics import Dynamics, Hamiltonian, Langevin
 from .elbo import ShortRunELBO
 from .guide import ShortRunGuide
 from .kernel import ShortRunLangevin
+from .linearized import Linearized
 from .logdet import Exact, Lanczos
-from .objective import Annealed, Objective, PathDensity
+from .mixture import Mixture
+from .objective import Objective, PathDensity
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
 from .vectorized import VectorizedMCMC
@@ -20,6 +23,10 @@ from .vectorized import VectorizedMCMC
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Mixture",
+    "Linearized",
+    "Hamiltonian",
+    "GaussianReverse",
     "Annealed",
     "Dense",
     "Diagonal",

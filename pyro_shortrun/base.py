@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .density import LogDensity
+    from .potential import Density
+
+_FLATTEST = 1e-6  # curvature of a prior
 
 
 class Base(ABC):
@@ -32,12 +34,16 @@ class Base(ABC):
 
     @abstractmethod
     def evaluate(
-        self, density: LogDensity, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
+        self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``log pi(u)``, its gradient, and that of ``log q_0(u)``, of ``(chains, rows)`` and twice the shape of ``u``.
 
         :param u: requires gradients.
         """
+
+    def covariance(self, density: Density, u: Tensor) -> Tensor:
+        """Covariance of every row at the start ``u``, ``(chains, rows, size, size)``."""
+        raise NotImplementedError(f"{type(self).__name__} does not know its covariance.")
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,46 @@ class PriorBase(Base):
         return ()
 
     def evaluate(
-        self, density: LogDensity, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
+        self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         joint, prior = density.with_start(u)
         options: Any = dict(create_graph=create_graph, materialize_grads=True)
         (grad,) = torch.autograd.grad(joint.sum(), u, retain_graph=True, **options)
         (slope,) = torch.autograd.grad(prior.sum(), u, **options)
         return joint, grad, slope
+
+    def covariance(self, density: Density, u: Tensor) -> Tensor:
+        """The inverse of minus the Hessian of ``log q_0``, its eigenvalues taken as positive."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            _, prior = density.with_start(u)
+            (slope,) = torch.autograd.grad(prior.sum(), u, create_graph=True)
+            columns = [
+                torch.autograd.grad(s.sum(), u, retain_graph=True, materialize_grads=True)[0]
+                if s.requires_grad
+                else torch.zeros_like(u)
+                for s in slope.unbind(-1)
+            ]
+        values, vectors = torch.linalg.eigh(-torch.stack(columns, -1))
+        values = values.abs().clamp(min=_FLATTEST)
+        return (vectors / values.unsqueeze(-2)) @ vectors.mT
+
+
+@dataclass(frozen=True)
+class Untempered(Base):
+    """Any density: targets are the model's alone."""
+
+    is_weighted = True
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def evaluate(
+        self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        value, grad = density.value_and_grad(u, create_graph)
+        return value, grad, torch.zeros_like(grad)
 
 
 @dataclass(frozen=True)
@@ -88,7 +127,7 @@ class GaussianBase(Base):
         return u, torch.distributions.Normal(0.0, 1.0, validate_args=False).log_prob(noise) - log_scale
 
     def evaluate(
-        self, density: LogDensity, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
+        self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         value, grad = density.value_and_grad(u, create_graph)
         loc, scale = tensors
@@ -97,3 +136,7 @@ class GaussianBase(Base):
                 return value, grad, (loc - u) / scale.square()
             white = torch.linalg.solve_triangular(scale, (loc - u).unsqueeze(-1), upper=False)
             return value, grad, torch.linalg.solve_triangular(scale.mT, white, upper=True).squeeze(-1)
+
+    def covariance(self, density: Density, u: Tensor) -> Tensor:
+        factor = torch.diag_embed(self.scale) if self.is_diagonal else self.scale
+        return (factor @ factor.mT).expand(len(u), -1, -1, -1)

@@ -1,13 +1,14 @@
-"""Blocks of tempered steps: each arrival weighs the step that led to it by a reverse step, then moves on.
+"""Runs whose log weight is more than a sum of log-determinants of their steps.
 
-The counterpart of :mod:`pyro_shortrun.steps` for :class:`~pyro_shortrun.objective.Annealed`; see there for *arrivals*.
-Step ``k`` has the target ``pi_k = q_0^(1 - beta_k) pi^(beta_k)``. Arrival ``k`` is the end of step ``k - 1`` and the
-beginning of step ``k``: it needs both steps' sizes, temperatures and noise, so blocks get one more of each than they
-have arrivals.
+A :class:`Bridge` says what a run carries from one *arrival* to the next (see :mod:`pyro_shortrun.steps`) and what each
+adds to the log weight; :class:`Advance` and :class:`Retreat` are blocks of arrivals and the way back through them, for
+all bridges alike.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,155 +16,202 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Base
-from .density import LogDensity
-from .steps import Carry, Rule, mean_over, where_rows
+from .potential import Density
+from .steps import mean_over
+
+State = tuple[Tensor, ...]
 
 
-class Schedule(NamedTuple):
-    """Of a block of ``n`` arrivals: step sizes ``(n + 1, size)``, temperatures ``(n + 1,)``, noise ``(n + 1, ...)``,
-    and which arrivals end a step, as ones and zeros ``(n,)``."""
+class Column(NamedTuple):
+    """What one arrival is given: ``values`` are differentiated in, ``constants`` are not; ``noise`` is that of the step
+    which begins here, ``(chains, rows, size)``."""
 
-    eta: Tensor
-    beta: Tensor
+    values: tuple[Tensor, ...]
+    constants: tuple[Tensor, ...]
     noise: Tensor
-    ends: Tensor
 
 
-@dataclass(frozen=True)
-class Tempered:
-    """The arithmetic of one arrival."""
+class Bridge(ABC):
+    """Arithmetic of arrivals.
 
-    rule: Rule
-    base: Base
+    A state is ``(u, proposal, *others)``, each ``(chains, rows, ...)``: the last position that was reached, the one to
+    be judged at the next arrival, and what else the run carries.
 
-    @cached_property
+    ``offset`` is how many steps' noise :meth:`begin` takes; ``ends_at_arrival`` tells whether the end of the last
+    step is an arrival too, so that there are ``K + 1``, and not ``K``.
+    """
+
+    offset = 0
+    ends_at_arrival = False
+
+    @property
+    @abstractmethod
     def key(self) -> tuple:
         """Everything that decides the arithmetic."""
-        return self.rule.key, type(self.base), tuple(t.dim() for t in self.base.tensors)
 
+    @property
+    def learns(self) -> bool:
+        """Whether :meth:`learn` is to be called."""
+        return False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Further tensors to be differentiated in, the same for all arrivals."""
+        return ()
+
+    def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
+        """The state before the first arrival, ``noise`` being that of the first step."""
+        return start, start
+
+    @abstractmethod
+    def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        """What every arrival is given and differentiated in, ``(arrivals, width)`` each, from ``(K, size)`` and
+        ``(K,)``."""
+
+    def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
+        """What every arrival is given besides, ``(arrivals, ...)`` each."""
+        return ()
+
+    @abstractmethod
     def evaluate(
-        self, density: LogDensity, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``log pi`` and the gradients of ``log pi`` and ``log q_0``, scaled alike."""
-        value, grad, slope = self.base.evaluate(density, u, tensors, create_graph)
-        if density.layout.is_arrow and self.base.is_weighted:
-            return value, grad, slope
-        return value, grad, slope / density.layout.drift_scale(u)
+        self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
+    ) -> tuple[Tensor, ...]:
+        """``log pi(u)``, its gradient, and what else :meth:`move` needs.
 
-    def increment(
-        self,
-        density: LogDensity,
-        before: Tensor,
-        u: Tensor,
-        slopes: tuple[Tensor, Tensor],
-        eta: Tensor,
-        beta: Tensor,
-        noise: Tensor,
-    ) -> Tensor:
-        """``log r(before | u) - log f(u | before)``, where ``noise`` led from ``before`` to ``u``."""
-        scale = density.layout.drift_scale(u)
-        mean = self.rule.dynamics.mean(u, _mix(slopes, beta), eta, scale)
-        terms = 0.5 * noise.square() - (before - mean).square() / (4 * eta)
-        return (terms / scale if density.layout.is_arrow else terms).sum(-1)
+        :param u: requires gradients.
+        """
 
-    def propose(
-        self, density: LogDensity, u: Tensor, slopes: tuple[Tensor, Tensor], eta: Tensor, beta: Tensor, noise: Tensor
-    ) -> Tensor:
-        """The end of the next step."""
-        return self.rule.dynamics.step(u, _mix(slopes, beta), eta, noise, density.layout.drift_scale(u))
+    @abstractmethod
+    def move(
+        self, density: Density, state: State, found: Sequence[Tensor], column: Column
+    ) -> tuple[State, Tensor | None]:
+        """The next state, beginning with ``state[1]``, and what this arrival adds to the log weight, ``(chains,
+        rows)``, if anything. ``found`` is from :meth:`evaluate`."""
 
+    def departure(self, density: Density, noise: Tensor) -> Tensor | None:
+        """What the step that begins with ``noise`` adds when it arrives, ``(chains, rows)``, if anything."""
+        return None
 
-def _mix(slopes: tuple[Tensor, Tensor], beta: Tensor) -> Tensor:
-    grad, base = slopes
-    return beta * grad + (1 - beta) * base
+    def finish(self, first: State, last: State, step_size: Tensor, log_q: Tensor | None) -> Tensor | None:
+        """What first and last state add to the log weight, ``(chains, rows)``, if anything.
+
+        :param last: its first element is the end of the run.
+        :param log_q: log density of the start, ``(chains, rows)``.
+        """
+        return None
+
+    def learn(self, states: State, last: State, step_size: Tensor, valid: Tensor) -> tuple[Tensor, ...] | None:
+        """Told the states before all arrivals, ``(arrivals, chains, rows, ...)`` each, and the last one.
+
+        :return: :meth:`constants` for the way back, if they are to be others.
+        """
+        return None
 
 
 @dataclass(frozen=True)
-class TemperedForward:
-    """A block of arrivals: ``(*carry, *schedule, *base)`` to ``(*carry, *report[, states])``."""
+class Advance:
+    """A block of ``n`` arrivals: ``(*state, alive, pending, total, noise, *values, *constants, *tensors)`` to
+    ``(*state, alive, pending, total, *report[, *states before])``, where ``pending`` is what the step on its way adds,
+    and the report that of :class:`~pyro_shortrun.steps.Report`.
 
-    step: Tempered
+    :param sizes: numbers of tensors in state, values and constants.
+    :param taped: whether the way back will be asked for.
+    :param graph: whether all of it stays in the graph of autograd.
+    """
+
+    bridge: Bridge
+    sizes: tuple[int, int, int]
     taped: bool = False
     graph: bool = False
 
     @cached_property
     def key(self) -> tuple:
-        return "forward", self.step.key, self.taped
+        return "forward", self.bridge.key, self.taped
 
-    def __call__(self, density: LogDensity, *inputs: Tensor) -> tuple[Tensor, ...]:
-        carry, schedule, tensors = Carry(*inputs[:6]), Schedule(*inputs[6:10]), inputs[10:]
-        reports, states = [], []
-        for k in range(len(schedule.ends)):
-            x, before = carry.proposal, carry.u
+    def __call__(self, density: Density, *inputs: Tensor) -> tuple[Tensor, ...]:
+        state, (alive, pending, total, noise), values, constants, tensors = _split(inputs, self.sizes, 4)
+        reports, tapes = [], []
+        for k in range(len(noise)):
+            column = Column(tuple(t[k] for t in values), tuple(t[k] for t in constants), noise[k])
+            tapes.append(state)
             with torch.enable_grad():
+                u, x, *others = state
                 if not (self.graph and x.requires_grad):
                     x = x.detach().requires_grad_()
-                value, *slopes = self.step.evaluate(density, x, tensors, create_graph=self.graph)
+                found = self.bridge.evaluate(density, x, tensors, create_graph=self.graph)
             with torch.set_grad_enabled(self.graph):
                 if not self.graph:
-                    x, value, slopes = x.detach(), value.detach(), [s.detach() for s in slopes]
-                pair = (slopes[0], slopes[1])
-                here = schedule.eta[k], schedule.beta[k], schedule.noise[k]
-                extra = self.step.increment(density, before, x, pair, *here) * schedule.ends[k]
-                finite = value.isfinite() & extra.isfinite() & slopes[0].isfinite().all(-1)
-                arrived = carry.alive & finite
-                u = where_rows(arrived, x, before)
-                total = carry.total + torch.where(arrived, extra, torch.zeros_like(extra))
-                ahead = schedule.eta[k + 1], schedule.beta[k + 1], schedule.noise[k + 1]
-                proposal = where_rows(arrived, self.step.propose(density, u, pair, *ahead), u)
-            carry = Carry(u, proposal, arrived, carry.pending, total, carry.singular)
-            norm = slopes[0].detach().norm(dim=-1)
-            known = value.detach()
-            reports.append((known, *(mean_over(t, arrived) for t in (known, norm, extra.detach()))))
-            states.append(u.detach())
+                    x, found = x.detach(), tuple(t.detach() for t in found)
+                moved, extra = self.bridge.move(density, (u, x, *others), found[1:], column)
+                extra = pending if extra is None else pending + extra
+                finite = found[0].isfinite() & extra.isfinite() & found[1].isfinite().all(-1)
+                arrived = alive & finite.detach()
+                state = tuple(keep_rows(arrived, a, b) for a, b in zip(moved, (u, u, *others), strict=True))
+                total = total + torch.where(arrived, extra, torch.zeros_like(extra))
+                leaving = self.bridge.departure(density, column.noise)
+                pending = torch.zeros_like(total) if leaving is None else leaving
+            alive, value, norm = arrived, found[0].detach(), found[1].detach().norm(dim=-1)
+            reports.append((value, *(mean_over(t, arrived) for t in (value, norm, extra.detach()))))
         first, *columns = zip(*reports, strict=True)
-        out = (*carry, first[0], *map(torch.stack, columns))
-        return (*out, torch.stack(states)) if self.taped else out
+        out = (*state, alive, pending, total, first[0], *map(torch.stack, columns))
+        return (*out, *(torch.stack(t).detach() for t in zip(*tapes, strict=True))) if self.taped else out
 
 
 @dataclass(frozen=True)
-class TemperedBackward:
+class Retreat:
     """The way back through a block of arrivals.
 
-    ``(back, earlier, back_total, valid, *schedule, states, before, *base)``, where ``back`` is the cotangent of the
-    proposal that the block ended with and ``earlier`` what the next block's first increment adds to the last state's,
-    to ``(back, earlier, eta, eta, beta, beta, *base)``: cotangents of the steps that ended here and of those that
-    began here, ``(n, size)`` and ``(n,)`` each, over ``valid`` rows.
+    ``(*cotangents of the state after it, that of the total, valid, *states before, noise, *values, *constants,
+    *tensors)`` to cotangents of the state before it, of values, ``(n, width)`` each, and tensors, over ``valid`` rows.
     """
 
-    step: Tempered
+    bridge: Bridge
+    sizes: tuple[int, int, int]
 
     @cached_property
     def key(self) -> tuple:
-        return "backward", self.step.key
+        return "backward", self.bridge.key
 
-    def __call__(self, density: LogDensity, *inputs: Tensor) -> tuple[Tensor, ...]:
-        back, earlier, back_total, valid = inputs[:4]
-        schedule, states, befores, tensors = Schedule(*inputs[4:8]), inputs[8], inputs[9], inputs[10:]
+    def __call__(self, density: Density, *inputs: Tensor) -> tuple[Tensor, ...]:
+        width = self.sizes[0]
+        back, (back_total, valid), inputs = inputs[:width], inputs[width : width + 2], inputs[width + 2 :]
+        states, (noise,), values, constants, tensors = _split(inputs, self.sizes, 1)
         steps: list[tuple[Tensor, ...]] = []
-        bases = [torch.zeros_like(t) for t in tensors]
-        for k in reversed(range(len(schedule.ends))):
-            u = states[k]
+        sums = tuple(torch.zeros_like(t) for t in tensors)
+        for k in reversed(range(len(noise))):
+            rows = states[0].shape[1:3]
             # Every row has its own copy of what rows share, so that a row that is not finite cannot spoil the others.
-            shared = [t.expand_as(u) for t in schedule.eta[k : k + 2]]
-            shared += [t.expand(*u.shape[:2], 1) for t in schedule.beta[k : k + 2]]
-            shared += [t.expand(len(u), *t.shape) for t in tensors]
-            leaves = [t.detach().clone().requires_grad_() for t in (u, befores[k], *shared)]
-            u, before, eta, eta_ahead, beta, beta_ahead, *base = leaves
+            shared = [t[k].expand(*rows, t.shape[-1]) for t in values]
+            shared += [t.expand(rows[0], *t.shape) for t in tensors]
+            leaves = [t.detach().clone().requires_grad_() for t in (*(s[k] for s in states), *shared)]
+            state, rest = tuple(leaves[:width]), leaves[width:]
+            column = Column(tuple(rest[: len(values)]), tuple(t[k] for t in constants), noise[k])
             with torch.enable_grad():
-                _, *slopes = self.step.evaluate(density, u, tuple(base), create_graph=True)
-                pair = (slopes[0], slopes[1])
-                extra = self.step.increment(density, before, u, pair, eta, beta, schedule.noise[k])
-                ahead = self.step.propose(density, u, pair, eta_ahead, beta_ahead, schedule.noise[k + 1])
-                goal = (back * ahead).sum() + (back_total * schedule.ends[k] * extra).sum()
-                found = torch.autograd.grad(goal, leaves, materialize_grads=True)
-            back, earlier = found[0] + earlier, found[1]
-            eta_sums = [_kept(t, valid).sum((0, 1)) for t in found[2:4]]
-            beta_sums = [_kept(t, valid).sum() for t in found[4:6]]
-            steps.append((*eta_sums, *beta_sums))
-            bases = [a + _kept(b, valid).sum(0) for a, b in zip(bases, found[6:], strict=True)]
-        return (back, earlier, *(torch.stack(t[::-1]) for t in zip(*steps, strict=True)), *bases)
+                _, *found = self.bridge.evaluate(density, state[1], tuple(rest[len(values) :]), create_graph=True)
+                moved, extra = self.bridge.move(density, state, found, column)
+                terms = [(b * m).sum() for b, m in zip(back, moved, strict=True)]
+                if extra is not None:
+                    terms.append((back_total * extra).sum())
+                goal = torch.stack(terms).sum()
+                grads = torch.autograd.grad(goal, leaves, materialize_grads=True)
+            back, grads = grads[:width], grads[width:]
+            steps.append(tuple(_kept(t, valid).sum((0, 1)) for t in grads[: len(values)]))
+            sums = tuple(a + _kept(b, valid).sum(0) for a, b in zip(sums, grads[len(values) :], strict=True))
+        return (*back, *(torch.stack(t[::-1]) for t in zip(*steps, strict=True)), *sums)
+
+
+def _split(inputs: Sequence[Tensor], sizes: tuple[int, int, int], between: int) -> tuple[tuple[Tensor, ...], ...]:
+    """State, ``between`` tensors, values, constants, and the rest."""
+    parts, first = [], 0
+    for size in (sizes[0], between, *sizes[1:]):
+        parts.append(tuple(inputs[first : first + size]))
+        first += size
+    return *parts, tuple(inputs[first:])
+
+
+def keep_rows(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``a`` in these rows, ``b`` in the others, whatever dimensions follow."""
+    return torch.where(rows.reshape(*rows.shape, *((1,) * (a.dim() - rows.dim()))), a, b)
 
 
 def _kept(grad: Tensor, valid: Tensor) -> Tensor:

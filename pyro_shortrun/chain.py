@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .base import Base
-from .bridge import Tempered, TemperedBackward, TemperedForward
+from .bridge import Advance, Bridge, Retreat, keep_rows
 from .dynamics import Dynamics
 from .noise import Drawn, Given, Noise
 from .objective import Objective
@@ -91,6 +91,17 @@ class ShortRun:
     states: Tensor | None = None
     landed: tuple[Tensor, ...] | None = None
 
+    def every(self, count: int) -> ShortRun:
+        """Only the first of every ``count`` chains; ``info`` stays that of all."""
+        return replace(
+            self,
+            start=self.start[::count],
+            end=self.end[::count],
+            increment=self.increment[::count],
+            states=None if self.states is None else self.states[:, ::count],
+            landed=None if self.landed is None else tuple(t[::count] for t in self.landed),
+        )
+
 
 @dataclass(frozen=True)
 class Runner:
@@ -122,6 +133,8 @@ def run(
     noise: Tensor | Noise | None = None,
     gradients: Gradients = Gradients.NONE,
     keep_states: bool = False,
+    log_q: Tensor | None = None,
+    learn: bool = False,
 ) -> ShortRun:
     """Run ``K = len(step_size)`` transitions from ``start``.
 
@@ -130,31 +143,58 @@ def run(
     :param noise: standard normal, ``(K, chains, rows, size)``; zeros make a noise-free run. Drawn by default.
     :param gradients: which gradients are kept, see :class:`Gradients`.
     :param keep_states: whether ``ShortRun.states`` is wanted.
+    :param log_q: log density of the start, ``(chains, rows)``, for objectives that ask for it.
+    :param learn: whether an objective that learns from runs is to learn from this one.
     """
     if noise is None:
         noise = Drawn(runner.dynamics, len(step_size), start)
         noise.block(0, 1)  # before other draws, so that a run is the same whether or not it is accounted for
-    aux = runner.objective.draw(start, runner.density.layout) if runner.account else None
     noise = noise if isinstance(noise, Noise) else Given(noise)
-    walk: _Walk
-    inputs: tuple[Tensor, ...] = (start, step_size)
-    if runner.objective.tempers:
-        assert runner.base is not None
-        walk = _TemperedWalk(runner, noise, (), keep_states)
-        beta = start.new_ones(len(step_size)) if runner.beta is None else runner.beta
-        inputs = (start, step_size, beta, *runner.base.tensors)
-    else:
-        walk = _Walk(runner, noise, () if aux is None else (aux,), keep_states)
+    bridge = runner.objective.bridge(runner.dynamics, runner.base, runner.account)
+    if bridge is not None:
+        return _cross(runner, bridge, start, step_size, noise, gradients, keep_states, log_q, learn)
+    aux = runner.objective.draw(start, runner.density.layout) if runner.account else None
+    walk = _Walk(runner, noise, () if aux is None else (aux,), keep_states)
+    end, increment = _walked(walk, (start, step_size), gradients)
+    return walk.result(start, end, increment, step_size)
+
+
+def _walked(walk: _Walk, inputs: tuple[Tensor, ...], gradients: Gradients, taped: bool = False) -> tuple[Tensor, ...]:
     if gradients is Gradients.FULL:
-        end, increment = walk.forward(*inputs, graph=True)
-    elif gradients is Gradients.GUIDE and any(t.requires_grad for t in inputs):
+        return walk.forward(*inputs, graph=True, taped=taped)
+    if gradients is Gradients.GUIDE and any(t.requires_grad for t in inputs):
         with torch.enable_grad():
-            end, increment = _GuideOnly.apply(walk, *inputs)
-    else:
-        end, increment = walk.forward(*(t.detach() for t in inputs))
-    states = torch.cat([*walk.states, end.detach().unsqueeze(0)]) if keep_states else None
-    landed = walk.landed if walk.landed and walk.lands else None
-    return ShortRun(start, end, increment, walk.info(step_size), states, landed)
+            return _GuideOnly.apply(walk, *inputs)
+    return walk.forward(*(t.detach() for t in inputs), taped=taped)
+
+
+def _cross(
+    runner: Runner,
+    bridge: Bridge,
+    start: Tensor,
+    step_size: Tensor,
+    noise: Noise,
+    gradients: Gradients,
+    keep_states: bool,
+    log_q: Tensor | None,
+    learn: bool,
+) -> ShortRun:
+    """:func:`run` for objectives that have a bridge."""
+    with torch.set_grad_enabled(gradients is not Gradients.NONE):
+        beta = start.new_ones(len(step_size)) if runner.beta is None else runner.beta
+        first = bridge.begin(runner.density, start, step_size, noise.block(0, 1)[0])
+        values = bridge.values(step_size, beta)
+        inputs = *first, *values, *bridge.tensors
+        walk = _BridgeWalk(runner, noise, bridge, (len(first), len(values)), step_size)
+        walk.keep_states = keep_states
+        *last, total = _walked(walk, inputs, gradients, taped=learn and bridge.learns)
+        added = bridge.finish(first, tuple(last), step_size, log_q)
+        increment = total if added is None else total + added
+    if learn and bridge.learns:
+        with torch.no_grad():
+            learned = bridge.learn(walk.tape, tuple(t.detach() for t in last), step_size.detach(), ~walk.invalid)
+            walk.constants = walk.constants if learned is None else learned
+    return walk.result(start, last[0], increment, step_size)
 
 
 class _Walk:
@@ -165,19 +205,17 @@ class _Walk:
         self.states: list[Tensor] = []
         self._segments: list[_Segment] = []
         self._reports: list[Report] = []
+        self._lag = 1  # arrivals after which a step's increment is reported
 
-    def forward(
-        self, start: Tensor, step_size: Tensor, *extra: Tensor, graph: bool = False, taped: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """``u_K`` and the sum of increments.
+    def forward(self, *given: Tensor, graph: bool = False, taped: bool = False) -> tuple[Tensor, ...]:
+        """From start and step sizes to ``u_K`` and the sum of increments.
 
         A step whose end has a non-finite density, gradient or determinant is undone and its row moves no more.
 
         :param graph: whether all of it stays in the graph of autograd.
         :param taped: whether :meth:`backward` will be called.
         """
-        if not graph:
-            start, step_size = start.contiguous(), step_size.contiguous()
+        start, step_size = given if graph else tuple(t.contiguous() for t in given)
         carry, count = Carry.at(start), len(step_size)
         length = math.isqrt(count - 1) + 1 if taped and self.runner.checkpoint else count
         for first in range(0, count, length):
@@ -233,8 +271,9 @@ class _Walk:
         return self.singular | ~self.arrived
 
     def backward(self, back: Tensor, back_total: Tensor) -> tuple[Tensor, ...]:
-        """Cotangents of what :meth:`forward` was given from those of ``u_K`` and of the increments."""
+        """Cotangents of start and step sizes from those of ``u_K`` and of the increments."""
         invalid = self.invalid
+        pull = torch.where(invalid, back_total, torch.zeros_like(back_total)).sum()
         back, back_total = back.contiguous(), back_total.contiguous()
         retreat, found, following = Backward(self.runner.rule), [], self.arrived.unsqueeze(0)
         for segment in reversed(self._segments):
@@ -254,14 +293,22 @@ class _Walk:
             for last in range(len(segment.step_size), 0, -at_once):
                 back, part = self._execute(retreat, (back, back_total, *inputs(last - at_once, last)))
                 found.append(part)
-        return back, torch.cat(found[::-1])
+        step_size = torch.cat([segment.step_size for segment in self._segments])
+        grad_steps = torch.cat(found[::-1]) - pull / (step_size * step_size.numel())
+        return where_rows(invalid, torch.zeros_like(back), back), grad_steps
+
+    def result(self, start: Tensor, end: Tensor, increment: Tensor, step_size: Tensor) -> ShortRun:
+        """The record of the run."""
+        states = torch.cat([*self.states, end.detach().unsqueeze(0)]) if self.keep_states else None
+        landed = self.landed if self.landed and self.lands else None
+        return ShortRun(start, end, increment, self.info(step_size), states, landed)
 
     def _execute(self, fn: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return self.runner.density.execute(fn, tuple(inputs), fn.key)
 
     def info(self, step_size: Tensor) -> RunInfo:
         log_density, last_increment = self._last[:2]
-        increments = torch.cat([*(r.increment for r in self._reports), last_increment.unsqueeze(0)])[1:]
+        increments = torch.cat([*(r.increment for r in self._reports), last_increment.unsqueeze(0)])[self._lag :]
         count = len(step_size)
         return RunInfo(
             log_density=torch.cat([*(r.log_density for r in self._reports), log_density.unsqueeze(0)])[: count + 1],
@@ -283,81 +330,112 @@ class _Segment:
     tapes: list[Tape] = field(default_factory=list)
 
 
-class _TemperedWalk(_Walk):
-    """The loop over arrivals of a run whose targets move from the start's density to the model's."""
+class _BridgeWalk(_Walk):
+    """The loop over arrivals of a bridge."""
 
-    def forward(
-        self, start: Tensor, step_size: Tensor, *extra: Tensor, graph: bool = False, taped: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        assert self.runner.base is not None
-        beta, *tensors = extra
-        self._step = Tempered(self.runner.rule, self.runner.base)
-        self._schedule = _padded(step_size, beta, graph)
-        self._tensors = tuple(tensors)
-        self._tapes: list[Tensor] = []
-        forward, carry = TemperedForward(self._step, taped, graph), Carry.at(start if graph else start.contiguous())
-        steps, count = len(step_size), len(step_size) + 1
-        self._noise = self._padded_noise(0, count, steps) if self.noise.is_whole else None
-        at_once = self._at_once(forward, count, lambda *_: (*carry, *self._arrivals(0, 1), *tensors))
-        for k in range(0, count, at_once):
-            carry, tape = self._block(forward, (*carry, *self._arrivals(k, k + at_once), *tensors), k == 0)
-            self._tapes.extend(tape)
-        self.arrived, self.singular = carry.alive, carry.singular
-        self.lands = True
-        self.landed = () if graph else self._execute(Land(), (carry.u,))
-        if self.keep_states:
-            self.states.pop()  # the end
-        self._last = [self._reports[-1].log_density[-1], self._reports[-1].increment[-1]]
-        return carry.u, carry.total
+    def __init__(self, runner: Runner, noise: Noise, bridge: Bridge, sizes: tuple[int, int], step_size: Tensor) -> None:
+        """``sizes``: numbers of tensors in a state and of values that every arrival is given."""
+        super().__init__(runner, noise, (), False)
+        self.bridge, self._steps = bridge, len(step_size)
+        self._arrivals = len(step_size) + bridge.ends_at_arrival
+        self.constants = bridge.constants(step_size.detach())
+        self._sizes = *sizes, len(self.constants)
+        self._lag = 1 - bridge.offset
 
-    def _arrivals(self, first: int, last: int) -> tuple[Tensor, ...]:
-        """The schedule of arrivals ``first .. last - 1``; before the first step and after the last one is no noise."""
-        eta, beta, ends = self._schedule
-        count = len(ends) - 1
-        noise = self._padded_noise(first, last, count) if self._noise is None else self._noise[first : last + 1]
-        return eta[first : last + 1], beta[first : last + 1], noise, ends[first:last]
+    def forward(self, *given: Tensor, graph: bool = False, taped: bool = False) -> tuple[Tensor, ...]:
+        """The last state, its first element the run's end, and the sum of what was added along the way.
 
-    def _padded_noise(self, first: int, last: int, count: int) -> Tensor:
-        """Noise of the steps that end and begin at these arrivals, of ``count`` steps."""
-        inner = self.noise.block(max(first - 1, 0), min(last, count) - max(first - 1, 0))
-        silent = torch.zeros_like(inner[:1])
-        return torch.cat([silent] * (first == 0) + [inner] + [silent] * (last > count))
+        :param given: state before the first arrival, values of all arrivals, further tensors.
+        """
+        width, count, _ = self._sizes
+        state, self._values, self._tensors = given[:width], given[width : width + count], given[width + count :]
+        if not graph:
+            state = tuple(t.contiguous() for t in state)
+        self._tapes: list[tuple[Tensor, ...]] = []
+        advance = Advance(self.bridge, self._sizes, taped, graph)
+        rows = state[0].new_zeros(state[0].shape[:2])
+        carry = (*state, torch.ones_like(rows, dtype=torch.bool), rows, rows)
+        self._padded = self._departures(0, self._arrivals) if self.noise.is_whole else None
+        if self.bridge.offset:  # the first arrival is not the start, whose density is known
+            self.runner.density.refresh(state[0])
+        at_once = self._at_once(advance, self._arrivals, lambda *_: (*carry, *self._columns(0, 1), *self._tensors))
+        for k in range(0, self._arrivals, at_once):
+            inputs = *carry, *self._columns(k, k + at_once), *self._tensors
+            out = self._execute(advance, inputs)
+            while k == 0 and self.runner.density.is_stale(state[0], out[width + 3]):
+                out = self._execute(advance, inputs)
+            carry, report, tape = out[: width + 3], out[width + 3 : width + 7], out[width + 7 :]
+            self._reports.append(Report(*report))
+            self._tapes.append(tape)
+            if self.keep_states:
+                self.states.append(carry[0].detach().unsqueeze(0))
+        return self._end(carry, width, graph)
 
-    def backward(self, back: Tensor, back_total: Tensor) -> tuple[Tensor, ...]:
+    def _end(self, carry: tuple[Tensor, ...], width: int, graph: bool) -> tuple[Tensor, ...]:
+        state, (alive, pending, total) = carry[:width], carry[width:]
+        if self.bridge.ends_at_arrival:
+            self.arrived, self.lands = alive, True
+            self.landed = () if graph else self._execute(Land(), (state[0],))
+            if self.keep_states:
+                self.states.pop()
+            self._last = [self._reports[-1].log_density[-1], self._reports[-1].increment[-1]]
+        else:
+            u, proposal, *others = state
+            end, total = self._land(Carry(u, proposal, alive, pending, total, torch.zeros_like(alive)), graph)
+            state = end, proposal, *others
+        self.singular = torch.zeros_like(self.arrived)
+        return *state, total
+
+    def _columns(self, first: int, last: int) -> tuple[Tensor, ...]:
+        """Noise, values and constants of arrivals ``first .. last - 1``."""
+        noise = self._departures(first, last) if self._padded is None else self._padded[first:last]
+        return noise, *(t[first:last] for t in (*self._values, *self.constants))
+
+    def _departures(self, first: int, last: int) -> Tensor:
+        """Noise of the steps that begin at these arrivals; after the last step there is none."""
+        begin, end = first + self.bridge.offset, min(last + self.bridge.offset, self._steps)
+        parts = [self.noise.block(begin, end - begin)] if end > begin else []
+        missing = last - first - max(end - begin, 0)
+        if missing:
+            like = parts[0] if parts else self.noise.block(self._steps - 1, 1)
+            parts.append(torch.zeros_like(like[:1]).expand(missing, *like.shape[1:]))
+        return torch.cat(parts)
+
+    def backward(self, *cotangents: Tensor) -> tuple[Tensor, ...]:
+        """Cotangents of what :meth:`forward` was given from those of what it gave."""
         valid = ~self.invalid
-        zero = torch.zeros_like(back)
-        earlier, back = where_rows(valid, back, zero), zero
-        back_total = torch.where(valid, back_total, torch.zeros_like(back_total))
-        retreat, count = TemperedBackward(self._step), len(self._schedule[2])
-        states = torch.cat(self._tapes)
-        befores = torch.cat([states[:1], states[:-1]])
-        grads = [torch.zeros_like(t) for t in self._schedule[:2]]
-        bases = [torch.zeros_like(t) for t in self._tensors]
+        *back, back_total = cotangents
+        if not self.bridge.ends_at_arrival:  # the end is the last proposal
+            back = [torch.zeros_like(back[0]), back[0], *back[2:]]
+        pull = torch.where(valid, torch.zeros_like(back_total), back_total).sum()
+        back = [keep_rows(valid, t, torch.zeros_like(t)).contiguous() for t in back]
+        back_total = torch.where(valid, back_total, torch.zeros_like(back_total)).contiguous()
+        retreat, width, count = Retreat(self.bridge, self._sizes), self._sizes[0], self._sizes[1]
+        states = self.tape
+        sums = tuple(torch.zeros_like(t) for t in self._tensors)
+        found: list[tuple[Tensor, ...]] = []
 
-        def inputs(first: int, last: int) -> tuple:
-            return *self._arrivals(first, last), states[first:last], befores[first:last], *self._tensors
+        def inputs(first: int, last: int) -> tuple[Tensor, ...]:
+            column = *(t[first:last] for t in states), *self._columns(first, last), *self._tensors
+            return *back, back_total, valid, *column
 
-        one = (back, earlier, back_total, valid, *inputs(0, 1))
-        at_once = self._at_once(retreat, count, lambda *_: one)
-        for last in range(count, 0, -at_once):
-            first = last - at_once
-            out = self._execute(retreat, (back, earlier, back_total, valid, *inputs(first, last)))
-            back, earlier = out[:2]
-            for grad, ended, began in zip(grads, out[2:6:2], out[3:6:2], strict=True):
-                grad[first:last] += ended
-                grad[first + 1 : last + 1] += began
-            bases = [a + b for a, b in zip(bases, out[6:], strict=True)]
-        return back, *(g[1:-1] for g in grads), *bases
+        at_once = self._at_once(retreat, self._arrivals, lambda *_: inputs(0, 1))
+        for last in range(self._arrivals, 0, -at_once):
+            out = self._execute(retreat, inputs(last - at_once, last))
+            back = list(out[:width])
+            found.append(out[width : width + count])
+            sums = tuple(a + b for a, b in zip(sums, out[width + count :], strict=True))
+        grads = [torch.cat(t[::-1]) for t in zip(*found, strict=True)]
+        eta = self._values[0]
+        grads[0] = grads[0] - pull / (eta * self._steps * eta.shape[-1])
+        return *(keep_rows(valid, t, torch.zeros_like(t)) for t in back), *grads, *sums
 
-
-def _padded(step_size: Tensor, beta: Tensor, graph: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Step sizes and temperatures with one more before the first step and after the last, where they do not matter."""
-    if not graph:
-        step_size, beta = step_size.detach(), beta.detach()
-    eta = torch.cat([step_size[:1], step_size, step_size[-1:]])
-    ends = torch.ones(len(step_size) + 1, dtype=eta.dtype, device=eta.device)
-    ends[0] = 0
-    return eta, torch.cat([beta[:1], beta, beta[-1:]]), ends
+    @property
+    def tape(self) -> tuple[Tensor, ...]:
+        """The states before all arrivals, ``(arrivals, chains, rows, ...)`` each."""
+        if len(self._tapes) > 1:
+            self._tapes = [tuple(map(torch.cat, zip(*self._tapes, strict=True)))]
+        return self._tapes[0]
 
 
 class _GuideOnly(torch.autograd.Function):
@@ -370,16 +448,11 @@ class _GuideOnly(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, walk: _Walk, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        end, total = walk.forward(*(t.detach() for t in inputs), taped=True)
-        ctx.walk, ctx.step_size = walk, inputs[1].detach()
-        return end.detach(), total.detach()
+    def forward(ctx: Any, walk: _Walk, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.walk = walk
+        return tuple(t.detach() for t in walk.forward(*(t.detach() for t in inputs), taped=True))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_end: Tensor, grad_total: Tensor) -> tuple:
-        walk, step_size = ctx.walk, ctx.step_size
-        grad_start, grad_steps, *others = walk.backward(grad_end, grad_total)
-        pull = torch.where(walk.invalid, grad_total, torch.zeros_like(grad_total)).sum()
-        grad_steps = grad_steps - pull / (step_size * step_size.numel())
-        return None, where_rows(walk.invalid, torch.zeros_like(grad_start), grad_start), grad_steps, *others
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        return None, *ctx.walk.backward(*grads)

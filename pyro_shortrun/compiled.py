@@ -262,6 +262,11 @@ class CompiledDensity(LogDensity):
     def expect(self, u: Tensor, value: Tensor) -> None:
         self._known = (u.detach(), value.detach())
 
+    def refresh(self, u: Tensor) -> None:
+        with torch.no_grad():
+            while self.is_stale(u, self(u)):
+                pass
+
     def is_stale(self, u: Tensor, value: Tensor) -> bool:
         """Whether graphs no longer are the model's; then they are dropped, and given up if new ones are no better."""
         known, self._known = self._known, None

@@ -6,10 +6,12 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
+from torch.distributions import constraints
 
 from .layout import Layout
 from .logdet import LogDet, LogDetResult, Product
@@ -24,11 +26,21 @@ class Dynamics(PyroModule):
     """One transition of the state ``u``, ``(chains, rows, size)``.
 
     :param step_size: a :class:`StepSize`, or its initial value.
+    :param max_drift: limit of each coordinate's drift per step.
     """
 
-    def __init__(self, step_size: StepSize | float) -> None:
+    has_momentum = False
+
+    def __init__(self, step_size: StepSize | float, max_drift: float = 10.0) -> None:
         super().__init__()
         self.step_size = step_size if isinstance(step_size, StepSize) else StepSize(step_size)
+        if not max_drift > 0:
+            raise ValueError(f"max_drift must be > 0, got {max_drift!r}; use float('inf') for no limit.")
+        self.max_drift = max_drift
+
+    def setup(self, like: Tensor) -> None:
+        """Create parameters other than the step size (once), in the dtype and on the device of ``like``."""
+        return None
 
     def draw_noise(self, num_steps: int, like: Tensor) -> Tensor:
         """Standard normal noise of all steps, ``(num_steps, *like.shape)``."""
@@ -63,7 +75,7 @@ class Dynamics(PyroModule):
 
     def clipped(self, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
         """Where :meth:`step` is not the textbook's because a drift was limited, as ``grad``."""
-        return torch.zeros_like(grad, dtype=torch.bool)
+        return (step_size * scale * grad).abs() >= self.max_drift
 
     @property
     def has_transition_density(self) -> bool:
@@ -71,8 +83,8 @@ class Dynamics(PyroModule):
         return False
 
     def mean(self, u: Tensor, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
-        """Where :meth:`step` goes without noise."""
-        return self.step(u, grad, step_size, torch.zeros_like(u), scale)
+        """``u`` and the drift, ``eta * grad log pi(u)`` limited to ``max_drift``."""
+        return u + (step_size * scale * grad).clamp(-self.max_drift, self.max_drift)
 
     def log_transition(self, u: Tensor, moved: Tensor, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
         """``log f(moved | u)``, the density of :meth:`step` with noise, ``(chains, rows)``."""
@@ -121,10 +133,8 @@ class Langevin(Dynamics):
     """
 
     def __init__(self, step_size: StepSize | float = 0.1, *, noise: bool = True, max_drift: float = 10.0) -> None:
-        super().__init__(step_size)
-        if not max_drift > 0:
-            raise ValueError(f"max_drift must be > 0, got {max_drift!r}; use float('inf') for no limit.")
-        self.noise, self.max_drift = noise, max_drift
+        super().__init__(step_size, max_drift)
+        self.noise = noise
 
     def draw_noise(self, num_steps: int, like: Tensor) -> Tensor:
         if self.noise:
@@ -134,12 +144,6 @@ class Langevin(Dynamics):
     def step(self, u: Tensor, grad: Tensor, step_size: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
         moved = self.mean(u, grad, step_size, scale)
         return moved + (2 * step_size).sqrt() * noise if self.noise else moved
-
-    def mean(self, u: Tensor, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
-        return u + (step_size * scale * grad).clamp(-self.max_drift, self.max_drift)
-
-    def clipped(self, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
-        return (step_size * scale * grad).abs() >= self.max_drift
 
     @property
     def has_transition_density(self) -> bool:
@@ -166,3 +170,78 @@ class Langevin(Dynamics):
         # run bounces between both sides of the mode): the whole diagonal decides about that.
         clipped = torch.where(free, diagonal, torch.zeros_like(diagonal))
         return logdet(product, clipped, layout, probes, judged=diagonal if math.isfinite(self.max_drift) else None)
+
+
+class Hamiltonian(Dynamics):
+    r"""Underdamped dynamics: leapfrog steps with a partial refreshment of the momentum.
+
+    .. math::
+        u &\leftarrow u + \tfrac{\epsilon}{2} v, \qquad
+        v' = v + \epsilon \nabla\log\pi(u), \qquad u' = u + \tfrac{\epsilon}{2} v', \\
+        v'' &= (1 - \delta) v' + \sqrt{1 - (1 - \delta)^2}\, \xi, \qquad \xi \sim N(0, I), \qquad
+        \epsilon = \sqrt{2 \eta}
+
+    with unit mass and one gradient per step; a step size per coordinate (``StepSize(per="dim")``) is a diagonal mass.
+    With ``damping = 1`` all of the momentum is drawn anew, and a step is :class:`Langevin`'s with the gradient taken
+    half-way. Less damping lets the run travel further in K steps. The limit ``max_drift`` is that of
+    :class:`Langevin`, on ``eta * grad``.
+
+    Goes with :class:`~pyro_shortrun.Annealed` (its weight needs no density of a transition). Trajectories hold the
+    positions in the middle of steps.
+
+    Geffner, Domke: MCMC variational inference via uncorrected Hamiltonian annealing, NeurIPS 2021.
+
+    :param step_size: ``eta``, half the square of the leapfrog step: a number or a :class:`StepSize`.
+    :param damping: ``delta``, in (0, 1).
+    :param learnable: whether SVI tunes the damping.
+    :param max_drift: ``float("inf")`` for none.
+    :raises ValueError: for arguments out of range.
+
+    >>> Hamiltonian(0.1, damping=0.2).damping
+    0.2
+    """
+
+    has_momentum = True
+    share: Any
+
+    def __init__(
+        self,
+        step_size: StepSize | float = 0.1,
+        *,
+        damping: float = 0.1,
+        learnable: bool = True,
+        max_drift: float = 10.0,
+    ) -> None:
+        super().__init__(step_size, max_drift)
+        if not 0 < damping < 1:
+            raise ValueError(f"damping must be in (0, 1), got {damping!r}; try 0.1.")
+        self.damping, self.learnable = damping, learnable
+
+    def setup(self, like: Tensor) -> None:
+        if "share_unconstrained" in self._parameters or "share" in self._buffers:
+            return
+        share = like.new_full((), self.damping)
+        if self.learnable:
+            self.share = PyroParam(share, constraints.unit_interval)
+        else:
+            self.register_buffer("share", share)
+
+    @property
+    def kept(self) -> Tensor:
+        """The part of the momentum that a step leaves, ``1 - delta``."""
+        return 1 - self.share
+
+    def step(self, u: Tensor, grad: Tensor, step_size: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
+        raise NotImplementedError("a Hamiltonian step needs a momentum: it goes with objective=Annealed().")
+
+    def log_abs_det(
+        self,
+        grad: Tensor,
+        step_size: Tensor,
+        scale: Tensor,
+        product: Product,
+        layout: Layout,
+        logdet: LogDet,
+        probes: Tensor | None,
+    ) -> LogDetResult:
+        raise NotImplementedError("Hamiltonian dynamics goes with objective=Annealed().")

@@ -91,7 +91,8 @@ class ShortRunGuide(AutoGuide):
     :param dynamics: a :class:`~pyro_shortrun.dynamics.Dynamics` instead of ``step_size``; default ``Langevin``.
     :param start: :class:`Prior` (default), :class:`Persistent`, :class:`Init` or any Pyro guide over the same sites
         (an ``AutoGuide``, an encoder), which is then trained too.
-    :param objective: how log q is accounted: :class:`PathDensity` (default) or :class:`Annealed`.
+    :param objective: how log q is accounted: :class:`PathDensity` (default), :class:`GaussianReverse`,
+        :class:`Annealed`, :class:`Mixture` or :class:`Linearized`.
     :param tune_every: step sizes (and a learned start) get gradients in every ``tune_every``-th training call. In
         the calls between, in training mode, the log-determinants in log q are those of the last tuned run, since
         computing them is most of the cost; ``guide.eval()`` makes every log q exact. Every call in training mode
@@ -136,12 +137,7 @@ class ShortRunGuide(AutoGuide):
         if isinstance(start, AutoGuide) and start.create_plates is not None:  # plates are the outer guide's business
             self.create_plates = create_plates or start.create_plates
             start.create_plates = None
-        if self.objective.tempers and not self.dynamics.has_transition_density:
-            raise ValueError("Annealed needs dynamics with noise, such as Langevin(0.1): its weights are those of it.")
-        if self.objective.tempers and checkpoint:
-            raise ValueError(
-                "checkpoint=True is for PathDensity(): leave it out with Annealed(), which keeps K states."
-            )
+        self.objective.check(self.dynamics, checkpoint)
         self.start = Prior() if start is None else start
         self.info: RunInfo | None = None
         self._program = (Program(model),)
@@ -193,7 +189,7 @@ class ShortRunGuide(AutoGuide):
         training = grad_enabled and not masked
         call = self._bind(args, kwargs, chains)
         tune = self._tunes(training)
-        carry = self.training and training and not tune and self._calls > 1 and not self.objective.tempers
+        carry = self.training and training and not tune and self._calls > 1 and self.objective.carries
         account = not (masked or carry) and self._start.has_density
         gradients = self._gradients(tune, training)
         drawn, result = self._run(call, chains, account, gradients)
@@ -349,7 +345,8 @@ class ShortRunGuide(AutoGuide):
                 self._start.draw(call, 1)  # creates a lazily built guide's parameters
             call.density.warn_if_rows_mix(structure.layout.pack(reading.unconstrained).unsqueeze(0).detach())
         like = next(iter(reading.unconstrained.values()))
-        self.objective.setup(self.num_steps, like.detach())
+        self.objective.setup(self.num_steps, structure.layout, like.detach())
+        self.dynamics.setup(like.detach())
         created = self.dynamics.step_size.setup(structure.layout, self.num_steps, like.detach())
         if created and self._backs_off and self.dynamics.step_size.is_at_init:  # a param store may know better
             pilot = replace(call, spare=[])  # the call's own draw is kept for its run
@@ -425,13 +422,32 @@ class ShortRunGuide(AutoGuide):
         silent = poutine.block() if gradients is Gradients.NONE else nullcontext()
         with silent:
             step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
-            drawn = self._draw_start(replace(call, isolated=gradients is Gradients.GUIDE), chains, gradients)
-            call.density.expect(drawn.state, drawn.log_density)
-            beta = self.objective.temperatures(self.num_steps, drawn.state) if self.objective.tempers else None
-        runner = Runner(call.density, self.dynamics, self.objective, account, self.checkpoint, drawn.base, beta)
-        result = run(runner, drawn.state, step_size, None, gradients, keep_states)
+            if account and (pilots := self.objective.wants_pilots(step_size, call.density.layout.rows)):
+                with torch.no_grad(), poutine.block():
+                    self._simulate(replace(call, spare=[]), pilots, step_size, True, Gradients.NONE, learn=True)
+            learn = gradients is Gradients.GUIDE and self.training
+            drawn, result = self._simulate(call, chains, step_size, account, gradients, keep_states, learn)
         self.info = result.info
         return drawn, result
+
+    def _simulate(
+        self,
+        call: Call,
+        chains: int,
+        step_size: Tensor,
+        account: bool,
+        gradients: Gradients,
+        keep_states: bool = False,
+        learn: bool = False,
+    ) -> tuple[Drawn, ShortRun]:
+        """``chains`` draws, each of as many runs as the objective wants."""
+        copies = self.objective.copies if account else 1
+        drawn = self._draw_start(replace(call, isolated=gradients is Gradients.GUIDE), chains * copies, gradients)
+        call.density.expect(drawn.state, drawn.log_density)
+        beta = self.objective.temperatures(self.num_steps, drawn.state)
+        runner = Runner(call.density, self.dynamics, self.objective, account, self.checkpoint, drawn.base, beta)
+        result = run(runner, drawn.state, step_size, None, gradients, keep_states, drawn.log_q, learn)
+        return (drawn, result) if copies == 1 else (drawn.every(copies), result.every(copies))
 
     @staticmethod
     def _constrain(call: Call, result: ShortRun, gradients: Gradients) -> tuple[dict[str, Tensor], Tensor]:
@@ -451,11 +467,6 @@ class ShortRunGuide(AutoGuide):
         attached = gradients is Gradients.FULL or (learned and gradients is Gradients.GUIDE)
         with torch.set_grad_enabled(attached):
             drawn = self._start.draw(call, chains)
-        if self.objective.tempers and drawn.base is None:
-            raise NotImplementedError(
-                f"{type(self.objective).__name__} needs the density of the start everywhere, not only at draws: use "
-                "start=Prior(), AutoNormal(model), AutoDiagonalNormal(model) or AutoMultivariateNormal(model)."
-            )
         finite = drawn.log_density.isfinite() & drawn.log_q.isfinite()
         if not finite.all():
             chain = int((~finite).any(1).nonzero()[0])

@@ -134,9 +134,13 @@ class ShortRunLangevin(MCMCKernel):
         self._params: dict[str, Tensor] = {}
 
     def _check_combination(self, objective: Objective | None, target_accept_prob: float | None) -> None:
-        if objective is not None and objective.tempers:
+        if objective is not None and not isinstance(objective, PathDensity):
             raise NotImplementedError(
                 f"{type(objective).__name__} tunes a ShortRunGuide, not a kernel: use PathDensity()."
+            )
+        if self.dynamics.has_momentum:
+            raise NotImplementedError(
+                f"{type(self.dynamics).__name__} is for a ShortRunGuide with objective=Annealed(): use Langevin(...)."
             )
         chain = self.persistent or self.adjust
         if chain and objective is not None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
-from torch.distributions import constraints
 
 from .logdet import Automatic, LogDet
 
 if TYPE_CHECKING:
+    from .base import Base
+    from .bridge import Bridge
     from .dynamics import Dynamics
     from .layout import Layout
     from .potential import Density
@@ -33,10 +33,29 @@ class Objective:
     """
 
     tempers = False  # whether targets move from the start's density to the model's
+    copies = 1  # runs that make one draw
+    carries = True  # whether increments cost so much that calls between tunings take those of the last tuned one
 
-    def setup(self, num_steps: int, like: Tensor) -> None:
+    def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:
         """Create parameters (once), in the dtype and on the device of ``like``."""
         return None
+
+    def check(self, dynamics: Dynamics, checkpoint: bool) -> None:
+        """Refuse what does not go with this objective."""
+        if dynamics.has_momentum:
+            raise ValueError(f"{type(dynamics).__name__} is for objective=Annealed(), not {type(self).__name__}.")
+
+    def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Bridge | None:
+        """How the run goes and is weighed, where :meth:`account` is not enough to tell.
+
+        :param base: density of the start, where it is known everywhere.
+        :param account: whether the log weight is asked for.
+        """
+        return None
+
+    def wants_pilots(self, step_size: Tensor, rows: int) -> int:
+        """How many chains of a pilot run :meth:`bridge` wants to learn from before the next run."""
+        return 0
 
     def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
         """``beta_k`` of each step, ``(num_steps,)``."""
@@ -106,58 +125,3 @@ class PathDensity(Objective):
         with torch.set_grad_enabled(create_graph):
             value, singular = dynamics.log_abs_det(grad, step_size, scale, product, density.layout, self.logdet, aux)
         return Accounted(value, singular)
-
-
-class Annealed(PyroModule, Objective):
-    r"""Annealed importance sampling along the run: a bound without determinants.
-
-    The targets move from the start's density to the model's, :math:`\pi_k \propto q_0^{1-\beta_k} \pi^{\beta_k}` with
-    :math:`0 < \beta_1 < \dots < \beta_K = 1`; step k is a Langevin step for :math:`\pi_k`, and the reverse of it is
-    weighed by a Langevin step for the same target:
-
-    .. math::
-        \log w = \log\pi(u_K) - \log q_0(u_0) + \sum_k \log r_k(u_{k-1} \mid u_k) - \log f_k(u_k \mid u_{k-1}),
-        \qquad f_k(u' \mid u) = r_k(u' \mid u) = N\big(u';\, u + \eta_k \nabla\log\pi_k(u),\, 2 \eta_k\big) .
-
-    In nats, one value per row. ``E[log w] <= log p(x)`` and ``E[exp(log w)] = p(x)`` for any step size, so importance
-    weights and ``RenyiELBO`` apply. It is exact as K grows and steps shrink. Without tempering this bound would be the
-    start's own for small steps. ``info.log_det`` holds the mean increments.
-
-    Needs dynamics with noise and a start whose density is known everywhere: :class:`Prior`, or an ``AutoNormal``,
-    ``AutoDiagonalNormal`` or ``AutoMultivariateNormal``, which is then trained by the same loop, as
-    the temperatures are. Cost per step: one gradient of the model's log density (and of the start's), one Hessian
-    product on the way back.
-
-    Neal: Annealed importance sampling, 2001; Thin, Kotelevskii, Doucet, Durmus, Moulines, Panov: Monte Carlo
-    variational auto-encoders, ICML 2021; Zhang, Hsu, Li, Finn, Grosse: Differentiable annealed importance sampling and
-    the perils of gradient noise, NeurIPS 2021.
-
-    :param learnable: whether SVI tunes the temperatures, which begin at ``k / K``.
-    """
-
-    tempers = True
-    increments: Any  # a PyroParam, or a buffer
-
-    def __init__(self, learnable: bool = True) -> None:
-        super().__init__()
-        self.learnable = learnable
-
-    def setup(self, num_steps: int, like: Tensor) -> None:
-        if "increments_unconstrained" in self._parameters or "increments" in self._buffers:
-            return
-        even = like.new_full((num_steps,), 1.0 / num_steps)
-        if self.learnable and num_steps > 1:
-            self.increments = PyroParam(even, constraints.simplex)
-        else:
-            self.register_buffer("increments", even)
-
-    def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
-        if not hasattr(self, "increments"):
-            self.setup(num_steps, like)
-        if len(self.increments) != num_steps:
-            raise ValueError(
-                f"there are {len(self.increments)} temperatures for {num_steps} steps: another guide's are in Pyro's "
-                "parameter store under the same name; call pyro.clear_param_store() between guides."
-            )
-        beta = self.increments.cumsum(0)
-        return beta / beta[-1]

@@ -34,6 +34,10 @@ class Density(ABC):
         :raises NotImplementedError: see :func:`~pyro_shortrun.vectorize.require_vmap`.
         """
 
+    def with_start(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """``log pi(u)`` and the log density of the prior, both ``(chains, rows)``."""
+        raise NotImplementedError(f"{type(self).__name__} has no prior.")
+
     def land(self, u: Tensor) -> tuple[Tensor, ...]:
         """``log pi(u)``, and whatever else the end of a run is asked for."""
         return (self(u),)
@@ -51,6 +55,10 @@ class Density(ABC):
 
     def expect(self, u: Tensor, value: Tensor) -> None:
         """Told ``log pi(u)`` as a run of the model gave it; a compiled density checks itself by it."""
+        return None
+
+    def refresh(self, u: Tensor) -> None:
+        """Find out now whether what :meth:`expect` was told of ``u`` still is so."""
         return None
 
     def is_stale(self, u: Tensor, value: Tensor) -> bool:

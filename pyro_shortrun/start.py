@@ -80,6 +80,12 @@ class Drawn:
     log_density: Tensor
     base: Base | None = None
 
+    def every(self, count: int) -> Drawn:
+        """Only the first of every ``count`` chains."""
+        return replace(
+            self, state=self.state[::count], log_q=self.log_q[::count], log_density=self.log_density[::count]
+        )
+
 
 class Start(ABC):
     """A distribution of ``u_0``.

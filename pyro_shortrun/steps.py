@@ -35,13 +35,13 @@ class Rule:
     @cached_property
     def key(self) -> tuple:
         """Everything that decides the arithmetic."""
-        return self.dynamics, self.objective, self.account, _settings(self.dynamics), _settings(self.objective)
+        return self.dynamics, self.objective, self.account, settings(self.dynamics), settings(self.objective)
 
 
-def _settings(thing: object) -> tuple:
+def settings(thing: object) -> tuple:
     """Numbers that an object was made with, and those of its log-determinant."""
     found = [
-        (k, _settings(v) if isinstance(v, LogDet) else v)
+        (k, settings(v) if isinstance(v, LogDet) else v)
         for k, v in vars(thing).items()
         if k != "training" and isinstance(v, (bool, int, float, LogDet))
     ]

@@ -14,12 +14,12 @@ from test_exact import gaussian
 from torch import Tensor
 
 from pyro_shortrun import Annealed, Init, Langevin, ShortRunGuide, ShortRunLangevin, StepSize
+from pyro_shortrun.annealed import LangevinBridge
 from pyro_shortrun.base import Base, GaussianBase, PriorBase
-from pyro_shortrun.bridge import Tempered
 from pyro_shortrun.chain import Gradients, Runner, run
 from pyro_shortrun.compiled import Compiler, Untouched, density_of
+from pyro_shortrun.reverse import Mirror
 from pyro_shortrun.start import Call
-from pyro_shortrun.steps import Rule
 
 STEPS = 5
 
@@ -206,6 +206,6 @@ def test_a_gaussian_start_has_its_own_gradient_in_an_arrowhead():
 
     density = Call.of(model, (), {}).density
     u, loc, scale = torch.randn(1, 1, 3), torch.randn(1, 3), torch.rand(1, 3) + 0.5
-    step = Tempered(Rule(Langevin(0.1), Annealed()), GaussianBase(loc, scale))
+    step = LangevinBridge(Langevin(0.1), GaussianBase(loc, scale), Mirror())
     _, _, slope = step.evaluate(density, u.requires_grad_(), (loc, scale), create_graph=False)
     torch.testing.assert_close(slope * density.layout.drift_scale(u), (loc - u) / scale.square())

@@ -17,8 +17,8 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 # From the bottom up: a module may import those before it.
 LAYERS = (
     "layout transforms vectorize log_einsum step_size logdet program structure potential density tracing compiled "
-    "dynamics objective steps base bridge noise chain isolate start validation interop weights guide elbo target "
-    "adaptation sampler session kernel vectorized evaluation diagnostics"
+    "dynamics objective steps base bridge reverse annealed mixture linearized noise chain isolate start validation "
+    "interop weights guide elbo target adaptation sampler session kernel vectorized evaluation diagnostics"
 ).split()
 
 
@@ -34,9 +34,11 @@ EXPECTED = {
     "quickstart": ("test MSE", {"reconstructions.png", "samples.png", "training.png", "trajectories.png"}),
     "chains": ("ESS/s", {"chains.txt"}),
     "posteriordb": ("R-hat", {"table.txt"}),
+    "posteriors": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
     "speed": ("Peak memory", {"speed.txt"}),
 }
-MODULES = {"posteriordb_models", "speed_models", "speed_jax"}  # imported by an example
+# Imported by an example.
+MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "speed_models", "speed_jax"}
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in MODULES], ids=lambda p: p.stem)

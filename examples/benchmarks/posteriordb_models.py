@@ -200,6 +200,19 @@ def eight_schools_parameters(draws: Draws) -> Draws:
     return {**indexed("theta", theta), "mu": draws["mu"], "tau": draws["tau"]}
 
 
+def eight_schools_centred(y: Tensor, sigma: Tensor) -> None:
+    """The funnel: the scale of ``theta`` is ``tau``."""
+    mu = pyro.sample("mu", dist.Normal(y.new_tensor(0.0), 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(y.new_tensor(5.0)))
+    theta = pyro.sample("theta", dist.Normal(mu.expand(len(y)), tau).to_event(1))
+    with pyro.plate("schools", len(y)):
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def eight_schools_centred_parameters(draws: Draws) -> Draws:
+    return {**indexed("theta", draws["theta"]), "mu": draws["mu"], "tau": draws["tau"]}
+
+
 # Time series
 
 
@@ -277,6 +290,65 @@ def hidden_markov_parameters(draws: Draws) -> Draws:
     return {**indexed("theta1", from_first), **indexed("theta2", from_second), **indexed("mu", mu)}
 
 
+# Differential equation
+
+
+class PositiveNormal(dist.Normal):
+    """A Normal cut to the positive half-line."""
+
+    support = constraints.positive
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value) - torch.special.log_ndtr(self.loc / self.scale)
+
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        u = torch.rand(self.shape(sample_shape), dtype=self.loc.dtype)
+        return self.loc - self.scale * torch.special.ndtri(u * torch.special.ndtr(self.loc / self.scale))
+
+
+SUBSTEPS = 4  # a year; log populations at the posterior are then off by less than 3e-4
+
+
+def runge_kutta(state: Tensor, rate: Tensor, coupling: Tensor, years: int) -> Tensor:
+    """``d log(hare, lynx) / dt = rate + coupling * (lynx, hare)`` once a year, ``(..., years, 2)``.
+
+    Logs keep populations positive; the clamp keeps all finite where a start makes them explode.
+    """
+
+    def slope(x: Tensor) -> Tensor:
+        return torch.addcmul(rate, coupling, x.flip(-1).clamp(max=10).exp())
+
+    h, states = 1 / SUBSTEPS, []
+    for _ in range(years):
+        for _ in range(SUBSTEPS):
+            k1 = slope(state)
+            k2 = slope(state.add(k1, alpha=h / 2))
+            k3 = slope(state.add(k2, alpha=h / 2))
+            k4 = slope(state.add(k3, alpha=h))
+            state = state.add(k1 + k4, alpha=h / 6).add(k2 + k3, alpha=h / 3)
+        states.append(state)
+    return torch.stack(states, -2)
+
+
+def lotka_volterra(y_init: Tensor, y: Tensor) -> None:
+    """Hares and lynxes; rows of ``y`` are the years after the one of ``y_init``."""
+    scales = y.new_tensor([0.5, 0.05, 0.5, 0.05])
+    theta = pyro.sample("theta", PositiveNormal(y.new_tensor([1.0, 0.05, 1.0, 0.05]), scales).to_event(1))
+    sigma = pyro.sample("sigma", dist.LogNormal(-y.new_ones(2), 1.0).to_event(1))
+    z_init = pyro.sample("z_init", dist.LogNormal(y.new_full((2,), 10.0).log(), 1.0).to_event(1))
+    signs = y.new_tensor([1.0, -1.0])
+    start = z_init.log()
+    log_z = runge_kutta(start, signs * theta[..., 0::2], -signs * theta[..., 1::2], len(y))
+    with pyro.plate("species", 2):
+        pyro.sample("y_init", dist.LogNormal(start, sigma), obs=y_init)
+        with pyro.plate("years", len(y)):
+            pyro.sample("y", dist.LogNormal(log_z, sigma), obs=y)
+
+
+def lotka_volterra_parameters(draws: Draws) -> Draws:
+    return {k: v for name in ("theta", "z_init", "sigma") for k, v in indexed(name, draws[name]).items()}
+
+
 # Gaussian process
 
 
@@ -305,6 +377,13 @@ _ALL = [
     Posterior("sblrc-blr", normal_regression, _data("X", "y"), normal_regression_parameters),
     Posterior("sblri-blr", normal_regression, _data("X", "y"), normal_regression_parameters),
     Posterior("eight_schools-eight_schools_noncentered", eight_schools, _data("y", "sigma"), eight_schools_parameters),
+    Posterior(
+        "eight_schools-eight_schools_centered",
+        eight_schools_centred,
+        _data("y", "sigma"),
+        eight_schools_centred_parameters,
+    ),
+    Posterior("hudson_lynx_hare-lotka_volterra", lotka_volterra, _data("y_init", "y"), lotka_volterra_parameters),
     Posterior("gp_pois_regr-gp_regr", gaussian_process, _data("x", "y"), gaussian_process_parameters),
     Posterior("nes_logit_data-nes_logit_model", logit, logit_arguments, logit_parameters),
     Posterior("garch-garch11", garch, _data("y", "sigma1"), garch_parameters),

@@ -1,0 +1,332 @@
+"""Bounds by annealed importance sampling: targets that move from the start's density to the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+from .base import Base, Untempered
+from .bridge import Bridge, Column, State
+from .dynamics import Dynamics, Hamiltonian
+from .layout import Layout
+from .objective import Objective
+from .potential import Density
+from .reverse import Affine, DenseFit, DiagonalFit, Fit, Mirror, Reverse
+from .steps import settings
+
+_DENSE_AT_MOST = 32  # coordinates
+_MOVED = 0.25  # of log step sizes, after which statistics of earlier runs are no good
+
+
+@dataclass(frozen=True)
+class Tempered(Bridge):
+    """What Langevin and Hamiltonian bridges share: gradients of the tempered targets
+    ``pi_k = q_0^(1 - beta_k) pi^(beta_k)``."""
+
+    dynamics: Dynamics
+    base: Base
+
+    @property
+    def _rule(self) -> tuple:
+        return self.dynamics, settings(self.dynamics), type(self.base), tuple(t.dim() for t in self.base.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.base.tensors
+
+    def evaluate(
+        self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
+    ) -> tuple[Tensor, ...]:
+        """``log pi`` and the gradients of ``log pi`` and ``log q_0``, scaled alike."""
+        value, grad, slope = self.base.evaluate(density, u, tensors, create_graph)
+        if density.layout.is_arrow and self.base.is_weighted:
+            return value, grad, slope
+        return value, grad, slope / density.layout.drift_scale(u)
+
+
+def mixed(slopes: Sequence[Tensor], beta: Tensor) -> Tensor:
+    """Gradient of a tempered target."""
+    grad, base = slopes
+    return beta * grad + (1 - beta) * base
+
+
+def weighed(density: Density, terms: Tensor) -> Tensor:
+    """Terms per coordinate summed over a row; an arrowhead's local ones count ``full_size / size`` times."""
+    return (terms / density.layout.drift_scale(terms) if density.layout.is_arrow else terms).sum(-1)
+
+
+def around(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``K`` steps: what belongs to the step that ends at each of ``K + 1`` arrivals, and to the one that begins.
+    Before the first and after the last one it does not matter."""
+    return torch.cat([values[:1], values]), torch.cat([values, values[-1:]])
+
+
+@dataclass(frozen=True)
+class LangevinBridge(Tempered):
+    """Langevin steps, each weighed at its end by a reverse step.
+
+    The state is ``(u_{k-1}, u_k)``, and for a reverse that learns also the drift at ``u_{k-1}``.
+    """
+
+    reverse: Reverse
+
+    ends_at_arrival = True
+
+    @cached_property
+    def key(self) -> tuple:
+        return *self._rule, self.reverse.key
+
+    @property
+    def learns(self) -> bool:
+        return self.reverse.learns
+
+    def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
+        return (start, start, torch.zeros_like(start)) if self.learns else (start, start)
+
+    def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        return *around(step_size), *around(beta.unsqueeze(-1))
+
+    def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
+        return self._constants(step_size, self.reverse.parameters)
+
+    @staticmethod
+    def _constants(step_size: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        ends = step_size.new_ones(len(step_size) + 1, 1)
+        ends[0] = 0
+        return ends, *(torch.cat([t[:1], t]) for t in parameters)
+
+    def move(
+        self, density: Density, state: State, found: Sequence[Tensor], column: Column
+    ) -> tuple[State, Tensor | None]:
+        before, u = state[:2]
+        eta, ahead, beta, beta_ahead = column.values
+        ends, *parameters = column.constants
+        scale = density.layout.drift_scale(u)
+        mean = self.dynamics.mean(u, mixed(found, beta), eta, scale)
+        extra = weighed(density, ends * self.reverse.log_density(before, u, mean, eta, parameters))
+        proposal = self.dynamics.step(u, mixed(found, beta_ahead), ahead, column.noise, scale)
+        return (u, proposal, mean - u) if self.learns else (u, proposal), extra
+
+    def departure(self, density: Density, noise: Tensor) -> Tensor | None:
+        return weighed(density, 0.5 * noise.square())
+
+    def learn(self, states: State, last: State, step_size: Tensor, valid: Tensor) -> tuple[Tensor, ...] | None:
+        before, u, drift = states
+        drift = torch.cat([drift[2:], last[2].unsqueeze(0)])
+        parameters = self.reverse.learn(before[1:], u[1:], drift, step_size, valid)
+        return None if parameters is None else self._constants(step_size, parameters)
+
+
+@dataclass(frozen=True)
+class HamiltonianBridge(Tempered):
+    """Leapfrog steps with a partial refreshment of the momentum after each.
+
+    An arrival is the middle of a step, where its one gradient is taken. The state is ``(last middle, this middle,
+    momentum)``.
+    """
+
+    kept: Tensor
+
+    offset = 1
+
+    @cached_property
+    def key(self) -> tuple:
+        return self._rule
+
+    def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
+        return start, start + 0.5 * (2 * step_size[0]).sqrt() * noise, noise
+
+    def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        ahead = torch.cat([step_size[1:], step_size[-1:]])
+        return step_size, ahead, beta.unsqueeze(-1), self.kept.expand(len(step_size), 1)
+
+    def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
+        begins = step_size.new_ones(len(step_size), 1)
+        begins[-1] = 0
+        return (begins,)
+
+    def move(
+        self, density: Density, state: State, found: Sequence[Tensor], column: Column
+    ) -> tuple[State, Tensor | None]:
+        _, u, momentum = state
+        eta, ahead, beta, kept = column.values
+        scale = density.layout.drift_scale(u)
+        length, length_ahead = (2 * eta).sqrt(), (2 * ahead).sqrt()
+        drift = self.dynamics.mean(u, mixed(found, beta), eta, scale) - u  # eta times the gradient, clipped
+        pushed = momentum + 2 * drift / length
+        refreshed = kept * pushed + (1 - kept.square()).sqrt() * column.noise
+        end = u + 0.5 * length * pushed
+        extra = weighed(density, 0.5 * (momentum.square() - pushed.square()))
+        return (u, end + column.constants[0] * 0.5 * length_ahead * refreshed, refreshed), extra
+
+
+class Annealed(PyroModule, Objective):
+    r"""Annealed importance sampling along the run: a bound without determinants.
+
+    The targets move from the start's density to the model's, :math:`\pi_k \propto q_0^{1-\beta_k} \pi^{\beta_k}` with
+    :math:`0 < \beta_1 < \dots < \beta_K = 1`; step k is one for :math:`\pi_k`. With :class:`Langevin` dynamics the
+    reverse of a step is weighed by a Langevin step for the same target:
+
+    .. math::
+        \log w = \log\pi(u_K) - \log q_0(u_0) + \sum_k \log r_k(u_{k-1} \mid u_k) - \log f_k(u_k \mid u_{k-1}),
+        \qquad f_k(u' \mid u) = r_k(u' \mid u) = N\big(u';\, u + \eta_k \nabla\log\pi_k(u),\, 2 \eta_k\big) .
+
+    With :class:`Hamiltonian` dynamics a step is a leapfrog step, which keeps volume, and the momenta are weighed
+    instead: the sum is that of :math:`\log N(v'_k; 0, I) - \log N(v_k; 0, I)` for the momentum before (:math:`v_k`)
+    and after (:math:`v'_k`) each step.
+
+    In nats, one value per row. ``E[log w] <= log p(x)`` and ``E[exp(log w)] = p(x)`` for any step size, so importance
+    weights and ``RenyiELBO`` apply. It is exact as K grows and steps shrink. Without tempering this bound would be the
+    start's own for small steps. ``info.log_det`` holds the mean increments.
+
+    Needs dynamics with noise and a start whose density is known everywhere: :class:`Prior`, or an ``AutoNormal``,
+    ``AutoDiagonalNormal`` or ``AutoMultivariateNormal``, which is then trained by the same loop, as
+    the temperatures are. Cost per step: one gradient of the model's log density (and of the start's), one Hessian
+    product on the way back.
+
+    Neal: Annealed importance sampling, 2001; Thin, Kotelevskii, Doucet, Durmus, Moulines, Panov: Monte Carlo
+    variational auto-encoders, ICML 2021; Geffner, Domke: MCMC variational inference via uncorrected Hamiltonian
+    annealing, NeurIPS 2021; Zhang, Hsu, Li, Finn, Grosse: Differentiable annealed importance sampling and the perils of
+    gradient noise, NeurIPS 2021.
+
+    :param learnable: whether SVI tunes the temperatures, which begin at ``k / K``.
+    """
+
+    tempers = True
+    carries = False
+    increments: Any  # a PyroParam, or a buffer
+
+    def __init__(self, learnable: bool = True) -> None:
+        super().__init__()
+        self.learnable = learnable
+
+    def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:
+        if "increments_unconstrained" in self._parameters or "increments" in self._buffers:
+            return
+        even = like.new_full((num_steps,), 1.0 / num_steps)
+        if self.learnable and num_steps > 1:
+            self.increments = PyroParam(even, constraints.simplex)
+        else:
+            self.register_buffer("increments", even)
+
+    def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
+        if len(self.increments) != num_steps:
+            raise ValueError(
+                f"there are {len(self.increments)} temperatures for {num_steps} steps: another guide's are in Pyro's "
+                "parameter store under the same name; call pyro.clear_param_store() between guides."
+            )
+        beta = self.increments.cumsum(0)
+        return beta / beta[-1]
+
+    def check(self, dynamics: Dynamics, checkpoint: bool) -> None:
+        name = type(self).__name__
+        if not (dynamics.has_transition_density or dynamics.has_momentum):
+            raise ValueError(f"{name} needs dynamics with noise, such as Langevin(0.1): its weights are those of it.")
+        if checkpoint:
+            raise ValueError(f"checkpoint=True is for PathDensity(): leave it out with {name}(), which keeps K states.")
+
+    def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Bridge | None:
+        if base is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} needs the density of the start everywhere, not only at draws: use "
+                "start=Prior(), AutoNormal(model), AutoDiagonalNormal(model) or AutoMultivariateNormal(model)."
+            )
+        if isinstance(dynamics, Hamiltonian):
+            return HamiltonianBridge(dynamics, base, dynamics.kept)
+        return LangevinBridge(dynamics, base, Mirror())
+
+
+class GaussianReverse(Annealed):
+    r"""Langevin steps, weighed by a reverse kernel that is learned from the runs themselves.
+
+    The weight is that of :class:`Annealed`, by default without tempering (:math:`\beta_k = 1`, so that the law of a
+    draw is that of the plain short run), and each reverse step is a Gaussian,
+
+    .. math:: r_k(u' \mid u) = N\big(u';\; u - a_k + 2 \eta_k (b_k + G_k u) + D_k a_k,\; s_k S_k s_k\big),
+              \qquad s_k = \sqrt{2 \eta_k}, \quad a_k = \eta_k \nabla\log\pi_k(u).
+
+    The exact reversal of a small step is :math:`N(u - a_k + 2 \eta_k \nabla\log q_k(u), 2 \eta_k I)`, with ``q_k`` the
+    law of the run after k steps. What stands for its score is linear in ``u`` and in the model's own gradient, and the
+    coefficients are the maximum likelihood ones: least squares over runs that were made before (pilots at set-up, and
+    whenever step sizes have moved by a quarter in training; then the training runs), with running moments. So no run
+    weighs itself: ``E[log w] <= log p(x)`` and ``E[exp(log w)] = p(x)`` hold whatever the coefficients are, and
+    importance weights and ``RenyiELBO`` apply. Gradients hold the coefficients fixed: at the optimum of least squares
+    the bound does not change with them.
+
+    Exact (but for the error of the least squares, about ``K * size * (size + 1) / draws`` nats) for Gaussian posteriors
+    from a Gaussian start, with any step size, with noise; the tuned step is then the one whose draws are best. Cost per
+    step: one gradient, one Hessian product on the way back, plus the pilots' gradients.
+
+    :param tempered: whether targets move as in :class:`Annealed`, with its temperatures and starts. Bounds are often
+        tighter; draws are those of the tempered run. Without, any start will do whose draws have a density.
+    :param dense: whether coordinates of a row are regressed on each other; by default up to 32 of them.
+    :param pilots: rows of the pilot runs (chains times rows).
+    :param memory: how many draws the moments remember at most.
+    :param learnable: whether SVI tunes the temperatures.
+    :raises ValueError: where ``pilots`` or ``memory`` are not positive.
+    """
+
+    def __init__(
+        self,
+        tempered: bool = False,
+        *,
+        dense: bool | None = None,
+        pilots: int = 4096,
+        memory: int = 16384,
+        learnable: bool = True,
+    ) -> None:
+        super().__init__(learnable)
+        for name, value in (("pilots", pilots), ("memory", memory)):
+            if not value >= 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}.")
+        self.tempers, self.dense, self.pilots, self.memory = tempered, dense, pilots, memory
+        self.fit: Fit | None = None
+        self._piloted: Tensor | None = None
+
+    def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:
+        if self.tempers:
+            super().setup(num_steps, layout, like)
+        if self.fit is not None:
+            return
+        mixable = layout.arrow is None or layout.arrow.weight == 1
+        dense = layout.size <= _DENSE_AT_MOST if self.dense is None else self.dense
+        if self.dense and not mixable:
+            raise NotImplementedError("dense=True cannot scale the local part of a subsampled model: leave it out.")
+        if dense and mixable:
+            self.fit = DenseFit(num_steps, self.memory, like.new_zeros(layout.size))
+        else:
+            self.fit = DiagonalFit(num_steps, layout.dim_index, self.memory, like.new_zeros(layout.size))
+
+    def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
+        return super().temperatures(num_steps, like) if self.tempers else like.new_ones(num_steps)
+
+    def check(self, dynamics: Dynamics, checkpoint: bool) -> None:
+        if dynamics.has_momentum:
+            raise ValueError("GaussianReverse is for Langevin dynamics; Hamiltonian goes with Annealed().")
+        super().check(dynamics, checkpoint)
+
+    def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Bridge | None:
+        if not self.tempers:
+            if not account:
+                return None
+            base = Untempered()
+        bridge = super().bridge(dynamics, base, account)
+        assert isinstance(bridge, LangevinBridge) and self.fit is not None
+        return replace(bridge, reverse=Affine(self.fit))
+
+    def wants_pilots(self, step_size: Tensor, rows: int) -> int:
+        assert self.fit is not None
+        now = step_size.detach().log()
+        moved = self._piloted is not None and bool((now - self._piloted).abs().max() > _MOVED)
+        if not (self.fit.is_empty or self.training and moved):
+            return 0
+        self.fit.forget()
+        self._piloted = now.clone()
+        return -(-self.pilots // max(rows, 1))

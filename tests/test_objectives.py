@@ -1,0 +1,503 @@
+"""Objectives other than the path density: weights against formulas, tuned steps against closed forms, evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoIAFNormal, AutoNormal
+from test_annealed import curved, log_joint
+from test_exact import gaussian
+from torch import Tensor
+
+from pyro_shortrun import (
+    Annealed,
+    GaussianReverse,
+    Hamiltonian,
+    Init,
+    Langevin,
+    Linearized,
+    Mixture,
+    PathDensity,
+    Persistent,
+    ShortRunELBO,
+    ShortRunGuide,
+    ShortRunLangevin,
+    StepSize,
+)
+from pyro_shortrun.base import GaussianBase, PriorBase
+from pyro_shortrun.chain import Gradients, Runner, run
+from pyro_shortrun.compiled import Compiler, Untouched, density_of
+from pyro_shortrun.start import Call
+
+STEPS = 5
+
+
+def posterior(precisions: list[float], mean: float = 1.0) -> tuple[Callable[[], None], float]:
+    """A model with a N(0, 1) prior and a posterior N(mean, 1 / precision) per coordinate; log evidence."""
+    lam = torch.tensor(precisions)
+    data, noise = lam * mean / (lam - 1), (lam - 1).rsqrt()
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(lam)), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z, noise).to_event(1), obs=data)
+
+    return model, dist.Normal(0.0, (1 + noise**2).sqrt()).log_prob(data).sum().item()
+
+
+def kl(eta: float, steps: int, precisions: list[float], mean: float = 1.0) -> float:
+    """Exact KL of the law of a Langevin run, from N(0, 1), to the posterior."""
+    total = 0.0
+    for lam in precisions:
+        a = 1 - eta * lam
+        if abs(a) >= 1:
+            return math.inf
+        variance = a ** (2 * steps) + 2 * eta * (1 - a ** (2 * steps)) / (1 - a * a)
+        total += 0.5 * (lam * variance + lam * (mean * a**steps) ** 2 - 1 - math.log(lam * variance))
+    return total
+
+
+# ---------------------------------------------------------------- Hamiltonian
+
+
+def leapfrog(log_base, u: Tensor, eta: Tensor, beta: Tensor, kept: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """End and sum of increments, from the formula, with a graph."""
+    total, v = torch.zeros(u.shape[:-1]), noise[0]
+    for k in range(len(eta)):
+        step = (2 * eta[k]).sqrt()
+        middle = u + 0.5 * step * v
+        tempered = (1 - beta[k]) * log_base(middle) + beta[k] * log_joint(middle)
+        (grad,) = torch.autograd.grad(tempered.sum(), middle, create_graph=True)
+        pushed = v + step * grad
+        u = middle + 0.5 * step * pushed
+        total = total + (dist.Normal(0.0, 1.0).log_prob(pushed) - dist.Normal(0.0, 1.0).log_prob(v)).sum(-1)
+        v = kept * pushed + (1 - kept**2).sqrt() * noise[(k + 1) % len(eta)]
+    return u, total
+
+
+def prior(x: Tensor) -> Tensor:
+    return dist.Normal(0.0, torch.tensor([1.0, 2.0])).log_prob(x).sum(-1)
+
+
+def density(model: Callable, compile: bool):
+    call = Call.of(model, (), {})
+    return density_of(call.program, call.density.structure, call.bind, Compiler(Untouched()) if compile else None)
+
+
+def assert_same_gradients(found: tuple, wanted: tuple, leaves: list[Tensor]) -> None:
+    back = [torch.randn_like(t) for t in wanted]
+    options = dict(allow_unused=True, materialize_grads=True)
+    slopes = [torch.autograd.grad(pair, leaves, back, **options) for pair in (found, wanted)]
+    for a, b in zip((*found, *slopes[0]), (*wanted, *slopes[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_hamiltonian_weight_and_its_gradients(compile: bool, monkeypatch):
+    monkeypatch.setattr("pyro_shortrun.compiled._STEPS_AT_MOST", 3)
+    dynamics = Hamiltonian(0.1, max_drift=math.inf)
+    dynamics.setup(torch.zeros(()))
+    u, eta = torch.randn(2, 3, 2, requires_grad=True), (torch.rand(STEPS, 2) * 0.1 + 0.01).requires_grad_()
+    beta, noise = torch.linspace(0.2, 1.0, STEPS).requires_grad_(), torch.randn(STEPS, 2, 3, 2)
+    wanted = leapfrog(prior, u, eta, beta, dynamics.kept, noise)
+    runner = Runner(density(curved, compile), dynamics, Annealed(), base=PriorBase(), beta=beta)
+    result = run(runner, u, eta, noise, Gradients.GUIDE)
+    assert_same_gradients((result.end, result.increment), wanted, [u, eta, beta, dynamics.share_unconstrained])
+    torch.testing.assert_close(result.info.log_det.sum(), result.increment.mean(), rtol=1e-4, atol=1e-5)
+    assert result.info.log_density.shape == (STEPS + 1,)
+
+
+def nodes(count: int, dimensions: int) -> tuple[Tensor, Tensor]:
+    """Points and weights of Gauss-Hermite quadrature."""
+    t, w = (torch.as_tensor(a).to(torch.get_default_dtype()) for a in np.polynomial.hermite_e.hermegauss(count))
+    weight = torch.cartesian_prod(*[w] * dimensions).prod(-1) / math.sqrt(2 * math.pi) ** dimensions
+    return torch.cartesian_prod(*[t] * dimensions), weight
+
+
+def test_hamiltonian_mean_weight_is_the_evidence():
+    """By quadrature over the start and the momenta of two steps."""
+    model, evidence = gaussian(4.0, 0.5)
+    grid, weight = nodes(40, 3)
+    call = Call.of(model, (len(grid),), {})
+    dynamics = Hamiltonian(0.1, damping=0.4)
+    dynamics.setup(grid[0, 0])
+    u, noise = grid[:, :1].unsqueeze(0), grid[:, 1:].T.reshape(2, 1, -1, 1)
+    runner = Runner(call.density, dynamics, Annealed(), base=PriorBase(), beta=torch.tensor([0.4, 1.0]))
+    result = run(runner, u, torch.full((2, 1), 0.1), noise)
+    log_w = call.density(result.end) + result.increment - dist.Normal(0.0, 1.0).log_prob(u[..., 0])
+    assert (weight * log_w.squeeze(0).exp()).sum().log().item() == pytest.approx(evidence, abs=1e-3)
+
+
+@pytest.mark.parametrize("start", [None, AutoNormal])
+def test_hamiltonian_is_trained_and_travels_further(start):
+    """With little damping ten steps get closer than with all of it, at the same step size."""
+    model, evidence = posterior([1.5, 100.0])
+    gaps = {}
+    for damping in (0.1, 0.99):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        dynamics = Hamiltonian(StepSize(0.003), damping=damping)
+        guide = ShortRunGuide(
+            model, num_steps=10, dynamics=dynamics, objective=Annealed(), start=start and start(model)
+        )
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+        guide.setup()
+        before = {k: v.detach().clone() for k, v in guide.named_parameters()}
+        gaps[damping] = evidence + ShortRunELBO(2000).loss(model, guide)
+        for _ in range(5):
+            svi.step()
+        changed = {k for k, v in guide.named_parameters() if not torch.equal(v, before[k])}
+        assert changed == set(before) and any("share" in k for k in changed)
+    if start is None:
+        assert gaps[0.1] < gaps[0.99]
+
+
+# ---------------------------------------------------------------- GaussianReverse
+
+
+def fitted(objective: GaussianReverse, size: int, steps: int = STEPS) -> GaussianReverse:
+    """An objective with coefficients, from made-up runs."""
+    call = Call.of(curved, (), {})
+    objective.setup(steps, call.density.layout, torch.zeros(()))
+    assert objective.fit is not None
+    u = torch.randn(steps, 50, 3, size)
+    slope, target = torch.randn_like(u) - u, torch.randn_like(u) + 0.3 * u
+    objective.fit.update(u, slope, target, torch.ones(50, 3, dtype=torch.bool), torch.full((steps, size), 0.1))
+    return objective
+
+
+def reversed_by_hand(fit, log_base, u, eta, beta, noise) -> tuple[Tensor, Tensor]:
+    total = torch.zeros(u.shape[:-1])
+
+    def drift(x: Tensor, k: int) -> Tensor:
+        tempered = (1 - beta[k]) * log_base(x) + beta[k] * log_joint(x)
+        return eta[k] * torch.autograd.grad(tempered.sum(), x, create_graph=True)[0]
+
+    for k in range(len(eta)):
+        forth = dist.Normal(u + drift(u, k), (2 * eta[k]).sqrt())
+        new = forth.mean + (2 * eta[k]).sqrt() * noise[k]
+        a, scale = drift(new, k), (2 * eta[k]).sqrt()
+        if fit.moments.dim() == 3:
+            b, slopes, whiten = (t[k] for t in fit.solution)
+            mean = new - a + 2 * eta[k] * (b + torch.cat([new, a / (2 * eta[k])], -1) @ slopes)
+            factor = torch.diag(scale) @ torch.linalg.inv(whiten)
+        else:
+            b, at_u, at_slope, whiten = (t[k] for t in fit.solution)
+            mean = new - a + 2 * eta[k] * (b + at_u * new) + at_slope * a
+            factor = torch.diag(scale / whiten)
+        back = dist.MultivariateNormal(mean, scale_tril=factor)
+        total = total + back.log_prob(u) - forth.log_prob(new).sum(-1)
+        u = new
+    return u, total
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("tempered", [False, True])
+def test_reverse_weight_and_its_gradients(tempered: bool, dense: bool, compile: bool, monkeypatch):
+    """In start, step sizes and temperatures, the coefficients held fixed."""
+    monkeypatch.setattr("pyro_shortrun.compiled._STEPS_AT_MOST", 3)
+    objective = fitted(GaussianReverse(tempered, dense=dense), 2)
+    u, eta = torch.randn(2, 3, 2, requires_grad=True), (torch.rand(STEPS, 2) * 0.1 + 0.01).requires_grad_()
+    beta = torch.linspace(0.2, 1.0, STEPS).requires_grad_() if tempered else torch.ones(STEPS)
+    noise = torch.randn(STEPS, 2, 3, 2)
+    wanted = reversed_by_hand(objective.fit, prior, u, eta, beta, noise)
+    runner = Runner(density(curved, compile), Langevin(0.1, max_drift=math.inf), objective, base=PriorBase(), beta=beta)
+    result = run(runner, u, eta, noise, Gradients.GUIDE)
+    assert_same_gradients((result.end, result.increment), wanted, [u, eta, beta] if tempered else [u, eta])
+
+
+@pytest.mark.parametrize("tempered", [False, True])
+def test_reverse_mean_weight_is_the_evidence(tempered: bool):
+    """Whatever the coefficients are."""
+    model, evidence = gaussian(4.0, 0.5)
+    grid, weight = nodes(40, 3)
+    call = Call.of(model, (len(grid),), {})
+    objective = GaussianReverse(tempered)
+    objective.setup(2, call.density.layout, grid[0, 0])
+    draws = torch.randn(3, 2, 60, 4, 1)
+    objective.fit.update(*draws, torch.ones(60, 4, dtype=torch.bool), torch.full((2, 1), 0.1))
+    u, noise = grid[:, :1].unsqueeze(0), grid[:, 1:].T.reshape(2, 1, -1, 1)
+    beta = torch.tensor([0.4, 1.0]) if tempered else None
+    runner = Runner(call.density, Langevin(0.1), objective, base=PriorBase(), beta=beta)
+    result = run(runner, u, torch.full((2, 1), 0.1), noise)
+    log_w = call.density(result.end) + result.increment - dist.Normal(0.0, 1.0).log_prob(u[..., 0])
+    assert (weight * log_w.squeeze(0).exp()).sum().log().item() == pytest.approx(evidence, abs=1e-3)
+
+
+@pytest.mark.parametrize("precisions", [[25.0], [4.0, 25.0]], ids=str)
+def test_tuned_step_is_the_best_with_noise(precisions: list[float]):
+    """Within 5 % of the optimum of the exact KL (in s = sqrt(2 eta)), and the bound within 0.02 nats of its value."""
+    pyro.set_rng_seed(0)
+    steps, (model, evidence) = 25, posterior(precisions)
+    best = min(np.linspace(0.02, 0.4, 2000) ** 2 / 2, key=lambda eta: kl(eta, steps, precisions))
+    objective = GaussianReverse(memory=2**17)
+    guide = ShortRunGuide(
+        model, num_steps=steps, dynamics=Langevin(StepSize(best / 2, max=4 * best)), objective=objective
+    )
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.02 ** (1 / 100)}), ShortRunELBO(1000))
+    for _ in range(100):
+        svi.step()
+    eta = guide.step_sizes().item()
+    assert math.sqrt(eta / best) == pytest.approx(1.0, abs=0.05)
+    guide.eval()
+    bound = -np.mean([ShortRunELBO(4000).loss(model, guide) for _ in range(10)])
+    assert bound == pytest.approx(evidence - kl(eta, steps, precisions), abs=0.02)
+
+
+def test_a_run_never_weighs_itself():
+    """Coefficients change after a run, not before its weight."""
+    model, _ = posterior([4.0])
+    guide = ShortRunGuide(model, num_steps=3, dynamics=Langevin(StepSize(0.05)), objective=GaussianReverse(pilots=64))
+    guide.setup()
+    fit = guide.objective.fit
+    guide.log_weight()  # the pilots
+    before, seen = [t.clone() for t in fit.solution], fit.seen.item()
+    pyro.set_rng_seed(1)
+    first = guide.log_weight(num_particles=8)
+    assert fit.seen.item() == seen + 8 and not torch.equal(fit.solution[0], before[0])
+    guide.eval()
+    after = [t.clone() for t in fit.solution]
+    for given, same in ((before, True), (after, False)):
+        fit._solved = tuple(given)
+        pyro.set_rng_seed(1)
+        assert torch.allclose(guide.log_weight(num_particles=8), first) is same
+    assert fit.seen.item() == seen + 8
+
+
+def test_pilots_are_run_again_when_steps_have_moved():
+    model, _ = posterior([4.0])
+    guide = ShortRunGuide(model, num_steps=3, dynamics=Langevin(StepSize(0.05)), objective=GaussianReverse(pilots=64))
+    guide.log_weight()
+    fit = guide.objective.fit
+    assert fit.seen.item() == 65
+    guide.dynamics.step_size.shrink(0.5)
+    guide.log_weight()
+    assert fit.seen.item() == 65
+    guide.eval()
+    guide.dynamics.step_size.shrink(0.5)
+    guide.log_weight()
+    assert fit.seen.item() == 65
+
+
+@pytest.mark.parametrize("start", [AutoNormal, AutoIAFNormal, lambda model: Init(pyro.infer.autoguide.init_to_median)])
+def test_reverse_takes_any_start_with_a_density(start):
+    model, evidence = posterior([4.0, 9.0])
+    guide = ShortRunGuide(model, num_steps=4, step_size=0.02, objective=GaussianReverse(pilots=512), start=start(model))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert all(math.isfinite(svi.step()) for _ in range(3))
+    with pytest.raises(NotImplementedError, match="everywhere"):
+        ShortRunGuide(model, objective=GaussianReverse(True), start=AutoIAFNormal(model))()
+
+
+def test_state_of_the_reverse_is_saved():
+    model, _ = posterior([4.0])
+
+    def make() -> ShortRunGuide:
+        pyro.clear_param_store()
+        options = dict(dynamics=Langevin(StepSize(0.05)), objective=GaussianReverse(pilots=64))
+        return ShortRunGuide(model, num_steps=3, **options).setup()
+
+    guide = make()
+    guide.log_weight(num_particles=8)
+    state = guide.state_dict()
+    other = make()
+    other.load_state_dict(state)
+    found = []
+    for one in (guide, other):
+        pyro.set_rng_seed(3)
+        found.append(one.eval().log_weight(num_particles=4))
+    torch.testing.assert_close(*found)
+
+
+# ---------------------------------------------------------------- Mixture
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_mixture_weight_and_its_gradients(compile: bool):
+    copies, objective = 3, Mixture(3)
+    u, eta = torch.randn(6, 3, 2, requires_grad=True), (torch.rand(STEPS, 2) * 0.1 + 0.01).requires_grad_()
+    noise = torch.randn(STEPS, 6, 3, 2)
+    log_q = prior(u)
+    x, mean = u, u
+    for k in range(STEPS):
+        mean = x + eta[k] * torch.autograd.grad(log_joint(x).sum(), x, create_graph=True)[0]
+        x = mean + (2 * eta[k]).sqrt() * noise[k]
+    ends, means = x.unflatten(0, (2, copies)), mean.unflatten(0, (2, copies))
+    terms = dist.Normal(means, (2 * eta[-1]).sqrt()).log_prob(ends[:, :1]).sum(-1)
+    log_mixture = terms.logsumexp(1) - math.log(copies)
+    runner = Runner(density(curved, compile), Langevin(0.1, max_drift=math.inf), objective)
+    result = run(runner, u, eta, noise, Gradients.GUIDE, log_q=prior(u)).every(copies)
+    assert_same_gradients((result.end, result.increment), (x[::copies], log_q[::copies] - log_mixture), [u, eta])
+
+
+def test_mixture_bound_rises_to_the_runs_own():
+    """Below the ELBO of the run, which the exact KL gives, for every M, and close to it for many."""
+    model, evidence = posterior([4.0])
+    own = evidence - kl(0.04, 25, [4.0])
+    bounds = []
+    for runs in (2, 8, 64):
+        pyro.clear_param_store()
+        guide = ShortRunGuide(model, num_steps=25, dynamics=Langevin(StepSize(0.04)), objective=Mixture(runs))
+        bounds.append(-ShortRunELBO(4000).loss(model, guide))
+    assert bounds[0] < bounds[1] < bounds[2] < own + 0.02 and bounds[2] > own - 0.05
+
+
+def test_mixture_tunes_by_svi():
+    model, _ = posterior([25.0])
+    pyro.set_rng_seed(0)
+    guide = ShortRunGuide(model, num_steps=10, dynamics=Langevin(StepSize(0.002)), objective=Mixture(16))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    losses = [svi.step() for _ in range(60)]
+    assert sum(losses[-20:]) < sum(losses[:20]) and guide.step_sizes() > 0.004
+    assert guide()["z"].shape == (1,)
+
+
+# ---------------------------------------------------------------- Linearized
+
+
+@pytest.mark.parametrize("precisions", [[4.0], [4.0, 25.0]], ids=str)
+@pytest.mark.parametrize("noise", [True, False])
+def test_linearized_is_exact_on_gaussians(precisions: list[float], noise: bool):
+    """Its mean is the ELBO of the run: in closed form with noise, and the path density's without."""
+    steps, eta = 10, 0.02
+    model, evidence = posterior(precisions)
+    dynamics = Langevin(StepSize(eta), noise=noise)
+    guide = ShortRunGuide(model, num_steps=steps, dynamics=dynamics, objective=Linearized())
+    pyro.set_rng_seed(0)
+    found = guide.log_weight(num_particles=4000).mean().item()
+    if noise:
+        assert found == pytest.approx(evidence - kl(eta, steps, precisions), abs=0.06)
+        return
+    guide.objective = PathDensity()
+    pyro.set_rng_seed(0)
+    assert found == pytest.approx(guide.log_weight(num_particles=4000).mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("kind", ["prior", "gaussian"])
+def test_linearized_weight_and_its_gradients(kind: str, compile: bool):
+    u, eta = torch.randn(2, 3, 2, requires_grad=True), (torch.rand(STEPS, 2) * 0.1 + 0.01).requires_grad_()
+    noise, scale = torch.randn(STEPS, 2, 3, 2), (torch.rand(3, 2) + 0.5).requires_grad_()
+    eye = torch.eye(2)
+    p = torch.diag(torch.tensor([1.0, 4.0])).expand(2, 3, 2, 2) if kind == "prior" else torch.diag_embed(scale**2)
+    first, x = p, u
+    for k in range(STEPS):
+        grad = torch.autograd.grad(log_joint(x).sum(), x, create_graph=True)[0]
+        columns = [torch.autograd.grad(g.sum(), x, create_graph=True)[0] for g in grad.unbind(-1)]
+        a = eye + eta[k].unsqueeze(-1) * torch.stack(columns, -1)
+        p = a @ p @ a.mT + 2 * torch.diag(eta[k])
+        x = x + eta[k] * grad + (2 * eta[k]).sqrt() * noise[k]
+    wanted = x, 0.5 * (torch.logdet(p) - torch.logdet(first))
+    base = PriorBase() if kind == "prior" else GaussianBase(torch.zeros(3, 2), scale)
+    runner = Runner(density(curved, compile), Langevin(0.1, max_drift=math.inf), Linearized(), base=base)
+    result = run(runner, u, eta, noise, Gradients.GUIDE)
+    assert_same_gradients((result.end, result.increment), wanted, [u, eta] + [scale] * (kind == "gaussian"))
+
+
+# ---------------------------------------------------------------- what they share
+
+
+OBJECTIVES = {
+    "annealed": lambda: dict(objective=Annealed(), step_size=0.01),
+    "hamiltonian": lambda: dict(objective=Annealed(), dynamics=Hamiltonian(StepSize(0.01))),
+    "reverse": lambda: dict(objective=GaussianReverse(pilots=64), step_size=0.01),
+    "tempered reverse": lambda: dict(objective=GaussianReverse(True, pilots=64), step_size=0.01),
+    "diagonal reverse": lambda: dict(objective=GaussianReverse(dense=False, pilots=64), step_size=0.01),
+    "mixture": lambda: dict(objective=Mixture(4), step_size=0.01),
+    "linearized": lambda: dict(objective=Linearized(), step_size=0.01),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_runs_rows_and_trajectories(name: str):
+    """Rows in a plate, SVI with both losses, draws, trajectories, evaluation, and a run without gradients."""
+    guide = ShortRunGuide(curved, num_steps=3, **OBJECTIVES[name]())
+    for elbo in (Trace_ELBO(), ShortRunELBO(2)):
+        svi = SVI(curved, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+        assert all(math.isfinite(svi.step()) for _ in range(2))
+    assert math.isfinite(svi.evaluate_loss())
+    assert guide.sample_posterior(num_samples=5)["z"].shape == (1, 5, 3, 2)
+    assert guide.trajectory(num_chains=4)["z"].shape == (4, 4, 3, 2)
+    assert guide().keys() == {"z"} and guide.info.log_det.shape == (3,)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_row_that_meets_no_finite_density_is_frozen(name: str):
+    def model() -> None:
+        with pyro.plate("data", 40):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(torch.where(z > 1.5, z / 0.0, z), 1.0), obs=torch.full((40,), 3.0))
+
+    pyro.set_rng_seed(0)
+    options = OBJECTIVES[name]()
+    options.pop("step_size", None)
+    options.setdefault("dynamics", Langevin(StepSize(0.3)))
+    if name == "hamiltonian":
+        options["dynamics"] = Hamiltonian(StepSize(0.3))
+    guide = ShortRunGuide(model, num_steps=4, **options)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    with pytest.warns(UserWarning, match="non-finite"):
+        assert math.isfinite(svi.step())
+    assert 0 < guide.info.nonfinite and guide.step_sizes().isfinite().all()
+    assert guide()["z"].isfinite().all()
+
+
+def test_refusals():
+    model, _ = posterior([4.0])
+    with pytest.raises(ValueError, match="Annealed"):
+        ShortRunGuide(model, dynamics=Hamiltonian(0.1))
+    with pytest.raises(ValueError, match="Langevin"):
+        ShortRunGuide(model, dynamics=Hamiltonian(0.1), objective=GaussianReverse())
+    with pytest.raises(ValueError, match="damping"):
+        Hamiltonian(0.1, damping=1.5)
+    with pytest.raises(ValueError, match="at least 2"):
+        Mixture(1)
+    with pytest.raises(ValueError, match="pilots"):
+        GaussianReverse(pilots=0)
+    for objective in (Mixture(4), GaussianReverse()):
+        with pytest.raises(ValueError, match="noise"):
+            ShortRunGuide(model, dynamics=Langevin(0.1, noise=False), objective=objective)
+    for objective in (Mixture(4), GaussianReverse(), Linearized()):
+        with pytest.raises(ValueError, match="checkpoint"):
+            ShortRunGuide(model, objective=objective, checkpoint=True)
+        with pytest.raises(NotImplementedError, match=type(objective).__name__):
+            ShortRunLangevin(model, objective=objective)
+    model, _ = posterior([4.0, 9.0])
+    with pytest.raises(NotImplementedError, match="covariance of the start"):
+        ShortRunGuide(model, objective=Linearized(), start=AutoIAFNormal(model))()
+    with pytest.raises(NotImplementedError, match="Langevin"):
+        ShortRunLangevin(model, dynamics=Hamiltonian(0.1))
+
+
+def test_a_subsampled_model_with_global_latents():
+    """Weights of local parts; those that cannot be are refused by name."""
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 6, subsample_size=2):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(2))
+
+    for name in ("hamiltonian", "reverse", "tempered reverse"):
+        guide = ShortRunGuide(model, num_steps=3, **OBJECTIVES[name]())
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        assert all(math.isfinite(svi.step()) for _ in range(2))
+        pyro.clear_param_store()
+    for name, word in (("mixture", "Mixture"), ("linearized", "Linearized")):
+        with pytest.raises(NotImplementedError, match=word):
+            ShortRunGuide(model, num_steps=3, **OBJECTIVES[name]())()
+    with pytest.raises(NotImplementedError, match="dense"):
+        ShortRunGuide(model, objective=GaussianReverse(dense=True)).setup()
+
+
+def test_persistent_starts_have_no_reverse():
+    model, _ = gaussian(4.0, 1.0)
+    with pytest.raises(NotImplementedError, match="no density"):
+        ShortRunGuide(model, objective=GaussianReverse(), start=Persistent()).log_weight(3)
