@@ -10,6 +10,7 @@ from .annealed import Annealed, GaussianReverse
 from .diagnostics import to_arviz
 from .dynamics import Dynamics, Hamiltonian, Langevin
 from .elbo import ShortRunELBO
+from .grid import Grid, tune_on_grid
 from .guide import ShortRunGuide
 from .kernel import ShortRunLangevin
 from .linearized import Linearized
@@ -23,6 +24,8 @@ from .vectorized import VectorizedMCMC
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Grid",
+    "tune_on_grid",
     "Mixture",
     "Linearized",
     "Hamiltonian",

@@ -22,7 +22,6 @@ from .reverse import Affine, DenseFit, DiagonalFit, Fit, Mirror, Reverse
 from .steps import settings
 
 _DENSE_AT_MOST = 32  # coordinates
-_MOVED = 0.25  # of log step sizes, after which statistics of earlier runs are no good
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,9 @@ class LangevinBridge(Tempered):
         return *around(step_size), *around(beta.unsqueeze(-1))
 
     def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
-        return self._constants(step_size, self.reverse.parameters)
-
-    @staticmethod
-    def _constants(step_size: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         ends = step_size.new_ones(len(step_size) + 1, 1)
         ends[0] = 0
-        return ends, *(torch.cat([t[:1], t]) for t in parameters)
+        return ends, *(torch.cat([t[:1], t]) for t in self.reverse.parameters)
 
     def move(
         self, density: Density, state: State, found: Sequence[Tensor], column: Column
@@ -117,11 +112,10 @@ class LangevinBridge(Tempered):
     def departure(self, density: Density, noise: Tensor) -> Tensor | None:
         return weighed(density, 0.5 * noise.square())
 
-    def learn(self, states: State, last: State, step_size: Tensor, valid: Tensor) -> tuple[Tensor, ...] | None:
+    def learn(self, states: State, last: State, step_size: Tensor, valid: Tensor) -> None:
         before, u, drift = states
         drift = torch.cat([drift[2:], last[2].unsqueeze(0)])
-        parameters = self.reverse.learn(before[1:], u[1:], drift, step_size, valid)
-        return None if parameters is None else self._constants(step_size, parameters)
+        self.reverse.learn(before[1:], u[1:], drift, step_size, valid)
 
 
 @dataclass(frozen=True)
@@ -254,23 +248,27 @@ class GaussianReverse(Annealed):
 
     The exact reversal of a small step is :math:`N(u - a_k + 2 \eta_k \nabla\log q_k(u), 2 \eta_k I)`, with ``q_k`` the
     law of the run after k steps. What stands for its score is linear in ``u`` and in the model's own gradient, and the
-    coefficients are the maximum likelihood ones: least squares over runs that were made before (pilots at set-up, and
-    whenever step sizes have moved by a quarter in training; then the training runs), with running moments. So no run
-    weighs itself: ``E[log w] <= log p(x)`` and ``E[exp(log w)] = p(x)`` hold whatever the coefficients are, and
-    importance weights and ``RenyiELBO`` apply. Gradients hold the coefficients fixed: at the optimum of least squares
-    the bound does not change with them.
+    coefficients are the maximum likelihood ones: least squares over other runs, the pilots. A run in training mode
+    takes those of pilots made right before it with the same step sizes (with coefficients of the past, the gradient in
+    the step sizes would be a drag towards the past ones); in ``eval()`` mode, those of running moments over all pilots
+    and training runs. No run weighs itself, so ``E[log w] <= log p(x)`` and ``E[exp(log w)] = p(x)`` hold whatever the
+    coefficients are, and importance weights and ``RenyiELBO`` apply. Gradients hold the coefficients fixed: at the
+    optimum of least squares the bound does not change with them. Bounds in training are looser than in ``eval()``,
+    since few pilots make noisy coefficients.
 
     Exact (but for the error of the least squares, about ``K * size * (size + 1) / draws`` nats) for Gaussian posteriors
-    from a Gaussian start, with any step size, with noise; the tuned step is then the one whose draws are best. Cost per
-    step: one gradient, one Hessian product on the way back, plus the pilots' gradients.
+    from a Gaussian start, for any step size; the tuned step is then the one whose draws are best. Cost per step: one
+    gradient, one Hessian product on the way back, and one gradient of every pilot.
 
     :param tempered: whether targets move as in :class:`Annealed`, with its temperatures and starts. Bounds are often
         tighter; draws are those of the tempered run. Without, any start will do whose draws have a density.
     :param dense: whether coordinates of a row are regressed on each other; by default up to 32 of them.
-    :param pilots: rows of the pilot runs (chains times rows).
+    :param pilots: rows (times chains) of the pilot run at set-up.
+    :param fresh: rows of that before each tuned call, times the numbers that a draw has in the moments (``3 * size +
+        1`` if dense, else 4). Few make coefficients noisy, which favours steps somewhat below the best.
     :param memory: how many draws the moments remember at most.
     :param learnable: whether SVI tunes the temperatures.
-    :raises ValueError: where ``pilots`` or ``memory`` are not positive.
+    :raises ValueError: where ``pilots``, ``fresh`` or ``memory`` are not positive.
     """
 
     def __init__(
@@ -279,16 +277,17 @@ class GaussianReverse(Annealed):
         *,
         dense: bool | None = None,
         pilots: int = 4096,
+        fresh: int = 32,
         memory: int = 16384,
         learnable: bool = True,
     ) -> None:
         super().__init__(learnable)
-        for name, value in (("pilots", pilots), ("memory", memory)):
+        for name, value in (("pilots", pilots), ("fresh", fresh), ("memory", memory)):
             if not value >= 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}.")
-        self.tempers, self.dense, self.pilots, self.memory = tempered, dense, pilots, memory
+        self.tempers, self.dense = tempered, dense
+        self.pilots, self.fresh, self.memory = pilots, fresh, memory
         self.fit: Fit | None = None
-        self._piloted: Tensor | None = None
 
     def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:
         if self.tempers:
@@ -321,12 +320,12 @@ class GaussianReverse(Annealed):
         assert isinstance(bridge, LangevinBridge) and self.fit is not None
         return replace(bridge, reverse=Affine(self.fit))
 
-    def wants_pilots(self, step_size: Tensor, rows: int) -> int:
+    def wants_pilots(self, rows: int) -> int:
         assert self.fit is not None
-        now = step_size.detach().log()
-        moved = self._piloted is not None and bool((now - self._piloted).abs().max() > _MOVED)
-        if not (self.fit.is_empty or self.training and moved):
-            return 0
-        self.fit.forget()
-        self._piloted = now.clone()
-        return -(-self.pilots // max(rows, 1))
+        wanted = self.pilots if self.fit.is_empty else self.fresh * self.fit.width if self.training else 0
+        return -(-wanted // max(rows, 1))
+
+    def piloted(self) -> None:
+        assert self.fit is not None
+        if self.training:
+            self.fit.prefer_new()

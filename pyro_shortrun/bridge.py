@@ -100,11 +100,8 @@ class Bridge(ABC):
         """
         return None
 
-    def learn(self, states: State, last: State, step_size: Tensor, valid: Tensor) -> tuple[Tensor, ...] | None:
-        """Told the states before all arrivals, ``(arrivals, chains, rows, ...)`` each, and the last one.
-
-        :return: :meth:`constants` for the way back, if they are to be others.
-        """
+    def learn(self, states: State, last: State, step_size: Tensor, valid: Tensor) -> None:
+        """Told the states before all arrivals, ``(arrivals, chains, rows, ...)`` each, and the last one."""
         return None
 
 

@@ -192,8 +192,7 @@ def _cross(
         increment = total if added is None else total + added
     if learn and bridge.learns:
         with torch.no_grad():
-            learned = bridge.learn(walk.tape, tuple(t.detach() for t in last), step_size.detach(), ~walk.invalid)
-            walk.constants = walk.constants if learned is None else learned
+            bridge.learn(walk.tape, tuple(t.detach() for t in last), step_size.detach(), ~walk.invalid)
     return walk.result(start, last[0], increment, step_size)
 
 

@@ -82,6 +82,11 @@ class Dynamics(PyroModule):
         """Whether :meth:`log_transition` is defined."""
         return False
 
+    @property
+    def has_noise(self) -> bool:
+        """Whether a step adds noise."""
+        return self.has_transition_density or self.has_momentum
+
     def mean(self, u: Tensor, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
         """``u`` and the drift, ``eta * grad log pi(u)`` limited to ``max_drift``."""
         return u + (step_size * scale * grad).clamp(-self.max_drift, self.max_drift)

@@ -31,10 +31,10 @@ from .interop import (
 from .isolate import isolate
 from .objective import Objective, PathDensity
 from .program import Binding, Program, Reading
-from .start import Call, Drawn, FromGuide, Prior, Start
+from .start import Call, Drawn, FromGuide, Prior, Start, init_uniform
 from .step_size import StepSize
 from .structure import Structure, check_data, check_latents, check_shapes, read_structure
-from .validation import check_count, check_kind, check_start
+from .validation import check_count, check_kind, check_proper, check_start
 from .weights import WeightedDraws, weigh
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -320,7 +320,7 @@ class ShortRunGuide(AutoGuide):
         indices = {name: plate.indices for name, plate in plates.items() if plate.size is not None}
         given = values_of_other_parts() if program.hides else {}
         with torch.set_grad_enabled(self.full_gradient):  # the start of a run is a draw, unless all is differentiated
-            reading = program.draw(fixed_args, fixed_kwargs, indices, given)
+            reading = self._read(program, fixed_args, fixed_kwargs, indices, given)
         if chains > 1 and any(name in reading.trace.nodes for name in given):
             raise NotImplementedError(
                 "ShortRunGuide as a part of an AutoGuideList needs the other parts' values and takes one set of "
@@ -340,6 +340,8 @@ class ShortRunGuide(AutoGuide):
         call = Call(program, bind, reading, density_of(program, structure, bind, self._compiler), spare=[reading])
         if self._first is None:
             self._first = structure
+            if isinstance(self._start, Prior):
+                check_proper(reading)
             self._start.setup(call.density)
             if isinstance(self._start, FromGuide):
                 self._start.draw(call, 1)  # creates a lazily built guide's parameters
@@ -353,10 +355,25 @@ class ShortRunGuide(AutoGuide):
             back_off(self.dynamics, lambda: self._pilot_fails(pilot))
         return call
 
+    def _read(self, program: Program, args: tuple, kwargs: dict, indices: dict, given: dict) -> Reading:
+        """One run of the model, its latents drawn from the prior where the start is that."""
+        if not isinstance(self._start, Prior):  # improper priors cannot be drawn from
+            return program.draw(args, kwargs, indices, given, init_uniform)
+        try:
+            return program.draw(args, kwargs, indices, given)
+        except NotImplementedError:
+            check_proper(program.draw(args, kwargs, indices, given, init_uniform))
+            raise
+
     @torch.no_grad()
     def _pilot_fails(self, call: Call) -> bool:
+        """Whether runs meet steps with ``eta * lambda_max(-H) >= 1``, whatever the objective will be."""
         chains = max(1, _PILOT_ROWS // max(call.density.layout.rows, 1))
-        info = self._run(call, chains, True, Gradients.NONE)[1].info
+        step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
+        judge = Langevin(self.dynamics.step_size, noise=self.dynamics.has_noise, max_drift=self.dynamics.max_drift)
+        with poutine.block():
+            start = self._draw_start(call, chains, Gradients.NONE).state
+            info = run(Runner(call.density, judge, PathDensity()), start, step_size).info
         return bool((info.frozen | info.singular).float().mean() > 0.25)
 
     def _get_program(self) -> Program:
@@ -422,9 +439,10 @@ class ShortRunGuide(AutoGuide):
         silent = poutine.block() if gradients is Gradients.NONE else nullcontext()
         with silent:
             step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
-            if account and (pilots := self.objective.wants_pilots(step_size, call.density.layout.rows)):
+            if account and (pilots := self.objective.wants_pilots(call.density.layout.rows)):
                 with torch.no_grad(), poutine.block():
                     self._simulate(replace(call, spare=[]), pilots, step_size, True, Gradients.NONE, learn=True)
+                self.objective.piloted()
             learn = gradients is Gradients.GUIDE and self.training
             drawn, result = self._simulate(call, chains, step_size, account, gradients, keep_states, learn)
         self.info = result.info

@@ -53,9 +53,13 @@ class Objective:
         """
         return None
 
-    def wants_pilots(self, step_size: Tensor, rows: int) -> int:
+    def wants_pilots(self, rows: int) -> int:
         """How many chains of a pilot run :meth:`bridge` wants to learn from before the next run."""
         return 0
+
+    def piloted(self) -> None:
+        """Told that they have been."""
+        return None
 
     def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
         """``beta_k`` of each step, ``(num_steps,)``."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 _RIDGE = 1e-6  # of the features' variances
 _PRIOR = 2.0  # draws that speak for a reverse step which is pure noise
-_REGULAR = 4.0  # times features: draws of the past that stand beside those of one run
 _FEWEST = 1024.0  # draws that the statistics remember at least
 
 
@@ -40,13 +39,8 @@ class Reverse(ABC):
         :param parameters: of this step.
         """
 
-    def learn(
-        self, before: Tensor, u: Tensor, drift: Tensor, step_size: Tensor, valid: Tensor
-    ) -> tuple[Tensor, ...] | None:
-        """Told finished steps, ``(K, chains, rows, size)`` each, and which rows count.
-
-        :return: parameters for the way back through these very steps, if they are to be others.
-        """
+    def learn(self, before: Tensor, u: Tensor, drift: Tensor, step_size: Tensor, valid: Tensor) -> None:
+        """Told finished steps, ``(K, chains, rows, size)`` each, and which rows count."""
         return None
 
 
@@ -87,11 +81,9 @@ class Affine(Reverse):
         slope = (mean - u) / width
         return self.fit.log_density((before - u) / width + slope, u, slope, width.sqrt(), parameters)
 
-    def learn(
-        self, before: Tensor, u: Tensor, drift: Tensor, step_size: Tensor, valid: Tensor
-    ) -> tuple[Tensor, ...] | None:
+    def learn(self, before: Tensor, u: Tensor, drift: Tensor, step_size: Tensor, valid: Tensor) -> None:
         width = 2 * step_size[:, None, None]
-        return self.fit.update(u, drift / width, (before - u + drift) / width, valid, step_size)
+        self.fit.update(u, drift / width, (before - u + drift) / width, valid, step_size)
 
 
 class Fit(nn.Module, ABC):
@@ -119,15 +111,13 @@ class Fit(nn.Module, ABC):
         self.register_buffer("count", like.new_zeros((), dtype=torch.float64))
         self.register_buffer("seen", like.new_zeros((), dtype=torch.float64))
         self._solved: tuple[Tensor, ...] | None = None
+        self._fresh: tuple[Tensor, ...] | None = None
+        self._past: tuple[Tensor, Tensor, Tensor]
+        self._new: tuple[Tensor, float, Tensor]
 
     @abstractmethod
-    def update(self, u: Tensor, slope: Tensor, target: Tensor, valid: Tensor, step_size: Tensor) -> tuple[Tensor, ...]:
-        """Told features ``u`` and ``slope`` and targets, ``(K, chains, rows, size)``, and which rows count.
-
-        :return: the solution for these draws, to which the past adds no more than keeps it regular. The way back
-            through a run has to see the coefficients that are best for its own step sizes: with those of the past, the
-            gradient in the step sizes is a drag towards the past ones.
-        """
+    def update(self, u: Tensor, slope: Tensor, target: Tensor, valid: Tensor, step_size: Tensor) -> None:
+        """Told features ``u`` and ``slope`` and targets, ``(K, chains, rows, size)``, and which rows count."""
 
     @abstractmethod
     def log_density(
@@ -146,28 +136,40 @@ class Fit(nn.Module, ABC):
 
     def forget(self) -> None:
         """Begin anew."""
-        self._solved = None
+        self._solved = self._fresh = None
         self.count = torch.zeros_like(self.count)
         self.seen.zero_()
 
-    def _absorb(self, added: Tensor, number: float, step_size: Tensor) -> tuple[Tensor, ...]:
+    def _absorb(self, added: Tensor, number: float, step_size: Tensor) -> None:
         """``added``: sums of squares and products of ``number`` draws."""
         self.seen += number
-        log_scale = 0.5 * (2 * step_size).log().double()
-        past = self.count, self.moments.clone(), self.log_scale.clone()
-        fewest = _REGULAR * self.moments.shape[-1]
-        self._mix(past, torch.minimum(self.count, self.count.new_tensor(fewest)), added, number, log_scale)
-        here = tuple(t.to(self._dtype) for t in self._solve())
-        self._mix(past, torch.minimum(past[0], (self.seen / 2).clamp(_FEWEST, self.memory)), added, number, log_scale)
-        self._solved = None
-        return here
+        self._solved = self._fresh = None
+        self._past = self.count, self.moments.clone(), self.log_scale.clone()
+        self._new = added, number, 0.5 * (2 * step_size).log().double()
+        self._mix((self.seen / 2).clamp(_FEWEST, self.memory))
 
-    def _mix(self, past: tuple, kept: Tensor, added: Tensor, number: float, log_scale: Tensor) -> None:
-        """Past moments with the weight of ``kept`` draws, and new ones."""
-        count = (kept + number).clamp(min=1.0)
-        self.moments.copy_((kept * past[1] + added) / count)
-        self.log_scale.copy_((kept * past[2] + number * log_scale) / count)
+    def _mix(self, most: Tensor) -> None:
+        """Moments of new draws and of the past, which counts as ``most`` draws at most."""
+        (count, moments, log_scale), (added, number, new_scale) = self._past, self._new
+        kept = torch.minimum(count, most)
         self.count = kept + number
+        self.moments.copy_((kept * moments + added) / self.count.clamp(min=1.0))
+        self.log_scale.copy_((kept * log_scale + number * new_scale) / self.count.clamp(min=1.0))
+
+    def prefer_new(self) -> None:
+        """Until the next update, let the solution be that of the newest draws, to which the past adds no more than what
+        keeps it regular."""
+        here = self.count, self.moments.clone(), self.log_scale.clone()
+        self._mix(self.count.new_tensor(self.width))
+        self._fresh = tuple(t.to(self._dtype) for t in self._solve())
+        self.count = here[0]
+        self.moments.copy_(here[1])
+        self.log_scale.copy_(here[2])
+
+    @property
+    def width(self) -> int:
+        """How many numbers a draw has in the moments."""
+        return self.moments.shape[-1]
 
     def _regression(self) -> tuple[Tensor, Tensor, Tensor]:
         """Intercept ``(*batch, targets)``, slopes ``(*batch, features, targets)``, shrunk towards zero by a prior worth
@@ -194,6 +196,8 @@ class Fit(nn.Module, ABC):
     @property
     def solution(self) -> tuple[Tensor, ...]:
         """What :meth:`log_density` needs, ``(K, ...)`` each."""
+        if self._fresh is not None:
+            return self._fresh
         if self._solved is None:
             with torch.no_grad():
                 self._solved = tuple(t.to(self._dtype) for t in self._solve())
@@ -207,10 +211,10 @@ class DenseFit(Fit):
         size = like.shape[-1]
         super().__init__((num_steps,), 2 * size, size, memory, like)
 
-    def update(self, u: Tensor, slope: Tensor, target: Tensor, valid: Tensor, step_size: Tensor) -> tuple[Tensor, ...]:
+    def update(self, u: Tensor, slope: Tensor, target: Tensor, valid: Tensor, step_size: Tensor) -> None:
         draws = torch.cat([torch.ones_like(u[..., :1]), u, slope, target], -1) * valid.unsqueeze(-1)
         draws = draws.flatten(1, 2).double()
-        return self._absorb(draws.mT @ draws, float(valid.sum()), step_size)
+        self._absorb(draws.mT @ draws, float(valid.sum()), step_size)
 
     def _solve(self) -> tuple[Tensor, ...]:
         intercept, slopes, residual = self._regression()
@@ -240,11 +244,11 @@ class DiagonalFit(Fit):
         self._index = index.to(like.device)
         self._shares = torch.bincount(self._index, minlength=count).double()
 
-    def update(self, u: Tensor, slope: Tensor, target: Tensor, valid: Tensor, step_size: Tensor) -> tuple[Tensor, ...]:
+    def update(self, u: Tensor, slope: Tensor, target: Tensor, valid: Tensor, step_size: Tensor) -> None:
         draws = torch.stack([torch.ones_like(u), u, slope, target], -1) * valid[..., None, None]
         draws = draws.flatten(1, 2).double().movedim(2, 1)
         added = torch.zeros_like(self.moments).index_add_(1, self._index, draws.mT @ draws)
-        return self._absorb(added / self._shares[:, None, None], float(valid.sum()), step_size)
+        self._absorb(added / self._shares[:, None, None], float(valid.sum()), step_size)
 
     def _solve(self) -> tuple[Tensor, ...]:
         intercept, slopes, residual = (t.squeeze(-1)[:, self._index] for t in self._regression())

@@ -87,10 +87,16 @@ class StepSize(PyroModule):
         value = self._current.detach()
         return torch.allclose(value, torch.full_like(value, self.init), rtol=1e-4)
 
-    @torch.no_grad()
-    def shrink(self, factor: float) -> None:
+    def shrink(self, factor: float | Tensor) -> None:
         """Multiply the current values by ``factor < 1``."""
-        self.value = self._current.detach() * factor
+        self.assign(self._current.detach() * factor)
+
+    @torch.no_grad()
+    def assign(self, value: Tensor) -> None:
+        """Set the current values, inside ``(0, max)``, in the shape they have."""
+        if not bool(((value > 0) & (value < self.max)).all()):
+            raise ValueError(f"step sizes must lie inside (0, {self.max:g}), got {value.tolist()}.")
+        self.value = value.clone()
 
     def forward(self, layout: Layout, num_steps: int) -> Tensor:
         """Values at every step and coordinate, ``(num_steps, size)``."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from numbers import Integral
 from typing import Any
 
+import pyro.distributions as dist
 from pyro.nn import PyroModule
 
+from .program import Reading
 from .start import Start
 
 
@@ -33,3 +35,16 @@ def check_start(start: Any) -> None:
         )
     if getattr(start, "__module__", "") == "pyro.infer.autoguide.initialization":
         raise ValueError(f"start={start!r} is an initialisation, not a guide: use start=Init({start!r}).")
+
+
+def check_proper(reading: Reading) -> None:
+    """Refuse to start from a prior that is no density: log q would be that of nothing."""
+    for site in reading.latents:
+        fn = site["fn"]
+        while isinstance(fn, (dist.Independent, dist.MaskedDistribution)):
+            fn = fn.base_dist
+        if isinstance(fn, dist.ImproperUniform):
+            raise ValueError(
+                f"latent site '{site['name']}' has an improper prior, which no run can start from: use "
+                "start=AutoNormal(model) or another guide, or start=Init(init_to_uniform)."
+            )

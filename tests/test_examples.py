@@ -18,7 +18,7 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 LAYERS = (
     "layout transforms vectorize log_einsum step_size logdet program structure potential density tracing compiled "
     "dynamics objective steps base bridge reverse annealed mixture linearized noise chain isolate start validation "
-    "interop weights guide elbo target adaptation sampler session kernel vectorized evaluation diagnostics"
+    "interop weights guide elbo grid target adaptation sampler session kernel vectorized evaluation diagnostics"
 ).split()
 
 
@@ -36,6 +36,7 @@ EXPECTED = {
     "posteriordb": ("R-hat", {"table.txt"}),
     "posteriors": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
     "speed": ("Peak memory", {"speed.txt"}),
+    "tuning": ("s/best", {"tuning.txt"}),
 }
 # Imported by an example.
 MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "speed_models", "speed_jax"}

@@ -1,0 +1,86 @@
+"""Tuning by comparison: the bound at a grid of step sizes, with the same randomness for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.util import get_rng_state, set_rng_state
+from torch import Tensor
+
+from .guide import ShortRunGuide
+from .validation import check_count
+
+_FACTORS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+
+
+class Grid(NamedTuple):
+    """What :func:`tune_on_grid` found: ``factors`` of the step sizes, the ``bound`` (nats) and the share of ``invalid``
+    rows (frozen, or with a step that was not invertible) of each, and the ``best`` factor."""
+
+    factors: Tensor
+    bound: Tensor
+    invalid: Tensor
+    best: float
+
+
+@torch.no_grad()
+def tune_on_grid(
+    guide: ShortRunGuide,
+    *args: Any,
+    factors: Sequence[float] = _FACTORS,
+    num_particles: int = 16,
+    max_invalid: float = 0.05,
+    **kwargs: Any,
+) -> Grid:
+    r"""Multiply the step sizes of a guide by the factor whose bound is largest.
+
+    For every factor the bound ``E[log p(x, z_K) - log q(z_K)]`` of the guide's objective is estimated from
+    ``num_particles`` runs with the same start, noise and probes (common random numbers), the model's parameters held
+    fixed. Factors with more than ``max_invalid`` of their rows invalid are left out. The papers search like this every
+    few epochs; call it between steps of SVI, with ``StepSize(..., learnable=False)`` or besides its gradients.
+
+    Nijkamp et al., ECCV 2020; Pang et al., EACL 2021, section 2.5.
+
+    :param guide: set up or not.
+    :param args: the model's arguments, preferably data that is not trained on, as ``kwargs``.
+    :param factors: candidates; those that would leave ``(0, max)`` are left out.
+    :param max_invalid: a share between 0 and 1.
+    :raises ValueError: where every candidate is left out, or an argument is out of range.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro_shortrun import Langevin, StepSize, tune_on_grid
+    >>> def model(x):
+    ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(loc, 0.5), obs=x)
+    >>> guide = ShortRunGuide(model, dynamics=Langevin(StepSize(0.001, learnable=False)))
+    >>> tune_on_grid(guide, torch.tensor(1.0)).best
+    4.0
+    """
+    check_count("num_particles", num_particles)
+    guide.setup(*args, **kwargs)
+    step_size, random = guide.dynamics.step_size, get_rng_state()
+    first = step_size.value.detach().clone()
+    known = [f for f in factors if f > 0 and (first * f < step_size.max).all()]
+    bounds, invalid = [], []
+    try:
+        for factor in known:
+            set_rng_state(random)
+            step_size.assign(first * factor)
+            with poutine.block():
+                bounds.append(guide.log_weight(*args, num_particles=num_particles, **kwargs).mean())
+            assert guide.info is not None
+            invalid.append((guide.info.frozen | guide.info.singular).float().mean())
+    finally:
+        step_size.assign(first)
+    good = [i for i, share in enumerate(invalid) if share <= max_invalid and bounds[i].isfinite()]
+    if not good:
+        raise ValueError(
+            f"no factor among {list(factors)} leaves step sizes inside (0, {step_size.max:g}) and at least "
+            f"{1 - max_invalid:.0%} of the rows valid: begin with another step size."
+        )
+    best = max(good, key=lambda i: bounds[i])
+    step_size.assign(first * known[best])
+    return Grid(torch.tensor(known), torch.stack(bounds), torch.stack(invalid), known[best])
