@@ -21,8 +21,6 @@ from .potential import Density
 from .reverse import Affine, DenseFit, DiagonalFit, Fit, Mirror, Reverse
 from .steps import settings
 
-_DENSE_AT_MOST = 32  # coordinates
-
 
 @dataclass(frozen=True)
 class Tempered(Bridge):
@@ -256,13 +254,15 @@ class GaussianReverse(Annealed):
     optimum of least squares the bound does not change with them. Bounds in training are looser than in ``eval()``,
     since few pilots make noisy coefficients.
 
-    Exact (but for the error of the least squares, about ``K * size * (size + 1) / draws`` nats) for Gaussian posteriors
-    from a Gaussian start, for any step size; the tuned step is then the one whose draws are best. Cost per step: one
+    Exact (but for the error of the least squares, about ``2 * K * size / draws`` nats) for Gaussian posteriors with
+    independent coordinates from such a start, for any step size, and for Gaussian ones in general with ``dense=True``
+    (error ``1.25 * K * size ** 2 / draws``); the tuned step is then the one whose draws are best. Cost per step: one
     gradient, one Hessian product on the way back, and one gradient of every pilot.
 
     :param tempered: whether targets move as in :class:`Annealed`, with its temperatures and starts. Bounds are often
         tighter; draws are those of the tempered run. Without, any start will do whose draws have a density.
-    :param dense: whether coordinates of a row are regressed on each other; by default up to 32 of them.
+    :param dense: whether coordinates of a row are regressed on each other, not each on itself and its own gradient.
+        Better where a run from far away has to turn correlated coordinates, but needs many more pilots.
     :param pilots: rows (times chains) of the pilot run at set-up.
     :param fresh: rows of that before each tuned call, times the numbers that a draw has in the moments (``3 * size +
         1`` if dense, else 4). Few make coefficients noisy, which favours steps somewhat below the best.
@@ -275,9 +275,9 @@ class GaussianReverse(Annealed):
         self,
         tempered: bool = False,
         *,
-        dense: bool | None = None,
+        dense: bool = False,
         pilots: int = 4096,
-        fresh: int = 32,
+        fresh: int = 64,
         memory: int = 16384,
         learnable: bool = True,
     ) -> None:
@@ -294,11 +294,9 @@ class GaussianReverse(Annealed):
             super().setup(num_steps, layout, like)
         if self.fit is not None:
             return
-        mixable = layout.arrow is None or layout.arrow.weight == 1
-        dense = layout.size <= _DENSE_AT_MOST if self.dense is None else self.dense
-        if self.dense and not mixable:
+        if self.dense and layout.arrow is not None and layout.arrow.weight != 1:
             raise NotImplementedError("dense=True cannot scale the local part of a subsampled model: leave it out.")
-        if dense and mixable:
+        if self.dense:
             self.fit = DenseFit(num_steps, self.memory, like.new_zeros(layout.size))
         else:
             self.fit = DiagonalFit(num_steps, layout.dim_index, self.memory, like.new_zeros(layout.size))

@@ -46,5 +46,5 @@ def check_proper(reading: Reading) -> None:
         if isinstance(fn, dist.ImproperUniform):
             raise ValueError(
                 f"latent site '{site['name']}' has an improper prior, which no run can start from: use "
-                "start=AutoNormal(model) or another guide, or start=Init(init_to_uniform)."
+                "start=AutoNormal(model, init_loc_fn=init_to_value(values={...})) or another guide."
             )

@@ -57,12 +57,21 @@ from pyro.infer import SVI
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from tqdm import tqdm
 
-from pyro_shortrun import Annealed, Langevin, PathDensity, ShortRunELBO, ShortRunGuide, StepSize
+from pyro_shortrun import (
+    Annealed,
+    GaussianReverse,
+    Hamiltonian,
+    Langevin,
+    PathDensity,
+    ShortRunELBO,
+    ShortRunGuide,
+    StepSize,
+)
 
 matplotlib.use("Agg")
 
 DIRECTIONS, LEVELS = 100, 1000
-START_PARTICLES, FIRST_STEP = 8, 0.1
+START_PARTICLES, FIRST_STEP, PILOTS = 8, 0.1, 1024
 Arrays = dict[str, np.ndarray]
 
 
@@ -98,6 +107,14 @@ def by_coordinate() -> Langevin:
     return Langevin(StepSize(FIRST_STEP, per="dim", max=1.0))
 
 
+def leapfrog() -> Hamiltonian:
+    return Hamiltonian(StepSize(FIRST_STEP, per="dim", max=1.0))
+
+
+def learned_reverse() -> GaussianReverse:
+    return GaussianReverse(True, pilots=PILOTS, fresh=16)
+
+
 def shrink_steps(guide: ShortRunGuide, u: torch.Tensor) -> None:
     """Step sizes to FIRST_STEP times the conditional variances of the start's draws, ``(N, size)``."""
     conditional = 1 / torch.linalg.inv(u.T.cov().reshape(u.shape[1], -1)).diagonal()
@@ -108,8 +125,16 @@ SHORT_RUN = [
     ShortRun("annealed", AutoNormal, lambda: {"dynamics": by_coordinate(), "objective": Annealed()}),
     ShortRun("annealed, full", AutoMultivariateNormal, lambda: {"dynamics": by_coordinate(), "objective": Annealed()}),
     ShortRun("path density", AutoNormal, lambda: {"dynamics": by_coordinate(), "objective": PathDensity()}),
+    ShortRun("hamiltonian, full", AutoMultivariateNormal, lambda: {"dynamics": leapfrog(), "objective": Annealed()}),
+    ShortRun("reverse", AutoNormal, lambda: {"dynamics": by_coordinate(), "objective": learned_reverse()}, 16),
+    ShortRun(
+        "reverse, full",
+        AutoMultivariateNormal,
+        lambda: {"dynamics": by_coordinate(), "objective": learned_reverse()},
+        16,
+    ),
 ]
-RECOMMENDED = "annealed, full"
+RECOMMENDED = "reverse, full"
 
 
 def short_run(config: ShortRun, num_steps: int, compiles: bool, bound: Bound, meter: Meter) -> Fitted:
@@ -127,7 +152,13 @@ def short_run(config: ShortRun, num_steps: int, compiles: bool, bound: Bound, me
     def step() -> None:
         svi.step(*bound.args)
 
-    train(step, optimiser, config.rate, num_steps * config.num_particles, meter, draws)
+    pilots = guide.objective.wants_pilots(1)
+    if pilots:  # of the first call, and of every other one
+        step()
+        meter.spend(num_steps * (config.num_particles + pilots), draws)
+        pilots = guide.objective.wants_pilots(1)
+    train(step, optimiser, config.rate, num_steps * (config.num_particles + pilots), meter, draws)
+    guide.eval()
     _, drawn = guide.weighted_draws(bound.args, {}, NUM_DRAWS)
     assert drawn.log_p is not None and drawn.log_q is not None and guide.info is not None
     note = f"{guide.info.noninvertible} singular rows" if guide.info.noninvertible else ""
