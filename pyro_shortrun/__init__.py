@@ -9,12 +9,15 @@ from .adaptation import Dense, Diagonal, Identity
 from .diagnostics import to_arviz
 from .dynamics import Dynamics, Langevin
 from .elbo import ShortRunELBO
+from .energy import EnergyELBO, Replay
 from .guide import ShortRunGuide
 from .kernel import ShortRunLangevin
 from .logdet import Exact, Lanczos
 from .objective import Annealed, Objective, PathDensity
+from .predictive import EnergyPredictive, sample_prior
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
+from .tilted import energy_prior
 from .vectorized import VectorizedMCMC
 
 __version__ = "0.1.0.dev0"
@@ -24,6 +27,8 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Dynamics",
+    "EnergyELBO",
+    "EnergyPredictive",
     "Exact",
     "Identity",
     "Init",
@@ -33,10 +38,13 @@ __all__ = [
     "PathDensity",
     "Persistent",
     "Prior",
+    "Replay",
     "ShortRunELBO",
     "ShortRunGuide",
     "ShortRunLangevin",
     "StepSize",
     "VectorizedMCMC",
+    "energy_prior",
+    "sample_prior",
     "to_arviz",
 ]

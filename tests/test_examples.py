@@ -17,8 +17,8 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 # From the bottom up: a module may import those before it.
 LAYERS = (
     "layout transforms vectorize log_einsum step_size logdet program structure potential density tracing compiled "
-    "dynamics objective steps base bridge noise chain isolate start validation interop weights guide elbo target "
-    "adaptation sampler session kernel vectorized evaluation diagnostics"
+    "dynamics objective steps base bridge noise chain isolate start validation interop weights guide elbo tilted "
+    "energy predictive target adaptation sampler session kernel vectorized evaluation diagnostics"
 ).split()
 
 
