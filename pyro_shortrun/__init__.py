@@ -6,6 +6,8 @@ can be tuned variationally. See :class:`ShortRunGuide`.
 """
 
 from .adaptation import Dense, Diagonal, Identity
+from .ais import ais
+from .anomaly import anomaly_score
 from .diagnostics import to_arviz
 from .dynamics import Dynamics, Langevin
 from .elbo import ShortRunELBO
@@ -44,6 +46,8 @@ __all__ = [
     "ShortRunLangevin",
     "StepSize",
     "VectorizedMCMC",
+    "ais",
+    "anomaly_score",
     "energy_prior",
     "sample_prior",
     "to_arviz",

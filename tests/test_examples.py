@@ -18,7 +18,7 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 LAYERS = (
     "layout transforms vectorize log_einsum step_size logdet program structure potential density tracing compiled "
     "dynamics objective steps base bridge noise chain isolate start validation interop weights guide elbo tilted "
-    "energy predictive target adaptation sampler session kernel vectorized evaluation diagnostics"
+    "energy predictive ais anomaly target adaptation sampler session kernel vectorized evaluation diagnostics"
 ).split()
 
 
