@@ -31,6 +31,7 @@ from .start import Call, Start
 from .structure import Structure, read_structure
 
 _MARK = "_pyro_shortrun_energy"
+_OBJECTIVE = PathDensity()  # one, as compiled graphs are known by it; nothing is accounted for
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,6 @@ def run_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chains:
                 "rate, or set EnergyELBO(l2=...)."
             )
         call.density.expect(drawn.state, drawn.log_density)
-        done = run(Runner(call.density, dynamics, PathDensity(), account=False), drawn.state, eta)
+        done = run(Runner(call.density, dynamics, _OBJECTIVE, account=False), drawn.state, eta)
         start.finish(call, done.end)
     return done

@@ -32,6 +32,9 @@ def python(*args: str, cwd: Path | None = None) -> str:
 # What each example prints and writes to its output folder, at the least.
 EXPECTED = {
     "quickstart": ("test MSE", {"reconstructions.png", "samples.png", "training.png", "trajectories.png"}),
+    "energy_prior": ("MMD^2 before", {"mmd.txt", "prior.png"}),
+    "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
+    "anomaly": ("base rate", {"anomaly.txt"}),
     "chains": ("ESS/s", {"chains.txt"}),
     "posteriordb": ("R-hat", {"table.txt"}),
     "speed": ("Peak memory", {"speed.txt"}),
@@ -63,7 +66,7 @@ def snippets(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/chains.md", "docs/speed.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/chains.md", "docs/energy.md", "docs/speed.md"])
 def test_snippets_run_in_order(name):
     code = "\n".join(snippets(name))
     assert code or name != "README.md"
