@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .chain import RunInfo, ShortRun
 from .density import LogDensity
 from .dynamics import Dynamics, Langevin
-from .interop import ordinary_autograd, plain
+from .interop import is_weighted_from_outside, ordinary_autograd, plain
 from .program import Reading, Site
 from .start import Call, Drawn, FromGuide, Prior, Start
 from .step_size import StepSize
@@ -97,8 +97,8 @@ class EnergyELBO(ELBO):
 
     :param base_elbo: ``Trace_ELBO()``, ``TraceMeanField_ELBO()``, ``RenyiELBO()``, ``ShortRunELBO()``, ...
     :param num_steps: steps of a negative run.
-    :param step_size: ``eta`` of ``u + eta * grad + sqrt(2 * eta) * eps``; recipes with :math:`s^2/2` have
-        ``eta = s ** 2 / 2`` (their s = 0.4 is 0.08).
+    :param step_size: ``eta`` of ``u + eta * grad + sqrt(2 * eta) * eps``, 0.1 by default; recipes with :math:`s^2/2`
+        have ``eta = s ** 2 / 2`` (their s = 0.4 is 0.08).
     :param dynamics: instead of ``step_size``; it is not tuned.
     :param start: where negative runs start: :class:`~pyro_shortrun.Prior` (default, fresh for every call),
         :class:`Replay`, :class:`~pyro_shortrun.Persistent` or a guide.
@@ -108,8 +108,8 @@ class EnergyELBO(ELBO):
     :param compile: whether negative runs are compiled, as for ``ShortRunGuide``.
     :raises ValueError: for arguments out of range; at a call, where the model has no ``energy_prior``, where a start is
         not finite, and where every negative run is not.
-    :raises NotImplementedError: for ``l2`` with a base that does not run the model under Pyro's handlers, and for
-        ``differentiable_loss`` of a base without one.
+    :raises NotImplementedError: for ``poutine.scale`` on the prior, ``l2`` with a base that does not run the model
+        under Pyro's handlers, and ``differentiable_loss`` of a base without one.
     """
 
     def __init__(
@@ -168,6 +168,8 @@ class EnergyELBO(ELBO):
 
     def _negative(self, model: Callable, args: tuple, kwargs: dict) -> _Negative:
         """Runs in the prior, and their energies and surrogate with a graph to the model's parameters."""
+        if is_weighted_from_outside():
+            raise NotImplementedError("poutine.scale, poutine.mask or a plate around EnergyELBO: put it in the model.")
         if self._prior is None or self._prior.model is not model:
             self._prior = TiltedPrior(model, self._compile)
         with ordinary_autograd():

@@ -65,7 +65,8 @@ def sample_prior(
     :param compile: whether runs are compiled; :class:`EnergyPredictive` keeps the graphs for later calls.
     :param kwargs: the model's keyword arguments.
     :return: dict from site, latent or observed, to ``(num_samples, *site shape)``.
-    :raises ValueError: where arguments are out of range, or the prior is not finite at a start.
+    :raises ValueError: where arguments are out of range, ``given`` names no site, or the prior is not finite at a
+        start.
     """
     sampler = NegativeSampler(num_steps, step_size, dynamics, start)
     return _draw(TiltedPrior(model, compile), sampler, args, kwargs, num_samples, given or {})
@@ -105,6 +106,9 @@ def _simulate(
         return tuple(found[k] for k in names)
 
     first = program.simulate(bind, {**bind.given, **{k: v[0] for k, v in values.items()}})
+    unknown = sorted(set(bind.given) - set(first))
+    if unknown:
+        raise ValueError(f"given names '{unknown[0]}', which is not one of the model's sites {sorted(first)}.")
     names = [k for k, v in first.items() if isinstance(v, Tensor) and v.numel()]  # a factor has none
     counter = torch.arange(count, device=first[names[0]].device)
     out = map_chains(one, (counter, *values.values()), vectorizes, "simulate", draws=True)

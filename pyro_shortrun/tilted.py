@@ -9,6 +9,7 @@ A prior with energies is not normalised as it is written:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -172,6 +173,7 @@ class TiltedPrior:
         """Read the model once; None where it has no energies.
 
         :param given: latents that are held at these values; their log-probabilities stay in the density.
+        :raises NotImplementedError: where ``poutine.scale`` weighs a part of the prior.
         """
         self._part.last = None
         given = given or {}
@@ -180,12 +182,24 @@ class TiltedPrior:
             return None
         self._part.last = list(reading.trace.nodes)[-1]
         self._program.check(reading)
+        _check_scales(reading)
         bind = Binding(args, kwargs, reading.indices, given, self._program.enum_dim(reading))
         signature = reading.signature
         if signature not in self._structures:
             self._structures[signature] = read_structure(self._program, reading, bind)
         density = density_of(self._program, self._structures[signature], bind, self._compiler)
         return Call(self._program, bind, reading, density, spare=[reading])
+
+
+def _check_scales(reading: Reading) -> None:
+    """Only plates may scale: runs would be in a tempered prior."""
+    for site in [*reading.latents, *energies(reading).values()]:
+        by_plates = math.prod(p.scale for p in plates_of(site))
+        if not torch.allclose(torch.as_tensor(site["scale"], dtype=torch.float64), torch.tensor(by_plates).double()):
+            raise NotImplementedError(
+                f"poutine.scale weighs site '{site['name']}', and runs in the prior would be in another prior: leave "
+                "it out and change the learning rate instead."
+            )
 
 
 def _up_to_last_energy(reading: Reading) -> Reading | None:

@@ -102,6 +102,19 @@ def test_subsampling_scales_log_z():
     torch.testing.assert_close(found, torch.tensor(-60 / 3.0), rtol=1e-5, atol=1e-5)
 
 
+def test_runs_do_not_depend_on_subsampling():
+    """A subsampled plate scales log densities by 10, and must not change what the runs sample: 5 standard errors."""
+
+    def model() -> None:
+        with pyro.plate("data", 60, subsample_size=6):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            energy_prior("ebm", Quadratic(1.0), z)
+
+    call = TiltedPrior(model).bind((), {})
+    end = EnergyELBO(Trace_ELBO(), num_steps=30).sampler.run(call, 1000).end
+    assert end.square().mean().item() == pytest.approx(0.5 / 0.9, rel=5 * math.sqrt(2 / 6000))
+
+
 def test_global_and_local_latents():
     """mu ~ N(0, 1), z_i ~ N(mu, 1) with energies c z_i^2 / 2: log Z = -log det(I + c S) / 2, S = I + 1 1'."""
     energy, rows = Quadratic(0.7), 3
@@ -586,6 +599,10 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="no energy_prior"):
         EnergyELBO(Trace_ELBO()).loss_and_grads(plain, AutoDelta(plain), x)
+    with pytest.raises(NotImplementedError, match="poutine.scale weighs site 'z'"):
+        EnergyELBO(Trace_ELBO()).loss_and_grads(poutine.scale(model, 0.1), guide, x)
+    with poutine.scale(scale=0.1), pytest.raises(NotImplementedError, match="around EnergyELBO"):
+        EnergyELBO(Trace_ELBO()).loss_and_grads(model, guide, x)
     broken = one_layer(lambda z: z * torch.nan)
     with pytest.raises(ValueError, match="energies may have diverged"):
         EnergyELBO(Trace_ELBO()).loss_and_grads(broken, guide, x)

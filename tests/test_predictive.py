@@ -117,6 +117,8 @@ def test_predictive_needs_every_latent_of_the_tilted_prior():
 def test_refusals():
     with pytest.raises(ValueError, match="num_samples"):
         sample_prior(layered, num_samples=0)
+    with pytest.raises(ValueError, match="given names 'w'"):
+        sample_prior(layered, given={"w": torch.zeros(4)})
     with pytest.raises(ValueError, match="num_steps"):
         sample_prior(layered, num_steps=0)
     with pytest.raises(ValueError, match="posterior_samples or num_samples"):
