@@ -6,10 +6,13 @@ can be tuned variationally. See :class:`ShortRunGuide`.
 """
 
 from .adaptation import Dense, Diagonal, Identity
+from .ais import ais
 from .annealed import Annealed, GaussianReverse
+from .anomaly import anomaly_score
 from .diagnostics import to_arviz
 from .dynamics import Dynamics, Hamiltonian, Langevin
 from .elbo import ShortRunELBO
+from .energy import EnergyELBO, Replay
 from .grid import Grid, tune_on_grid
 from .guide import ShortRunGuide
 from .kernel import ShortRunLangevin
@@ -17,8 +20,10 @@ from .linearized import Linearized
 from .logdet import Exact, Lanczos
 from .mixture import Mixture
 from .objective import Objective, PathDensity
+from .predictive import EnergyPredictive, sample_prior
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
+from .tilted import energy_prior
 from .vectorized import VectorizedMCMC
 
 __version__ = "0.1.0.dev0"
@@ -34,6 +39,8 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Dynamics",
+    "EnergyELBO",
+    "EnergyPredictive",
     "Exact",
     "Identity",
     "Init",
@@ -43,10 +50,15 @@ __all__ = [
     "PathDensity",
     "Persistent",
     "Prior",
+    "Replay",
     "ShortRunELBO",
     "ShortRunGuide",
     "ShortRunLangevin",
     "StepSize",
     "VectorizedMCMC",
+    "ais",
+    "anomaly_score",
+    "energy_prior",
+    "sample_prior",
     "to_arviz",
 ]

@@ -124,6 +124,15 @@ class LogDensity(Density):
 
         return self._each(one_chain, u)
 
+    def with_readings(self, u: Tensor, extract: Callable[[Reading], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """``log pi(u)``, ``(chains, rows)``, and what ``extract`` takes from the run of the model, by chain."""
+
+        def one_chain(density: LogDensity, one: Tensor) -> tuple[Tensor, ...]:
+            reading = density._run(one)
+            return density._terms_of(reading, prior=False)[0], *extract(reading)
+
+        return self._each(one_chain, u)
+
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Site values ``(chains, *batch, *event)`` and ``log |dz/du|`` per row, ``(chains, rows)``.
 

@@ -363,7 +363,7 @@ class Program:
         init: Callable | None = None,
     ) -> Reading:
         tracer = poutine.trace()
-        shown = poutine.block(hide_types=["sample"]) if self._shows else poutine.block()
+        shown = poutine.block(hide_types=["sample", "observe"]) if self._shows else poutine.block()
         with _own_dims(), shown, tracer:
             if enum_dim is None:
                 with reader:

@@ -18,7 +18,8 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 LAYERS = (
     "layout transforms vectorize log_einsum step_size logdet program structure potential density tracing compiled "
     "dynamics objective steps base bridge reverse annealed mixture linearized noise chain isolate start validation "
-    "interop weights guide elbo grid target adaptation sampler session kernel vectorized evaluation diagnostics"
+    "interop weights guide elbo grid tilted energy predictive ais anomaly target adaptation sampler session kernel "
+    "vectorized evaluation diagnostics"
 ).split()
 
 
@@ -32,6 +33,9 @@ def python(*args: str, cwd: Path | None = None) -> str:
 # What each example prints and writes to its output folder, at the least.
 EXPECTED = {
     "quickstart": ("test MSE", {"reconstructions.png", "samples.png", "training.png", "trajectories.png"}),
+    "energy_prior": ("MMD^2 before", {"mmd.txt", "prior.png"}),
+    "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
+    "anomaly": ("base rate", {"anomaly.txt"}),
     "chains": ("ESS/s", {"chains.txt"}),
     "posteriordb": ("R-hat", {"table.txt"}),
     "posteriors": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
@@ -66,7 +70,7 @@ def snippets(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/chains.md", "docs/speed.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/chains.md", "docs/energy.md", "docs/speed.md"])
 def test_snippets_run_in_order(name):
     code = "\n".join(snippets(name))
     assert code or name != "README.md"

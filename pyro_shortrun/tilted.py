@@ -1,0 +1,242 @@
+"""Priors tilted by energies: the statement in a model, and the model's latents and energies without its observations.
+
+A prior with energies is not normalised as it is written:
+
+    p(z) = exp(-sum_j E_j(z)) prod_i p(z_i | parents) / Z.
+
+:class:`TiltedPrior` is its unnormalised log density and short runs in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from .chain import Runner, ShortRun, run
+from .compiled import Compiler, density_of
+from .dynamics import Dynamics
+from .objective import PathDensity
+from .program import Binding, Program, Reading, Site, is_data, plates_of
+from .start import Call, Start
+from .structure import Structure, read_structure
+
+_MARK = "_pyro_shortrun_energy"
+_OBJECTIVE = PathDensity()  # one, as compiled graphs are known by it; nothing is accounted for
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What marks the site of an energy: the function and its arguments."""
+
+    function: Callable[..., Tensor]
+    latents: tuple[Tensor, ...]
+
+    def at_fixed_latents(self) -> Tensor:
+        """The energy again, differentiable in its own parameters alone."""
+        return self.function(*(z.detach() for z in self.latents))
+
+
+def energy_prior(name: str, energy: Callable[..., Tensor], *latents: Tensor) -> None:
+    r"""Tilt the prior of latents: a ``pyro.factor`` of ``-energy(*latents)``, marked as a part of the prior.
+
+    .. math:: p(z) = \frac{1}{Z} \exp\Big(-\sum_j E_j(z)\Big) \prod_i p(z_i \mid \text{parents}) , \qquad
+              Z = \int \exp\Big(-\sum_j E_j(z)\Big) \prod_i p(z_i \mid \text{parents})\, dz .
+
+    A model may have one for each layer, or one on all layers jointly. Train it with
+    :class:`~pyro_shortrun.EnergyELBO`, since plain SVI lacks log Z, and draw from it with
+    :func:`~pyro_shortrun.sample_prior`, since ``Predictive`` ignores factors. Place it directly after the latents that
+    it needs and before the decoder: what comes after a model's last energy takes no part in runs in the prior.
+
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> energy = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.GELU(), torch.nn.Linear(16, 1))
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    ...         energy_prior("ebm", lambda z: energy(z).squeeze(-1), z)
+    ...         pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x)
+
+    :param name: name of the site. Parameters of an ``nn.Module`` are registered as ``pyro.module(name, energy)`` does,
+        as ``name$$$...``; a ``PyroModule`` names its parameters itself. A function, as above, does not register what it
+        calls: use ``pyro.module`` for that.
+    :param energy: from ``latents`` to one value in nats for each element of the enclosing plates; low where the prior
+        is to gain mass.
+    :param latents: values of earlier sample sites.
+    :raises ValueError: where ``energy`` cannot be called, or gives another shape than that of the enclosing plates.
+    """
+    if not callable(energy):
+        raise ValueError(f"energy '{name}' must be a function or an nn.Module, got {energy!r}.")
+    if isinstance(energy, nn.Module) and not isinstance(energy, PyroModule):
+        pyro.module(name, energy)
+    value = energy(*latents)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"energy '{name}' must give a tensor, got {value!r}.")
+    unit = dist.Unit(-value)
+    with _OneValuePerElement(value.shape):
+        infer: Any = {"is_auxiliary": True, _MARK: Energy(energy, latents)}
+        pyro.sample(name, unit, obs=unit.sample(), infer=infer)
+
+
+class _OneValuePerElement(Messenger):
+    """Refuses shapes that the plates around would silently broadcast."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self._shape = tuple(shape)
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        plates = plates_of(msg)
+        width = max((-p.dim for p in plates), default=0)
+        wanted = [1] * width
+        for plate in plates:
+            wanted[plate.dim] = plate.size
+        missing = width - len(self._shape)
+        if (1,) * missing + self._shape == tuple(wanted):
+            return
+        if self._shape[:-1] == tuple(wanted) and self._shape[-1] == 1:
+            remedy = "its last dimension is one too many: return energy(z).squeeze(-1)"
+        elif len(self._shape) < width:
+            remedy = "return one value per element, or move energy_prior out of plates that its latents are not in"
+        else:
+            remedy = "sum over the latents' own dimensions, and over nothing else"
+        raise ValueError(
+            f"energy '{msg['name']}' has shape {self._shape}, but the plates around it "
+            f"({', '.join(p.name for p in plates) or 'none'}) have shape {tuple(wanted)}: {remedy}."
+        )
+
+
+def energy_of(site: Site) -> Energy | None:
+    """The energy of a trace node, or None where it is not one."""
+    return site["infer"].get(_MARK) if site["type"] == "sample" else None
+
+
+def energies(reading: Reading) -> dict[str, Site]:
+    """The trace nodes of energies."""
+    return {k: s for k, s in reading.trace.nodes.items() if energy_of(s) is not None}
+
+
+class _Ended(Exception):
+    """The model need not run on."""
+
+
+class _PriorPart(Messenger):
+    """The model without its data and plain factors, ended after the site ``last``: the decoder does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: str | None = None
+
+    def _pyro_sample(self, msg: Site) -> None:
+        plain_factor = isinstance(msg["fn"], dist.Unit) and energy_of(msg) is None
+        if not site_is_subsample(msg) and (plain_factor or is_data(msg)):
+            msg["stop"] = True  # no handler outside sees it
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if msg["name"] == self.last:
+            raise _Ended
+
+    def __exit__(self, *exc: Any) -> bool:  # type: ignore[override]
+        super().__exit__(*exc)
+        return exc[0] is _Ended
+
+
+class TiltedPrior:
+    r"""The latents of a model up to its last energy, with the energies, without observations:
+
+    .. math:: \log\pi(u) = \sum_i \log p(z_i \mid \text{parents}) - \sum_j E_j(z) + \log|dz/du| .
+
+    What comes after the last energy is normalised given the latents before it and integrates to one.
+
+    :param model: a Pyro model.
+    :param compile: whether runs are compiled.
+    """
+
+    def __init__(self, model: Callable, compile: bool = False) -> None:
+        self.model = model
+        self._part = _PriorPart()
+        self._program = Program(self._part(model))
+        self._compiler = Compiler() if compile else None
+        self._structures: dict[tuple, Structure] = {}
+
+    @torch.no_grad()
+    def bind(self, args: tuple, kwargs: dict, given: Mapping[str, Tensor] | None = None) -> Call | None:
+        """Read the model once; None where it has no energies.
+
+        :param given: latents that are held at these values; their log-probabilities stay in the density.
+        :raises NotImplementedError: where ``poutine.scale`` weighs a part of the prior.
+        """
+        self._part.last = None
+        given = given or {}
+        reading = _up_to_last_energy(self._program.draw(args, kwargs, given=given))
+        if reading is None:
+            return None
+        self._part.last = list(reading.trace.nodes)[-1]
+        self._program.check(reading)
+        _check_scales(reading)
+        bind = Binding(args, kwargs, reading.indices, given, self._program.enum_dim(reading))
+        signature = reading.signature
+        if signature not in self._structures:
+            self._structures[signature] = read_structure(self._program, reading, bind)
+        density = density_of(self._program, self._structures[signature], bind, self._compiler)
+        return Call(self._program, bind, reading, density, spare=[reading])
+
+
+def _check_scales(reading: Reading) -> None:
+    """Only plates may scale: runs would be in a tempered prior."""
+    for site in [*reading.latents, *energies(reading).values()]:
+        by_plates = math.prod(p.scale for p in plates_of(site))
+        ratio = torch.as_tensor(site["scale"], dtype=torch.float64) / by_plates
+        if ((ratio - 1).abs() > 1e-5).any():
+            raise NotImplementedError(
+                f"poutine.scale weighs site '{site['name']}', and runs in the prior would be in another prior: leave "
+                "it out and change the learning rate instead."
+            )
+
+
+def _up_to_last_energy(reading: Reading) -> Reading | None:
+    """The reading without what the model did after its last energy."""
+    found = energies(reading)
+    if not found:
+        return None
+    trace, names = reading.trace.copy(), list(reading.trace.nodes)
+    for name in names[names.index(list(found)[-1]) + 1 :]:
+        trace.remove_node(name)
+    kept = {k: v for k, v in reading.unconstrained.items() if k in trace.nodes}
+    return replace(reading, trace=trace, unconstrained=kept)
+
+
+@torch.no_grad()
+def run_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chains: int) -> ShortRun:
+    """Short runs from ``start``, without graphs; nothing that is learnable shows to Pyro.
+
+    :raises ValueError: where a start is not finite, naming the site.
+    """
+    layout, like = call.density.layout, next(iter(call.reading.unconstrained.values()))
+    with poutine.block():
+        start.setup(call.density)
+        dynamics.step_size.setup(layout, num_steps, like)
+        dynamics.setup(like)
+        eta = cast(Tensor, dynamics.step_size(layout, num_steps)).detach()
+        drawn = start.draw(call, chains)
+        finite = drawn.log_density.isfinite()
+        if not finite.all():
+            chain = int((~finite).any(1).nonzero()[0])
+            raise ValueError(
+                "the prior's log density is not finite at the start of a run, first at "
+                f"{call.density.offender(drawn.state[chain])}: the energies may have diverged; lower their learning "
+                "rate, or set EnergyELBO(l2=...)."
+            )
+        call.density.expect(drawn.state, drawn.log_density)
+        done = run(Runner(call.density, dynamics, _OBJECTIVE, account=False), drawn.state, eta)
+        start.finish(call, done.end)
+    return done

@@ -1,0 +1,80 @@
+"""Intervals of annealed importance sampling against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_shortrun import ais, energy_prior
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def tilted(x: Tensor, c: float = 1.5, noise: float = 0.5) -> None:
+    """z ~ N(0, 1 / (1 + c)), x = z + noise * eps."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        energy_prior("ebm", lambda z: c * z.square().sum(-1) / 2, z)
+        pyro.sample("x", dist.Normal(z, noise).to_event(1), obs=x)
+
+
+def test_quadratic_energy_and_evidence_are_in_their_intervals():
+    """log Z = -log(1 + c) for two coordinates; p(x) = N(0, 1 / (1 + c) + noise^2). Seeded; 5 errors of 0.03."""
+    x = torch.tensor([[0.0, 0.0], [1.0, -0.5], [2.0, 1.0]])
+    found = ais(tilted, x, num_chains=200, num_temperatures=200)
+    log_z = torch.full((3,), -math.log(2.5))
+    evidence = dist.Normal(0.0, math.sqrt(1 / 2.5 + 0.25)).log_prob(x).sum(-1)
+    for lower, upper, exact in (
+        (found.log_z.lower, found.log_z.upper, log_z),
+        (found.lower, found.upper, evidence),
+    ):
+        assert (lower < exact + 0.15).all() and (upper > exact - 0.15).all()
+        assert (upper - lower).abs().max() < 0.2
+    assert (found.ess > 100).all() and (found.ess <= 200).all()
+
+
+def test_few_temperatures_are_below_and_above():
+    """Averages over 300 rows of the same problem: the lower end is too low, the upper end too high."""
+    x = torch.full((300, 2), 1.5)
+    found = ais(tilted, x, num_chains=4, num_temperatures=3, long_run=60)
+    exact = dist.Normal(0.0, math.sqrt(1 / 2.5 + 0.25)).log_prob(torch.tensor([1.5, 1.5])).sum()
+    assert found.lower.mean() < exact < found.upper.mean()
+    assert found.upper.mean() - found.lower.mean() > 0.1
+    assert found.joint.lower.exp().mean() == pytest.approx((exact - math.log(2.5)).exp().item(), rel=0.1)  # unbiased
+
+
+def test_constrained_global_latents():
+    """Gamma-Poisson without energies: the evidence is a product of conditionals."""
+    counts = torch.tensor([2.0, 3.0, 5.0])
+
+    def model(x: Tensor) -> None:
+        rate = pyro.sample("rate", dist.Gamma(2.0, 0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    found = ais(model, counts, num_chains=500, num_temperatures=100)
+    n, total = len(counts), counts.sum()
+    exact = torch.lgamma(2 + total) - (2 + total) * math.log(0.5 + n) + 2 * math.log(0.5)
+    exact = exact - torch.lgamma(counts + 1).sum()
+    assert found.lower.shape == (1,) and found.log_z is None
+    assert found.lower.item() == pytest.approx(exact.item(), abs=0.05)
+    assert found.upper.item() == pytest.approx(exact.item(), abs=0.05)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="num_chains >= 2"):
+        ais(tilted, torch.zeros(3, 2), num_chains=1)
+    with pytest.raises(ValueError, match="num_temperatures"):
+        ais(tilted, torch.zeros(3, 2), num_temperatures=0)
+
+    def thinned(x: Tensor) -> None:
+        with pyro.plate("data", 6, subsample_size=2):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x[:2])
+
+    with pytest.raises(ValueError, match=r"\['z'\] lie in a subsampled plate"):
+        ais(thinned, torch.zeros(6))
