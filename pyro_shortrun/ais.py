@@ -11,12 +11,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .arguments import check_count
 from .dynamics import Langevin
 from .interop import ordinary_autograd
 from .start import Call
 from .step_size import StepSize
 from .tilted import TiltedPrior
-from .validation import check_count
 
 _ACCEPT = 0.574  # best acceptance rate of MALA in many dimensions
 _PILOT_CHAINS = 8

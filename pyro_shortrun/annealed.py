@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,13 +13,14 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from .arguments import check_count
 from .base import Base, Untempered
 from .bridge import Bridge, Column, State
 from .dynamics import Dynamics, Hamiltonian
 from .layout import Layout
-from .objective import Objective
+from .objective import Objective, Pilots
 from .potential import Density
-from .reverse import Affine, DenseFit, DiagonalFit, Fit, Mirror, Reverse
+from .reverse import Affine, Fit, Mirror, Recorder, Reverse
 from .steps import settings
 
 
@@ -110,10 +112,10 @@ class LangevinBridge(Tempered):
     def departure(self, density: Density, noise: Tensor) -> Tensor | None:
         return weighed(density, 0.5 * noise.square())
 
-    def learn(self, states: State, last: State, step_size: Tensor, valid: Tensor) -> None:
+    def learn(self, states: State, last: State, valid: Tensor) -> None:
         before, u, drift = states
         drift = torch.cat([drift[2:], last[2].unsqueeze(0)])
-        self.reverse.learn(before[1:], u[1:], drift, step_size, valid)
+        self.reverse.learn(before[1:], u[1:], drift, valid)
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ class Annealed(PyroModule, Objective):
 
     tempers = True
     carries = False
+    _reverse: Reverse = Mirror()
     increments: Any  # a PyroParam, or a buffer
 
     def __init__(self, learnable: bool = True) -> None:
@@ -232,11 +235,11 @@ class Annealed(PyroModule, Objective):
             )
         if isinstance(dynamics, Hamiltonian):
             return HamiltonianBridge(dynamics, base, dynamics.kept)
-        return LangevinBridge(dynamics, base, Mirror())
+        return LangevinBridge(dynamics, base, self._reverse)
 
 
 class GaussianReverse(Annealed):
-    r"""Langevin steps, weighed by a reverse kernel that is learned from the runs themselves.
+    r"""Langevin steps, weighed by a reverse kernel that is learned from other runs.
 
     The weight is that of :class:`Annealed`, by default without tempering (:math:`\beta_k = 1`, so that the law of a
     draw is that of the plain short run), and each reverse step is a Gaussian,
@@ -246,30 +249,32 @@ class GaussianReverse(Annealed):
 
     The exact reversal of a small step is :math:`N(u - a_k + 2 \eta_k \nabla\log q_k(u), 2 \eta_k I)`, with ``q_k`` the
     law of the run after k steps. What stands for its score is linear in ``u`` and in the model's own gradient, and the
-    coefficients are the maximum likelihood ones: least squares over other runs, the pilots. A run in training mode
-    takes those of pilots made right before it with the same step sizes (with coefficients of the past, the gradient in
-    the step sizes would be a drag towards the past ones); in ``eval()`` mode, those of running moments over all pilots
-    and training runs. No run weighs itself, so ``E[log w] <= log p(x)`` and ``E[exp(log w)] = p(x)`` hold whatever the
-    coefficients are, and importance weights and ``RenyiELBO`` apply. Gradients hold the coefficients fixed: at the
-    optimum of least squares the bound does not change with them. Bounds in training are looser than in ``eval()``,
-    since few pilots make noisy coefficients.
+    coefficients are the maximum likelihood ones: least squares over pilots, runs with the same step sizes made right
+    before those that are weighed. No run weighs itself, so ``E[log w] <= log p(x)`` and ``E[exp(log w)] = p(x)`` hold
+    whatever the coefficients are, and importance weights and ``RenyiELBO`` apply. Gradients hold the coefficients
+    fixed: at the optimum of least squares the bound does not change with them. Calls that train have fewer pilots than
+    others, and looser bounds.
 
-    Exact (but for the error of the least squares, about ``2 * K * size / draws`` nats) for Gaussian posteriors with
-    independent coordinates from such a start, for any step size, and for Gaussian ones in general with ``dense=True``
-    (error ``1.25 * K * size ** 2 / draws``); the tuned step is then the one whose draws are best. Cost per step: one
-    gradient, one Hessian product on the way back, and one gradient of every pilot.
+    In the mean this is the evidence lower bound of the run itself, for any step size, on Gaussian posteriors with
+    independent coordinates (``dense=True``: on all) from such a start, but for the error of the least squares: at most
+    about ``2 * K * size / draws`` nats (dense: ``1.25 * K * size ** 2 / draws``). The tuned step is then the one whose
+    draws are best. Coefficients are shared by all rows of a plate. Cost per step: one gradient, one Hessian product on
+    the way back, and one gradient of every pilot.
 
     :param tempered: whether targets move as in :class:`Annealed`, with its temperatures and starts. Bounds are often
         tighter; draws are those of the tempered run. Without, any start will do whose draws have a density.
     :param dense: whether coordinates of a row are regressed on each other, not each on itself and its own gradient.
         Better where a run from far away has to turn correlated coordinates, but needs many more pilots.
-    :param pilots: rows (times chains) of the pilot run at set-up.
-    :param fresh: rows of that before each tuned call, times the numbers that a draw has in the moments (``3 * size +
-        1`` if dense, else 4). Few make coefficients noisy, which favours steps somewhat below the best.
-    :param memory: how many draws the moments remember at most.
+    :param pilots: rows (times chains) of pilots before calls that do not train.
+    :param fresh: rows of pilots before calls that train, times the numbers that a draw has in a regression
+        (``3 * size + 1`` if dense, else 4). Few make coefficients noisy, which favours steps somewhat below the best.
     :param learnable: whether SVI tunes the temperatures.
-    :raises ValueError: where ``pilots``, ``fresh`` or ``memory`` are not positive.
+    :raises ValueError: where ``pilots`` or ``fresh`` are no positive integers.
+    :raises NotImplementedError: for latents in ``poutine.mask``, and for ``dense=True`` with a subsampled plate that
+        does not hold all latents.
     """
+
+    takes_masks = False
 
     def __init__(
         self,
@@ -278,28 +283,20 @@ class GaussianReverse(Annealed):
         dense: bool = False,
         pilots: int = 4096,
         fresh: int = 64,
-        memory: int = 16384,
         learnable: bool = True,
     ) -> None:
         super().__init__(learnable)
-        for name, value in (("pilots", pilots), ("fresh", fresh), ("memory", memory)):
-            if not value >= 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}.")
-        self.tempers, self.dense = tempered, dense
-        self.pilots, self.fresh, self.memory = pilots, fresh, memory
-        self.fit: Fit | None = None
+        check_count("pilots", pilots)
+        check_count("fresh", fresh)
+        if not isinstance(tempered, bool):
+            raise ValueError(f"tempered must be True or False, got {tempered!r}.")
+        self.tempers, self.dense, self.num_pilots, self.fresh = tempered, dense, pilots, fresh
 
     def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:
-        if self.tempers:
-            super().setup(num_steps, layout, like)
-        if self.fit is not None:
-            return
         if self.dense and layout.arrow is not None and layout.arrow.weight != 1:
             raise NotImplementedError("dense=True cannot scale the local part of a subsampled model: leave it out.")
-        if self.dense:
-            self.fit = DenseFit(num_steps, self.memory, like.new_zeros(layout.size))
-        else:
-            self.fit = DiagonalFit(num_steps, layout.dim_index, self.memory, like.new_zeros(layout.size))
+        if self.tempers:
+            super().setup(num_steps, layout, like)
 
     def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
         return super().temperatures(num_steps, like) if self.tempers else like.new_ones(num_steps)
@@ -310,20 +307,31 @@ class GaussianReverse(Annealed):
         super().check(dynamics, checkpoint)
 
     def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Bridge | None:
-        if not self.tempers:
-            if not account:
-                return None
-            base = Untempered()
-        bridge = super().bridge(dynamics, base, account)
-        assert isinstance(bridge, LangevinBridge) and self.fit is not None
-        return replace(bridge, reverse=Affine(self.fit))
+        if self.tempers:
+            return super().bridge(dynamics, base, account)
+        return super().bridge(dynamics, Untempered(), account) if account else None
 
-    def wants_pilots(self, rows: int) -> int:
-        assert self.fit is not None
-        wanted = self.pilots if self.fit.is_empty else self.fresh * self.fit.width if self.training else 0
-        return -(-wanted // max(rows, 1))
+    def pilots(self, layout: Layout, step_size: Tensor, training: bool) -> Pilots:
+        fit = Fit(layout, step_size, self.dense)
+        count = self.fresh * Fit.width(layout, self.dense) if training else self.num_pilots
+        return _Pilots(self, fit, count)
 
-    def piloted(self) -> None:
-        assert self.fit is not None
-        if self.training:
-            self.fit.prefer_new()
+
+class _Pilots(Pilots):
+    """Runs of a :class:`GaussianReverse` for its least squares."""
+
+    def __init__(self, whole: GaussianReverse, fit: Fit, count: int) -> None:
+        self._whole, self._fit, self.count = whole, fit, count
+
+    def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Bridge | None:
+        return weighed_by(self._whole, Recorder(self._fit)).bridge(dynamics, base, account)
+
+    def objective(self) -> Objective:
+        return weighed_by(self._whole, Affine(self._fit.dense, self._fit.solve()))
+
+
+def weighed_by(objective: GaussianReverse, reverse: Reverse) -> GaussianReverse:
+    """The same objective, parameters and all, with this reverse."""
+    other = copy(objective)
+    other._reverse = reverse
+    return other

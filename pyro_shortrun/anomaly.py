@@ -11,12 +11,12 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from .arguments import check_count, check_kind
 from .layout import Layout
 from .predictive import sample_prior
 from .program import Site, is_data, masked, plates_of
 from .start import Call
 from .tilted import energy_of
-from .validation import check_count, check_kind
 
 
 class Draw:

@@ -100,7 +100,7 @@ class Bridge(ABC):
         """
         return None
 
-    def learn(self, states: State, last: State, step_size: Tensor, valid: Tensor) -> None:
+    def learn(self, states: State, last: State, valid: Tensor) -> None:
         """Told the states before all arrivals, ``(arrivals, chains, rows, ...)`` each, and the last one."""
         return None
 

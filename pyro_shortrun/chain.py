@@ -92,9 +92,14 @@ class ShortRun:
     landed: tuple[Tensor, ...] | None = None
 
     def every(self, count: int) -> ShortRun:
-        """Only the first of every ``count`` chains; ``info`` stays that of all."""
+        """Only the first of every ``count`` chains; a draw is frozen where one of them is."""
+
+        def some(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (-1, count)).any(1)
+
         return replace(
             self,
+            info=replace(self.info, frozen=some(self.info.frozen), singular=some(self.info.singular)),
             start=self.start[::count],
             end=self.end[::count],
             increment=self.increment[::count],
@@ -134,7 +139,6 @@ def run(
     gradients: Gradients = Gradients.NONE,
     keep_states: bool = False,
     log_q: Tensor | None = None,
-    learn: bool = False,
 ) -> ShortRun:
     """Run ``K = len(step_size)`` transitions from ``start``.
 
@@ -144,7 +148,6 @@ def run(
     :param gradients: which gradients are kept, see :class:`Gradients`.
     :param keep_states: whether ``ShortRun.states`` is wanted.
     :param log_q: log density of the start, ``(chains, rows)``, for objectives that ask for it.
-    :param learn: whether an objective that learns from runs is to learn from this one.
     """
     if noise is None:
         noise = Drawn(runner.dynamics, len(step_size), start)
@@ -152,7 +155,7 @@ def run(
     noise = noise if isinstance(noise, Noise) else Given(noise)
     bridge = runner.objective.bridge(runner.dynamics, runner.base, runner.account)
     if bridge is not None:
-        return _cross(runner, bridge, start, step_size, noise, gradients, keep_states, log_q, learn)
+        return _cross(runner, bridge, start, step_size, noise, gradients, keep_states, log_q)
     aux = runner.objective.draw(start, runner.density.layout) if runner.account else None
     walk = _Walk(runner, noise, () if aux is None else (aux,), keep_states)
     end, increment = _walked(walk, (start, step_size), gradients)
@@ -177,7 +180,6 @@ def _cross(
     gradients: Gradients,
     keep_states: bool,
     log_q: Tensor | None,
-    learn: bool,
 ) -> ShortRun:
     """:func:`run` for objectives that have a bridge."""
     with torch.set_grad_enabled(gradients is not Gradients.NONE):
@@ -187,12 +189,12 @@ def _cross(
         inputs = *first, *values, *bridge.tensors
         walk = _BridgeWalk(runner, noise, bridge, (len(first), len(values)), step_size)
         walk.keep_states = keep_states
-        *last, total = _walked(walk, inputs, gradients, taped=learn and bridge.learns)
+        *last, total = _walked(walk, inputs, gradients, taped=bridge.learns)
         added = bridge.finish(first, tuple(last), step_size, log_q)
         increment = total if added is None else total + added
-    if learn and bridge.learns:
+    if bridge.learns:
         with torch.no_grad():
-            bridge.learn(walk.tape, tuple(t.detach() for t in last), step_size.detach(), ~walk.invalid)
+            bridge.learn(walk.tape, tuple(t.detach() for t in last), ~walk.invalid)
     return walk.result(start, last[0], increment, step_size)
 
 

@@ -13,12 +13,12 @@ from pyro.infer import MCMC
 from pyro.infer.mcmc.api import StreamingMCMC
 from torch import Tensor
 
+from .arguments import check_count
 from .guide import ShortRunGuide
 from .interop import ordinary_autograd, plain
 from .program import Reading, is_computed, is_data, plates_of
 from .start import Call, init_uniform
 from .target import ModelTarget
-from .validation import check_count
 from .vectorize import map_chains
 from .vectorized import VectorizedMCMC
 
@@ -68,9 +68,10 @@ def to_arviz(
     appended.
 
     A guide's draws are independent runs, exported as ``(chain, draw)``, so that R-hat and everything that wants chains
-    works. Its ``sample_stats`` hold ``log_q``, the log density of each draw given its noise path, and ``log_p``, the
-    model's log joint there, both over the sites themselves in nats: importance weights are ``exp(log_p - log_q)``, for
-    ``az.psislw`` and ``loo_approximate_posterior``. A start without a density (:class:`Persistent`) has neither.
+    works. Its ``sample_stats`` hold ``log_q``, the log density of each draw as its objective accounts for it (given the
+    noise path for :class:`PathDensity`), and ``log_p``, the model's log joint there, both over the sites themselves in
+    nats: importance weights are ``exp(log_p - log_q)``, for ``az.psislw`` and ``loo_approximate_posterior``. A start
+    without a density (:class:`Persistent`) has neither, nor have :class:`Mixture` and :class:`Linearized`.
 
     A chain's ``sample_stats`` hold ``lp`` (log density in unconstrained space), ``acceptance_rate``, ``grad_norm``,
     ``step_size``, ``nonfinite`` and ``diverging`` (``nonfinite > 0``). Other kernels of Pyro give what they report.

@@ -13,6 +13,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from .arguments import check_between
 from .layout import Layout
 from .logdet import LogDet, LogDetResult, Product
 from .step_size import StepSize
@@ -218,8 +219,7 @@ class Hamiltonian(Dynamics):
         max_drift: float = 10.0,
     ) -> None:
         super().__init__(step_size, max_drift)
-        if not 0 < damping < 1:
-            raise ValueError(f"damping must be in (0, 1), got {damping!r}; try 0.1.")
+        check_between("damping", damping, 0, 1, "0.1")
         self.damping, self.learnable = damping, learnable
 
     def setup(self, like: Tensor) -> None:

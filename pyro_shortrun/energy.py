@@ -13,6 +13,7 @@ from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from .arguments import check_count, check_kind
 from .chain import RunInfo, ShortRun
 from .density import LogDensity
 from .dynamics import Dynamics, Langevin
@@ -21,7 +22,7 @@ from .program import Reading, Site
 from .start import Call, Drawn, FromGuide, Prior, Start
 from .step_size import StepSize
 from .tilted import Energy, TiltedPrior, energies, energy_of, run_in
-from .validation import check_count, check_kind, check_start
+from .validation import check_start
 
 
 @dataclass(frozen=True)

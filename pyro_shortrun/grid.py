@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,15 +11,17 @@ from pyro import poutine
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
+from .arguments import check_count, check_kind
 from .guide import ShortRunGuide
-from .validation import check_count
 
+_LOGGER = logging.getLogger("pyro_shortrun")
 _FACTORS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
 
 class Grid(NamedTuple):
     """What :func:`tune_on_grid` found: ``factors`` of the step sizes, the ``bound`` (nats) and the share of ``invalid``
-    rows (frozen, or with a step that was not invertible) of each, and the ``best`` factor."""
+    rows of each (frozen, or with a step that was not invertible, which :class:`PathDensity` alone finds out), and the
+    ``best`` factor."""
 
     factors: Tensor
     bound: Tensor
@@ -59,7 +62,10 @@ def tune_on_grid(
     >>> tune_on_grid(guide, torch.tensor(1.0)).best
     4.0
     """
+    check_kind("guide", guide, ShortRunGuide, "ShortRunGuide(model)")
     check_count("num_particles", num_particles)
+    if not 0 <= max_invalid <= 1:
+        raise ValueError(f"max_invalid is a share between 0 and 1, got {max_invalid!r}.")
     guide.setup(*args, **kwargs)
     step_size, random = guide.dynamics.step_size, get_rng_state()
     first = step_size.value.detach().clone()
@@ -83,4 +89,6 @@ def tune_on_grid(
         )
     best = max(good, key=lambda i: bounds[i])
     step_size.assign(first * known[best])
+    if len(known) > 1 and known[best] in (min(known), max(known)):
+        _LOGGER.info("the best factor, %g, is at the edge of the grid: call tune_on_grid again.", known[best])
     return Grid(torch.tensor(known), torch.stack(bounds), torch.stack(invalid), known[best])

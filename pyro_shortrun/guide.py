@@ -16,6 +16,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
+from .arguments import check_count, check_kind
 from .chain import Gradients, RunInfo, Runner, ShortRun, run
 from .compiled import Compiler, density_of
 from .dynamics import Dynamics, Langevin, back_off
@@ -29,12 +30,13 @@ from .interop import (
     without_model,
 )
 from .isolate import isolate
+from .layout import Layout
 from .objective import Objective, PathDensity
 from .program import Binding, Program, Reading
 from .start import Call, Drawn, FromGuide, Prior, Start, init_uniform
 from .step_size import StepSize
 from .structure import Structure, check_data, check_latents, check_shapes, read_structure
-from .validation import check_count, check_kind, check_proper, check_start
+from .validation import check_masks, check_proper, check_start
 from .weights import WeightedDraws, weigh
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -235,13 +237,12 @@ class ShortRunGuide(AutoGuide):
         """Independent runs with their log densities, and the call they were made in; for exporters."""
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
-            return call, self._repeat(call, count, account=self._start.has_density)
+            return call, self._repeat(call, count, account=self._start.has_density and self.objective.weighs)
 
     def _repeat(self, call: Call, count: int, account: bool) -> WeightedDraws:
         parts = []
         while count:
-            numbers = self.num_steps * call.density.layout.rows * call.density.layout.size
-            chains = min(count, max(1, _NOISE_AT_ONCE // max(numbers, 1)))
+            chains = min(count, self._at_once(call.density.layout))
             drawn, result = self._run(call, chains, account, Gradients.NONE)
             self._warn_once(result.info)
             parts.append(weigh(call, drawn, result, account))
@@ -439,32 +440,48 @@ class ShortRunGuide(AutoGuide):
         silent = poutine.block() if gradients is Gradients.NONE else nullcontext()
         with silent:
             step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
-            if account and (pilots := self.objective.wants_pilots(call.density.layout.rows)):
-                with torch.no_grad(), poutine.block():
-                    self._simulate(replace(call, spare=[]), pilots, step_size, True, Gradients.NONE, learn=True)
-                self.objective.piloted()
-            learn = gradients is Gradients.GUIDE and self.training
-            drawn, result = self._simulate(call, chains, step_size, account, gradients, keep_states, learn)
+            objective = self._informed(call, step_size, gradients) if account else self.objective
+            drawn, result = self._simulate(call, chains, step_size, objective, account, gradients, keep_states)
         self.info = result.info
         return drawn, result
+
+    def _informed(self, call: Call, step_size: Tensor, gradients: Gradients) -> Objective:
+        """The objective, with what it wants to know from pilots."""
+        if not self.objective.takes_masks:
+            check_masks(self.objective, call.reading)
+        layout = call.density.layout
+        pilots = self.objective.pilots(layout, step_size, self.training and gradients is not Gradients.NONE)
+        if pilots is None:
+            return self.objective
+        missing = -(-pilots.count // max(layout.rows, 1))
+        with torch.no_grad(), poutine.block():
+            while missing > 0:
+                chains = min(missing, self._at_once(layout))
+                self._simulate(replace(call, spare=[]), chains, step_size, pilots, True, Gradients.NONE)
+                missing -= chains
+        return pilots.objective()
+
+    def _at_once(self, layout: Layout) -> int:
+        """How many chains to run together."""
+        return max(1, _NOISE_AT_ONCE // max(self.num_steps * layout.rows * layout.size, 1))
 
     def _simulate(
         self,
         call: Call,
         chains: int,
         step_size: Tensor,
+        objective: Objective,
         account: bool,
         gradients: Gradients,
         keep_states: bool = False,
-        learn: bool = False,
     ) -> tuple[Drawn, ShortRun]:
         """``chains`` draws, each of as many runs as the objective wants."""
-        copies = self.objective.copies if account else 1
+        copies = objective.copies if account else 1
         drawn = self._draw_start(replace(call, isolated=gradients is Gradients.GUIDE), chains * copies, gradients)
         call.density.expect(drawn.state, drawn.log_density)
         beta = self.objective.temperatures(self.num_steps, drawn.state)
-        runner = Runner(call.density, self.dynamics, self.objective, account, self.checkpoint, drawn.base, beta)
-        result = run(runner, drawn.state, step_size, None, gradients, keep_states, drawn.log_q, learn)
+        runner = Runner(call.density, self.dynamics, objective, account, self.checkpoint, drawn.base, beta)
+        result = run(runner, drawn.state, step_size, None, gradients, keep_states, drawn.log_q)
         return (drawn, result) if copies == 1 else (drawn.every(copies), result.every(copies))
 
     @staticmethod

@@ -11,6 +11,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from .adaptation import Diagonal, Identity, Preconditioner
+from .arguments import check_count, check_kind
 from .compiled import Compiler
 from .dynamics import Dynamics, Langevin
 from .interop import ordinary_autograd, plain
@@ -20,7 +21,7 @@ from .session import DrawStats, Session
 from .start import Call, FromGuide, Init, Persistent, Prior, Start, init_uniform
 from .step_size import StepSize
 from .target import ModelTarget, PotentialTarget, Target
-from .validation import check_count, check_kind, check_start
+from .validation import check_start
 
 
 class ShortRunLangevin(MCMCKernel):

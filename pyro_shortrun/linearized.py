@@ -74,7 +74,7 @@ class Linearized(Objective):
     their derivatives on the way back; ``size ** 2`` numbers per row and step.
     """
 
-    carries = False
+    carries = weighs = takes_masks = False
 
     def check(self, dynamics: Dynamics, checkpoint: bool) -> None:
         super().check(dynamics, checkpoint)

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .arguments import check_count
 from .base import Base
 from .bridge import Bridge, Column, State
 from .dynamics import Dynamics
@@ -87,10 +88,11 @@ class Mixture(Objective):
     :raises ValueError: for less than two runs.
     """
 
-    carries = False
+    carries = weighs = takes_masks = False
 
     def __init__(self, num_runs: int = 16) -> None:
-        if not num_runs >= 2:
+        check_count("num_runs", num_runs)
+        if num_runs < 2:
             raise ValueError(f"Mixture needs at least 2 runs, got {num_runs!r}: with one the bound does not exist.")
         self.copies = num_runs
 

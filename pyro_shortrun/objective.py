@@ -34,6 +34,8 @@ class Objective:
 
     tempers = False  # whether targets move from the start's density to the model's
     copies = 1  # runs that make one draw
+    weighs = True  # whether E[exp(log w)] = p(x), so that log q makes importance weights
+    takes_masks = True  # whether latents that poutine.mask takes out of the density may be there
     carries = True  # whether increments cost so much that calls between tunings take those of the last tuned one
 
     def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:
@@ -53,12 +55,8 @@ class Objective:
         """
         return None
 
-    def wants_pilots(self, rows: int) -> int:
-        """How many chains of a pilot run :meth:`bridge` wants to learn from before the next run."""
-        return 0
-
-    def piloted(self) -> None:
-        """Told that they have been."""
+    def pilots(self, layout: Layout, step_size: Tensor, training: bool) -> Pilots | None:
+        """What is to be found out by other runs before each run that is weighed, if anything."""
         return None
 
     def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
@@ -81,6 +79,16 @@ class Objective:
     ) -> Accounted:
         """The increment of the step from ``u``, where ``grad`` is ``grad log pi(u)`` with a graph to ``u``."""
         raise NotImplementedError(f"the increments of {type(self).__name__} are not those of single steps.")
+
+
+class Pilots(Objective):
+    """Runs that are made for what they tell: ``count`` rows (times chains), then :meth:`objective`."""
+
+    count: int
+
+    def objective(self) -> Objective:
+        """How to weigh a run, from what was learned."""
+        raise NotImplementedError
 
 
 class PathDensity(Objective):

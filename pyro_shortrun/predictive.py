@@ -10,13 +10,13 @@ from pyro import poutine
 from pyro.infer import Predictive
 from torch import Tensor
 
+from .arguments import check_count
 from .dynamics import Dynamics
 from .energy import NegativeSampler
 from .interop import ordinary_autograd
 from .program import Binding, Program
 from .start import Start
 from .tilted import TiltedPrior
-from .validation import check_count
 from .vectorize import map_chains
 
 _NUMBERS_AT_ONCE = 2**20  # coordinates of states

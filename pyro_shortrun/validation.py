@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,18 +9,6 @@ from pyro.nn import PyroModule
 
 from .program import Reading
 from .start import Start
-
-
-def check_count(name: str, value: Any) -> None:
-    """Refuse anything but a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
-
-
-def check_kind(name: str, value: Any, kind: type, example: str) -> None:
-    """Refuse an argument that is given and not a ``kind``."""
-    if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{name} must be a {kind.__name__} object such as {example}, got {value!r}.")
 
 
 def check_start(start: Any) -> None:
@@ -47,4 +34,14 @@ def check_proper(reading: Reading) -> None:
             raise ValueError(
                 f"latent site '{site['name']}' has an improper prior, which no run can start from: use "
                 "start=AutoNormal(model, init_loc_fn=init_to_value(values={...})) or another guide."
+            )
+
+
+def check_masks(objective: Any, reading: Reading) -> None:
+    """Refuse latents that are taken out of the density, where the objective would count their spread all the same."""
+    for site in reading.latents:
+        if site["mask"] is not None and site["mask"] is not True:
+            raise NotImplementedError(
+                f"latent site '{site['name']}' lies in poutine.mask, which {type(objective).__name__} cannot weigh: "
+                "use Annealed() or PathDensity()."
             )

@@ -13,10 +13,10 @@ from pyro.infer.mcmc.util import print_summary, select_samples
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .arguments import check_count, check_kind
 from .kernel import ShortRunLangevin
 from .session import Session
 from .target import Target
-from .validation import check_count, check_kind
 
 
 class VectorizedMCMC:

@@ -17,7 +17,7 @@ from .start import Call, Drawn
 class WeightedDraws:
     """``values`` by site, ``(draws, *shape)``, and totals over rows, ``(draws,)``.
 
-    ``log_p`` is the model's log joint over the sites, ``log_q`` the run's density there given its noise path,
+    ``log_p`` is the model's log joint over the sites, ``log_q`` the run's density there as its objective has it,
     ``log_density`` the log joint in unconstrained space (None where they were not asked for); ``nonfinite`` is the
     number of frozen rows.
     """

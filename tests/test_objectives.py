@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoNormal, init_to_value
 from test_annealed import curved, log_joint
@@ -30,11 +31,14 @@ from pyro_shortrun import (
     ShortRunGuide,
     ShortRunLangevin,
     StepSize,
+    to_arviz,
     tune_on_grid,
 )
+from pyro_shortrun.annealed import weighed_by
 from pyro_shortrun.base import GaussianBase, PriorBase
 from pyro_shortrun.chain import Gradients, Runner, run
 from pyro_shortrun.compiled import Compiler, Untouched, density_of
+from pyro_shortrun.reverse import Affine, Fit
 from pyro_shortrun.start import Call
 
 STEPS = 5
@@ -162,18 +166,16 @@ def test_hamiltonian_is_trained_and_travels_further(start):
 # ---------------------------------------------------------------- GaussianReverse
 
 
-def fitted(objective: GaussianReverse, size: int, steps: int = STEPS) -> GaussianReverse:
-    """An objective with coefficients, from made-up runs."""
-    call = Call.of(curved, (), {})
-    objective.setup(steps, call.density.layout, torch.zeros(()))
-    assert objective.fit is not None
-    u = torch.randn(steps, 50, 3, size)
-    slope, target = torch.randn_like(u) - u, torch.randn_like(u) + 0.3 * u
-    objective.fit.update(u, slope, target, torch.ones(50, 3, dtype=torch.bool), torch.full((steps, size), 0.1))
-    return objective
+def learned(layout, eta: Tensor, dense: bool) -> Affine:
+    """Coefficients from made-up runs."""
+    fit = Fit(layout, eta, dense)
+    u = torch.randn(len(eta), 50, layout.rows, layout.size)
+    drift, before = eta[:, None, None] * (torch.randn_like(u) - u), u + 0.2 * torch.randn_like(u) + 0.03 * u
+    fit.update(before, u, drift, torch.ones(50, layout.rows, dtype=torch.bool))
+    return Affine(dense, fit.solve())
 
 
-def reversed_by_hand(fit, log_base, u, eta, beta, noise) -> tuple[Tensor, Tensor]:
+def reversed_by_hand(reverse: Affine, log_base, u, eta, beta, noise) -> tuple[Tensor, Tensor]:
     total = torch.zeros(u.shape[:-1])
 
     def drift(x: Tensor, k: int) -> Tensor:
@@ -184,13 +186,12 @@ def reversed_by_hand(fit, log_base, u, eta, beta, noise) -> tuple[Tensor, Tensor
         forth = dist.Normal(u + drift(u, k), (2 * eta[k]).sqrt())
         new = forth.mean + (2 * eta[k]).sqrt() * noise[k]
         a, scale = drift(new, k), (2 * eta[k]).sqrt()
-        if fit.moments.dim() == 3:
-            b, slopes, whiten = (t[k] for t in fit.solution)
+        b, slopes, whiten = (t[k] for t in reverse.parameters)
+        if reverse.dense:
             mean = new - a + 2 * eta[k] * (b + torch.cat([new, a / (2 * eta[k])], -1) @ slopes)
             factor = torch.diag(scale) @ torch.linalg.inv(whiten)
         else:
-            b, at_u, at_slope, whiten = (t[k] for t in fit.solution)
-            mean = new - a + 2 * eta[k] * (b + at_u * new) + at_slope * a
+            mean = new - a + 2 * eta[k] * (b + slopes[0] * new) + slopes[1] * a
             factor = torch.diag(scale / whiten)
         back = dist.MultivariateNormal(mean, scale_tril=factor)
         total = total + back.log_prob(u) - forth.log_prob(new).sum(-1)
@@ -204,12 +205,13 @@ def reversed_by_hand(fit, log_base, u, eta, beta, noise) -> tuple[Tensor, Tensor
 def test_reverse_weight_and_its_gradients(tempered: bool, dense: bool, compile: bool, monkeypatch):
     """In start, step sizes and temperatures, the coefficients held fixed."""
     monkeypatch.setattr("pyro_shortrun.compiled._STEPS_AT_MOST", 3)
-    objective = fitted(GaussianReverse(tempered, dense=dense), 2)
     u, eta = torch.randn(2, 3, 2, requires_grad=True), (torch.rand(STEPS, 2) * 0.1 + 0.01).requires_grad_()
     beta = torch.linspace(0.2, 1.0, STEPS).requires_grad_() if tempered else torch.ones(STEPS)
-    noise = torch.randn(STEPS, 2, 3, 2)
-    wanted = reversed_by_hand(objective.fit, prior, u, eta, beta, noise)
-    runner = Runner(density(curved, compile), Langevin(0.1, max_drift=math.inf), objective, base=PriorBase(), beta=beta)
+    noise, log_pi = torch.randn(STEPS, 2, 3, 2), density(curved, compile)
+    reverse = learned(log_pi.layout, eta.detach(), dense)
+    wanted = reversed_by_hand(reverse, prior, u, eta, beta, noise)
+    objective = weighed_by(GaussianReverse(tempered), reverse)
+    runner = Runner(log_pi, Langevin(0.1, max_drift=math.inf), objective, base=PriorBase(), beta=beta)
     result = run(runner, u, eta, noise, Gradients.GUIDE)
     assert_same_gradients((result.end, result.increment), wanted, [u, eta, beta] if tempered else [u, eta])
 
@@ -220,16 +222,34 @@ def test_reverse_mean_weight_is_the_evidence(tempered: bool):
     model, evidence = gaussian(4.0, 0.5)
     grid, weight = nodes(40, 3)
     call = Call.of(model, (len(grid),), {})
-    objective = GaussianReverse(tempered)
-    objective.setup(2, call.density.layout, grid[0, 0])
-    draws = torch.randn(3, 2, 60, 4, 1)
-    objective.fit.update(*draws, torch.ones(60, 4, dtype=torch.bool), torch.full((2, 1), 0.1))
+    eta = torch.full((2, 1), 0.1)
+    objective = weighed_by(GaussianReverse(tempered), learned(Call.of(model, (4,), {}).density.layout, eta, False))
     u, noise = grid[:, :1].unsqueeze(0), grid[:, 1:].T.reshape(2, 1, -1, 1)
     beta = torch.tensor([0.4, 1.0]) if tempered else None
     runner = Runner(call.density, Langevin(0.1), objective, base=PriorBase(), beta=beta)
-    result = run(runner, u, torch.full((2, 1), 0.1), noise)
+    result = run(runner, u, eta, noise)
     log_w = call.density(result.end) + result.increment - dist.Normal(0.0, 1.0).log_prob(u[..., 0])
     assert (weight * log_w.squeeze(0).exp()).sum().log().item() == pytest.approx(evidence, abs=1e-3)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_least_squares(dense: bool):
+    """The coefficients that made-up steps were made with, rows that are not valid left out."""
+    layout, eta = density(curved, False).layout, torch.full((2, 2), 0.1)
+    u, slope = torch.randn(2, 4000, 3, 2), torch.randn(2, 4000, 3, 2)
+    target = 2.0 + 0.5 * u - 0.3 * slope + torch.randn_like(u) / (2 * eta[0]).sqrt()
+    valid = torch.rand(4000, 3) < 0.9
+    before = u + 0.2 * (target - slope)
+    before[:, ~valid] = 100.0
+    fit = Fit(layout, eta, dense)
+    for part in (slice(1000), slice(1000, 4000)):
+        fit.update(before[:, part], u[:, part], 0.2 * slope[:, part], valid[part])
+    intercept, slopes, whiten = fit.solve()
+    eye = torch.eye(2)
+    wanted = torch.cat([0.5 * eye, -0.3 * eye]) if dense else torch.tensor([[0.5, 0.5], [-0.3, -0.3]])
+    torch.testing.assert_close(intercept, torch.full_like(intercept, 2.0), atol=0.1, rtol=0)
+    torch.testing.assert_close(slopes, wanted.expand_as(slopes), atol=0.1, rtol=0)
+    torch.testing.assert_close(whiten, (eye if dense else torch.ones(2)).expand_as(whiten), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("precisions", [[25.0]], ids=str)
@@ -238,7 +258,7 @@ def test_tuned_step_is_the_best_with_noise(precisions: list[float]):
     pyro.set_rng_seed(0)
     steps, (model, evidence) = 25, posterior(precisions)
     best = min(np.linspace(0.02, 0.4, 2000) ** 2 / 2, key=lambda eta: kl(eta, steps, precisions))
-    objective = GaussianReverse(fresh=512, memory=2**17)
+    objective = GaussianReverse(fresh=512)
     guide = ShortRunGuide(
         model, num_steps=steps, dynamics=Langevin(StepSize(best / 2, max=4 * best)), objective=objective
     )
@@ -252,39 +272,31 @@ def test_tuned_step_is_the_best_with_noise(precisions: list[float]):
     assert bound == pytest.approx(evidence - kl(eta, steps, precisions), abs=0.02)
 
 
-def test_a_run_is_weighed_by_others():
-    """In training by pilots made right before it, in eval mode by all earlier runs; then nothing is learned."""
-    model, _ = posterior([4.0])
-    guide = ShortRunGuide(model, num_steps=3, dynamics=Langevin(StepSize(0.05)), objective=GaussianReverse(pilots=64))
-    guide.setup()
-    fit = guide.objective.fit
-    guide.log_weight(num_particles=8)
-    assert fit.seen.item() == 64 + 8
-    guide.log_weight(num_particles=8)
-    assert fit.seen.item() == 72 + 64 * 4 + 8
-    guide.eval()
-    known = [t.clone() for t in fit.solution]
-    guide.log_weight(num_particles=8)
-    assert fit.seen.item() == 72 + 64 * 4 + 8
-    torch.testing.assert_close(known, list(fit.solution))
+def test_what_a_run_is_weighed_by_is_that_of_its_own_call():
+    """Bounds do not depend on earlier calls: other data, other steps, training."""
 
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.3), obs=x)
 
-def test_new_pilots_decide_in_training():
-    """Their solution is that of least squares on them, but for a few draws' worth of the past."""
-    objective = fitted(GaussianReverse(dense=False), 2)
-    fit = objective.fit
-    old = [t.clone() for t in fit.solution]
-    u = torch.randn(STEPS, 4000, 3, 2)
-    target = 0.5 * u + 2.0 + 0.1 * torch.randn_like(u)
-    fit.update(u, torch.randn_like(u), target, torch.ones(4000, 3, dtype=torch.bool), torch.full((STEPS, 2), 0.1))
-    moments = fit.moments.clone()
-    fit.prefer_new()
-    torch.testing.assert_close(fit.moments, moments)
-    intercept, at_u, at_slope, _ = fit.solution
-    torch.testing.assert_close(intercept, torch.full_like(intercept, 2.0), atol=0.02, rtol=0)
-    torch.testing.assert_close(at_u, torch.full_like(at_u, 0.5), atol=0.02, rtol=0)
-    torch.testing.assert_close(at_slope, torch.zeros_like(at_slope), atol=0.02, rtol=0)
-    assert not torch.allclose(old[0], intercept, atol=0.1)
+    def make() -> ShortRunGuide:
+        pyro.clear_param_store()
+        objective = GaussianReverse(pilots=2000)
+        return ShortRunGuide(model, num_steps=10, dynamics=Langevin(StepSize(0.02)), objective=objective)
+
+    def bound(guide: ShortRunGuide, x: float) -> float:
+        pyro.set_rng_seed(0)
+        return -ShortRunELBO(2000).loss(model, guide, torch.tensor(x))
+
+    fresh = bound(make(), 4.0)
+    guide = make()
+    bound(guide, 0.0)
+    SVI(model, guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO()).step(torch.tensor(0.0))
+    guide.dynamics.step_size.assign(torch.tensor([0.001]))
+    bound(guide, 0.0)
+    guide.dynamics.step_size.assign(torch.tensor([0.02]))
+    assert bound(guide, 4.0) == pytest.approx(fresh, rel=1e-4)
+    assert bound(guide.eval(), 4.0) == pytest.approx(fresh, rel=1e-4)
 
 
 @pytest.mark.parametrize("start", [AutoNormal, AutoIAFNormal, lambda model: Init(pyro.infer.autoguide.init_to_median)])
@@ -295,26 +307,6 @@ def test_reverse_takes_any_start_with_a_density(start):
     assert all(math.isfinite(svi.step()) for _ in range(3))
     with pytest.raises(NotImplementedError, match="everywhere"):
         ShortRunGuide(model, objective=GaussianReverse(True), start=AutoIAFNormal(model))()
-
-
-def test_state_of_the_reverse_is_saved():
-    model, _ = posterior([4.0])
-
-    def make() -> ShortRunGuide:
-        pyro.clear_param_store()
-        options = dict(dynamics=Langevin(StepSize(0.05)), objective=GaussianReverse(pilots=64))
-        return ShortRunGuide(model, num_steps=3, **options).setup()
-
-    guide = make()
-    guide.log_weight(num_particles=8)
-    state = guide.state_dict()
-    other = make()
-    other.load_state_dict(state)
-    found = []
-    for one in (guide, other):
-        pyro.set_rng_seed(3)
-        found.append(one.eval().log_weight(num_particles=4))
-    torch.testing.assert_close(*found)
 
 
 # ---------------------------------------------------------------- Mixture
@@ -460,8 +452,13 @@ def test_refusals():
         Hamiltonian(0.1, damping=1.5)
     with pytest.raises(ValueError, match="at least 2"):
         Mixture(1)
-    with pytest.raises(ValueError, match="pilots"):
-        GaussianReverse(pilots=0)
+    for wrong in (0, 10.5, "a", True):
+        with pytest.raises(ValueError, match="pilots"):
+            GaussianReverse(pilots=wrong)
+        with pytest.raises(ValueError, match="num_runs"):
+            Mixture(wrong if wrong else 0.5)
+    with pytest.raises(ValueError, match="tempered"):
+        GaussianReverse(PathDensity())
     for objective in (Mixture(4), GaussianReverse()):
         with pytest.raises(ValueError, match="noise"):
             ShortRunGuide(model, dynamics=Langevin(0.1, noise=False), objective=objective)
@@ -577,3 +574,62 @@ def test_a_first_guess_of_the_step_is_backed_off(name: str):
     assert all(math.isfinite(svi.step()) for _ in range(5))
     assert "dynamics" in options or guide.step_sizes() < 0.1
     assert all(v.isfinite().all() for v in guide().values())
+
+
+# ---------------------------------------------------------------- what a weight is worth
+
+
+def masked() -> None:
+    """log p(x) = -1.4305; the other latent is out of the density."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with poutine.mask(mask=False):
+        pyro.sample("m", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z, 0.5), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_masked_latents(name: str):
+    """Do not count, or are refused by name."""
+    options = OBJECTIVES[name]()
+    guide = ShortRunGuide(masked, num_steps=20, **options)
+    if name in ("annealed", "hamiltonian"):
+        weights = guide.log_weight(num_particles=4000).detach()
+        assert weights.mean() < -1.43 and (weights.logsumexp(0) - math.log(4000)).item() == pytest.approx(
+            -1.4305, abs=0.1
+        )
+        return
+    with pytest.raises(NotImplementedError, match="'m' lies in poutine.mask"):
+        guide.log_weight()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_only_importance_weights_are_exported(name: str):
+    model, _ = posterior([4.0])
+    guide = ShortRunGuide(model, num_steps=3, **OBJECTIVES[name]())
+    stats = to_arviz(guide, num_samples=10, num_chains=2)["sample_stats"]
+    assert ("log_q" in stats) == (name not in ("mixture", "linearized"))
+
+
+def test_an_objective_for_two_models():
+    objective = GaussianReverse(pilots=64)
+    for precisions in ([4.0], [4.0, 9.0]):
+        model, _ = posterior(precisions)
+        guide = ShortRunGuide(model, num_steps=3 + len(precisions), step_size=0.01, objective=objective)
+        assert math.isfinite(guide.log_weight().item())
+
+
+def test_grid_with_pilots_in_any_order():
+    model, _ = posterior([25.0])
+    options = dict(dynamics=Langevin(StepSize(0.0074)), objective=GaussianReverse(pilots=1000))
+    guide = ShortRunGuide(model, num_steps=25, **options).setup()
+    found = set()
+    for factors in ((0.1, 1.0, 8.0), (8.0, 1.0, 0.1)):
+        for mode in (True, False):
+            guide.train(mode)
+            pyro.set_rng_seed(0)
+            found.add(tune_on_grid(guide, factors=factors, num_particles=500).best)
+    assert found == {1.0}
+    with pytest.raises(ValueError, match="max_invalid"):
+        tune_on_grid(guide, max_invalid=5)
+    with pytest.raises(ValueError, match="ShortRunGuide"):
+        tune_on_grid(AutoNormal(model))

@@ -71,7 +71,7 @@ from pyro_shortrun import (
 matplotlib.use("Agg")
 
 DIRECTIONS, LEVELS = 100, 1000
-START_PARTICLES, FIRST_STEP, PILOTS = 8, 0.1, 1024
+START_PARTICLES, FIRST_STEP = 8, 0.1
 Arrays = dict[str, np.ndarray]
 
 
@@ -112,7 +112,7 @@ def leapfrog() -> Hamiltonian:
 
 
 def learned_reverse() -> GaussianReverse:
-    return GaussianReverse(True, pilots=PILOTS, fresh=16)
+    return GaussianReverse(True, fresh=16)
 
 
 def shrink_steps(guide: ShortRunGuide, u: torch.Tensor) -> None:
@@ -152,11 +152,7 @@ def short_run(config: ShortRun, num_steps: int, compiles: bool, bound: Bound, me
     def step() -> None:
         svi.step(*bound.args)
 
-    pilots = guide.objective.wants_pilots(1)
-    if pilots:  # of the first call, and of every other one
-        step()
-        meter.spend(num_steps * (config.num_particles + pilots), draws)
-        pilots = guide.objective.wants_pilots(1)
+    pilots = guide.objective.fresh * 4 if isinstance(guide.objective, GaussianReverse) else 0
     train(step, optimiser, config.rate, num_steps * (config.num_particles + pilots), meter, draws)
     guide.eval()
     _, drawn = guide.weighted_draws(bound.args, {}, NUM_DRAWS)

@@ -131,19 +131,17 @@ WAYS: dict[str, Way] = {
     "PathDensity": Way(by_langevin(PathDensity), 0.25),
     "Linearized": Way(by_langevin(Linearized), 0.25),
     "Mixture(64)": Way(by_langevin(lambda: Mixture(64)), 0.25),
-    "GaussianReverse": Way(by_langevin(lambda: GaussianReverse(fresh=512, memory=2**17))),
+    "GaussianReverse": Way(by_langevin(lambda: GaussianReverse(fresh=512))),
     "Annealed": Way(by_langevin(Annealed)),
     "Annealed, Hamiltonian": Way(lambda _, step: {"dynamics": Hamiltonian(step), "objective": Annealed()}),
-    "GaussianReverse(tempered)": Way(by_langevin(lambda: GaussianReverse(True, fresh=128, memory=2**17))),
+    "GaussianReverse(tempered)": Way(by_langevin(lambda: GaussianReverse(True, fresh=128))),
 }
 LEARNED: dict[str, Way] = {
     "Annealed, AutoNormal": Way(by_langevin(Annealed, AutoNormal)),
-    "GaussianReverse, AutoNormal": Way(by_langevin(lambda: GaussianReverse(fresh=128, memory=2**17), AutoNormal)),
-    "GaussianReverse(tempered), AutoNormal": Way(
-        by_langevin(lambda: GaussianReverse(True, fresh=128, memory=2**17), AutoNormal)
-    ),
+    "GaussianReverse, AutoNormal": Way(by_langevin(lambda: GaussianReverse(fresh=128), AutoNormal)),
+    "GaussianReverse(tempered), AutoNormal": Way(by_langevin(lambda: GaussianReverse(True, fresh=128), AutoNormal)),
     "GaussianReverse(tempered), AutoMultivariateNormal": Way(
-        by_langevin(lambda: GaussianReverse(True, fresh=128, memory=2**17), AutoMultivariateNormal)
+        by_langevin(lambda: GaussianReverse(True, fresh=128), AutoMultivariateNormal)
     ),
 }
 
