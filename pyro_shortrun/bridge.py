@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .potential import Density
-from .steps import mean_over
+from .rows import keep_rows, mean_over
 
 State = tuple[Tensor, ...]
 
@@ -204,11 +204,6 @@ def _split(inputs: Sequence[Tensor], sizes: tuple[int, int, int], between: int) 
         parts.append(tuple(inputs[first : first + size]))
         first += size
     return *parts, tuple(inputs[first:])
-
-
-def keep_rows(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``a`` in these rows, ``b`` in the others, whatever dimensions follow."""
-    return torch.where(rows.reshape(*rows.shape, *((1,) * (a.dim() - rows.dim()))), a, b)
 
 
 def _kept(grad: Tensor, valid: Tensor) -> Tensor:

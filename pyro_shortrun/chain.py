@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from .base import Base
-from .bridge import Advance, Bridge, Retreat, keep_rows
+from .bridge import Advance, Bridge, Retreat
 from .dynamics import Dynamics
 from .noise import Drawn, Given, Noise
 from .objective import Objective
 from .potential import Density
-from .steps import Backward, Carry, Forward, Land, Last, Report, Rule, Tape, where_rows
+from .rows import keep_rows, where_rows
+from .steps import Backward, Carry, Forward, Land, Last, Report, Rule, Tape
 
 
 class Gradients(Enum):

@@ -19,6 +19,7 @@ from .dynamics import Dynamics
 from .logdet import LogDet
 from .objective import Objective
 from .potential import Density
+from .rows import mean_over, where_rows
 
 
 @dataclass(frozen=True)
@@ -248,13 +249,3 @@ def _partials(extra: Tensor, x: Tensor, eta: Tensor, alive: Tensor) -> tuple[Ten
         return torch.zeros_like(x), torch.zeros_like(eta)
     parts = torch.autograd.grad(extra.sum(), (x, eta), retain_graph=True, materialize_grads=True)
     return tuple(torch.where(alive.unsqueeze(-1) & p.isfinite(), p, torch.zeros_like(p)) for p in parts)  # type: ignore
-
-
-def where_rows(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``a`` in these rows, ``b`` in the others."""
-    return torch.where(rows.unsqueeze(-1), a, b)
-
-
-def mean_over(value: Tensor, rows: Tensor) -> Tensor:
-    """The mean of a value over these rows, 0 if there are none."""
-    return torch.where(rows, value, torch.zeros_like(value)).sum() / rows.sum().clamp(min=1)

@@ -258,11 +258,11 @@ def test_tuned_step_is_the_best_with_noise(precisions: list[float]):
     pyro.set_rng_seed(0)
     steps, (model, evidence) = 25, posterior(precisions)
     best = min(np.linspace(0.02, 0.4, 2000) ** 2 / 2, key=lambda eta: kl(eta, steps, precisions))
-    objective = GaussianReverse(fresh=512)
+    objective = GaussianReverse(fresh=2000)
     guide = ShortRunGuide(
         model, num_steps=steps, dynamics=Langevin(StepSize(best / 2, max=4 * best)), objective=objective
     )
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.02 ** (1 / 80)}), ShortRunELBO(200))
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.02 ** (1 / 80)}), ShortRunELBO(1000))
     for _ in range(80):
         svi.step()
     eta = guide.step_sizes().item()
