@@ -131,7 +131,7 @@ WAYS: dict[str, Way] = {
     "PathDensity": Way(by_langevin(PathDensity), 0.25),
     "Linearized": Way(by_langevin(Linearized), 0.25),
     "Mixture(64)": Way(by_langevin(lambda: Mixture(64)), 0.25),
-    "GaussianReverse": Way(by_langevin(lambda: GaussianReverse(fresh=2000)), 4.0),
+    "GaussianReverse": Way(by_langevin(lambda: GaussianReverse(pilots=2**14, fresh=2000)), 4.0),
     "Annealed": Way(by_langevin(Annealed)),
     "Annealed, Hamiltonian": Way(lambda _, step: {"dynamics": Hamiltonian(step), "objective": Annealed()}),
     "GaussianReverse(tempered)": Way(by_langevin(lambda: GaussianReverse(True, fresh=128))),
