@@ -66,6 +66,8 @@ def tune_on_grid(
     check_count("num_particles", num_particles)
     if not 0 <= max_invalid <= 1:
         raise ValueError(f"max_invalid is a share between 0 and 1, got {max_invalid!r}.")
+    if not isinstance(factors, Sequence) or not all(isinstance(f, (int, float)) for f in factors):
+        raise ValueError(f"factors must be a sequence of numbers, got {factors!r}.")
     guide.setup(*args, **kwargs)
     step_size, random = guide.dynamics.step_size, get_rng_state()
     first = step_size.value.detach().clone()

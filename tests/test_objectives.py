@@ -631,5 +631,8 @@ def test_grid_with_pilots_in_any_order():
     assert found == {1.0}
     with pytest.raises(ValueError, match="max_invalid"):
         tune_on_grid(guide, max_invalid=5)
+    for factors in (1.0, ["a"]):
+        with pytest.raises(ValueError, match="factors"):
+            tune_on_grid(guide, factors=factors)
     with pytest.raises(ValueError, match="ShortRunGuide"):
         tune_on_grid(AutoNormal(model))
