@@ -275,6 +275,7 @@ class GaussianReverse(Annealed):
     """
 
     takes_masks = False
+    carries = True  # pilots cost more than the run
 
     def __init__(
         self,

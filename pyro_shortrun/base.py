@@ -28,9 +28,9 @@ class Base(ABC):
     is_weighted = False
 
     @property
-    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """What ``q_0`` depends on and is to be differentiated in."""
+        return ()
 
     @abstractmethod
     def evaluate(
@@ -51,10 +51,6 @@ class PriorBase(Base):
     """The model's own prior."""
 
     is_weighted = True
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return ()
 
     def evaluate(
         self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
@@ -87,10 +83,6 @@ class Untempered(Base):
     """Any density: targets are the model's alone."""
 
     is_weighted = True
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return ()
 
     def evaluate(
         self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool

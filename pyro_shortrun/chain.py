@@ -165,7 +165,7 @@ def run(
 
 def _walked(walk: _Walk, inputs: tuple[Tensor, ...], gradients: Gradients, taped: bool = False) -> tuple[Tensor, ...]:
     if gradients is Gradients.FULL:
-        return walk.forward(*inputs, graph=True, taped=taped)
+        return walk.forward(*inputs, graph=True)
     if gradients is Gradients.GUIDE and any(t.requires_grad for t in inputs):
         with torch.enable_grad():
             return _GuideOnly.apply(walk, *inputs)
@@ -188,8 +188,7 @@ def _cross(
         first = bridge.begin(runner.density, start, step_size, noise.block(0, 1)[0])
         values = bridge.values(step_size, beta)
         inputs = *first, *values, *bridge.tensors
-        walk = _BridgeWalk(runner, noise, bridge, (len(first), len(values)), step_size)
-        walk.keep_states = keep_states
+        walk = _BridgeWalk(runner, noise, bridge, (len(first), len(values)), step_size, keep_states)
         *last, total = _walked(walk, inputs, gradients, taped=bridge.learns)
         added = bridge.finish(first, tuple(last), step_size, log_q)
         increment = total if added is None else total + added
@@ -335,13 +334,21 @@ class _Segment:
 class _BridgeWalk(_Walk):
     """The loop over arrivals of a bridge."""
 
-    def __init__(self, runner: Runner, noise: Noise, bridge: Bridge, sizes: tuple[int, int], step_size: Tensor) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        noise: Noise,
+        bridge: Bridge,
+        sizes: tuple[int, int],
+        step_size: Tensor,
+        keep_states: bool,
+    ) -> None:
         """``sizes``: numbers of tensors in a state and of values that every arrival is given."""
-        super().__init__(runner, noise, (), False)
+        super().__init__(runner, noise, (), keep_states)
         self.bridge, self._steps = bridge, len(step_size)
         self._arrivals = len(step_size) + bridge.ends_at_arrival
-        self.constants = bridge.constants(step_size.detach())
-        self._sizes = *sizes, len(self.constants)
+        self._constants = bridge.constants(step_size.detach())
+        self._sizes = *sizes, len(self._constants)
         self._lag = 1 - bridge.offset
 
     def forward(self, *given: Tensor, graph: bool = False, taped: bool = False) -> tuple[Tensor, ...]:
@@ -391,7 +398,7 @@ class _BridgeWalk(_Walk):
     def _columns(self, first: int, last: int) -> tuple[Tensor, ...]:
         """Noise, values and constants of arrivals ``first .. last - 1``."""
         noise = self._departures(first, last) if self._padded is None else self._padded[first:last]
-        return noise, *(t[first:last] for t in (*self._values, *self.constants))
+        return noise, *(t[first:last] for t in (*self._values, *self._constants))
 
     def _departures(self, first: int, last: int) -> Tensor:
         """Noise of the steps that begin at these arrivals; after the last step there is none."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +46,6 @@ class Dynamics(PyroModule):
         """Standard normal noise of all steps, ``(num_steps, *like.shape)``."""
         return torch.randn((num_steps, *like.shape), dtype=like.dtype, device=like.device)
 
-    @abstractmethod
     def step(self, u: Tensor, grad: Tensor, step_size: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
         """The next state.
 
@@ -57,8 +55,8 @@ class Dynamics(PyroModule):
         :param noise: standard normal, same shape as ``u``.
         :param scale: ``(size,)`` factors of the gradient that undo the scaling of subsampled plates.
         """
+        raise NotImplementedError(f"a {type(self).__name__} step is not one of positions alone.")
 
-    @abstractmethod
     def log_abs_det(
         self,
         grad: Tensor,
@@ -73,6 +71,7 @@ class Dynamics(PyroModule):
 
         :param product: products with the Hessian of ``log pi`` at ``u``.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no log-determinant of a step.")
 
     def clipped(self, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
         """Where :meth:`step` is not the textbook's because a drift was limited, as ``grad``."""
@@ -235,18 +234,3 @@ class Hamiltonian(Dynamics):
     def kept(self) -> Tensor:
         """The part of the momentum that a step leaves, ``1 - delta``."""
         return 1 - self.share
-
-    def step(self, u: Tensor, grad: Tensor, step_size: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
-        raise NotImplementedError("a Hamiltonian step needs a momentum: it goes with objective=Annealed().")
-
-    def log_abs_det(
-        self,
-        grad: Tensor,
-        step_size: Tensor,
-        scale: Tensor,
-        product: Product,
-        layout: Layout,
-        logdet: LogDet,
-        probes: Tensor | None,
-    ) -> LogDetResult:
-        raise NotImplementedError("Hamiltonian dynamics goes with objective=Annealed().")

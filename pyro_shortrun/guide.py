@@ -371,7 +371,8 @@ class ShortRunGuide(AutoGuide):
         """Whether runs meet steps with ``eta * lambda_max(-H) >= 1``, whatever the objective will be."""
         chains = max(1, _PILOT_ROWS // max(call.density.layout.rows, 1))
         step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
-        judge = Langevin(self.dynamics.step_size, noise=self.dynamics.has_noise, max_drift=self.dynamics.max_drift)
+        # With a step size of its own, which is not used: a module that is given to another one changes its name.
+        judge = Langevin(noise=self.dynamics.has_noise, max_drift=self.dynamics.max_drift)
         with poutine.block():
             start = self._draw_start(call, chains, Gradients.NONE).state
             info = run(Runner(call.density, judge, PathDensity()), start, step_size).info

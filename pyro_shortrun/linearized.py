@@ -11,8 +11,8 @@ from torch import Tensor
 from .base import Base
 from .bridge import Bridge, Column, State
 from .dynamics import Dynamics
-from .mixture import PlainBridge
 from .objective import Objective
+from .plain import PlainBridge, check_whole
 from .potential import Density
 
 
@@ -20,12 +20,10 @@ from .potential import Density
 class LinearizedBridge(PlainBridge):
     """The state is ``(u_{k-1}, u_k, P_k)``."""
 
-    dynamics: Dynamics
     base: Base
 
     def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
-        if density.layout.is_arrow and (density.layout.drift_scale(start) != 1).any():
-            raise NotImplementedError("Linearized cannot weigh a subsampled model's global latents: use PathDensity().")
+        check_whole(density, "Linearized")
         return start, start, self.base.covariance(density, start)
 
     def evaluate(
@@ -66,7 +64,7 @@ class Linearized(Objective):
     along each run's own path, with ``P_0`` the covariance of the start; in nats, one value per row. Exact in
     expectation for Gaussian posteriors from a Gaussian start, with noise (unlike :class:`PathDensity`) and without, and
     equal to :class:`PathDensity` for ``Langevin(noise=False)``. Where the posterior is not Gaussian, ``E[log w]`` may
-    exceed ``log p(x)``, much so if it has several modes; use it to tune steps on well-behaved posteriors, never to
+    exceed ``log p(x)``; use it to tune steps on well-behaved posteriors, never to
     compare models, and no importance weights.
 
     The start must be :class:`Prior` (``P_0`` is then what its curvature at ``u_0`` says, exact for normal priors) or

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,38 +14,18 @@ from .base import Base
 from .bridge import Bridge, Column, State
 from .dynamics import Dynamics
 from .objective import Objective
+from .plain import PlainBridge, check_whole
 from .potential import Density
-from .steps import settings
-
-
-class PlainBridge(Bridge):
-    """Steps of the dynamics as they are, with nothing added along the way."""
-
-    dynamics: Dynamics
-
-    @cached_property
-    def key(self) -> tuple:
-        return type(self), self.dynamics, settings(self.dynamics)
-
-    def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-        return (step_size,)
-
-    def evaluate(
-        self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
-    ) -> tuple[Tensor, ...]:
-        return density.value_and_grad(u, create_graph)
 
 
 @dataclass(frozen=True)
 class MixtureBridge(PlainBridge):
     """The state is ``(u_{k-1}, u_k, mean of u_k given u_{k-1})``."""
 
-    dynamics: Dynamics
     copies: int
 
     def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
-        if density.layout.is_arrow and (density.layout.drift_scale(start) != 1).any():
-            raise NotImplementedError("Mixture cannot weigh a subsampled model's global latents: use PathDensity().")
+        check_whole(density, "Mixture")
         return start, start, torch.zeros_like(start)
 
     def move(

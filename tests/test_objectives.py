@@ -636,3 +636,53 @@ def test_grid_with_pilots_in_any_order():
             tune_on_grid(guide, factors=factors)
     with pytest.raises(ValueError, match="ShortRunGuide"):
         tune_on_grid(AutoNormal(model))
+
+
+def test_calls_between_tunings_make_no_pilots():
+    """They carry the increments of the last tuned run."""
+    model, _ = posterior([4.0])
+    guide = ShortRunGuide(model, num_steps=3, step_size=0.05, objective=GaussianReverse(pilots=64), tune_every=3)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    carried = []
+    for _ in range(6):
+        assert math.isfinite(svi.step())
+        carried.append(guide.info.carried)
+    assert carried == [False, True, True] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": Annealed(), "dynamics": Hamiltonian(0.1)}])
+def test_a_step_that_was_backed_off_is_still_the_guides_own(options: dict):
+    """It has one name in Pyro's store, in which SVI tunes it."""
+    model, _ = posterior([25.0])
+    guide = ShortRunGuide(model, num_steps=3, **(options or {"step_size": 0.1}))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step()
+    names = set(pyro.get_param_store().keys())
+    before = guide.step_sizes().clone()
+    svi.step()
+    assert set(pyro.get_param_store().keys()) == names and guide.step_sizes() != before
+    assert {n for n in names if "step_size" in n} == {"ShortRunGuide.dynamics.step_size.value"}
+
+
+def test_linearized_is_no_bound_where_there_are_modes():
+    """Above the evidence (by quadrature) on a posterior with several modes, where a bound is far below."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(10, 2, generator=generator) * 2
+    data = torch.tanh(weight @ torch.randn(2, generator=generator)) + 0.3 * torch.randn(10, generator=generator)
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(torch.tanh(weight @ z), 0.3).to_event(1), obs=data)
+
+    line = torch.linspace(-6, 6, 1001)
+    grid = torch.cartesian_prod(line, line)
+    joint = dist.Normal(torch.tanh(grid @ weight.T), 0.3).log_prob(data).sum(-1)
+    joint = joint + dist.Normal(0.0, 1.0).log_prob(grid).sum(-1)
+    evidence = (joint.logsumexp(0) + 2 * math.log(12 / 1000)).item()
+    bounds = []
+    for objective in (Linearized(), GaussianReverse()):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = ShortRunGuide(model, num_steps=25, dynamics=Langevin(StepSize(0.03)), objective=objective)
+        bounds.append(-ShortRunELBO(2000).loss(model, guide))
+    assert bounds[0] > evidence + 0.1 and bounds[1] < evidence - 1

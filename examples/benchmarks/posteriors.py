@@ -134,7 +134,7 @@ SHORT_RUN = [
         16,
     ),
 ]
-RECOMMENDED = "reverse, full"
+RECOMMENDED = "annealed, full"
 
 
 def short_run(config: ShortRun, num_steps: int, compiles: bool, bound: Bound, meter: Meter) -> Fitted:
@@ -154,7 +154,6 @@ def short_run(config: ShortRun, num_steps: int, compiles: bool, bound: Bound, me
 
     pilots = guide.objective.fresh * 4 if isinstance(guide.objective, GaussianReverse) else 0
     train(step, optimiser, config.rate, num_steps * (config.num_particles + pilots), meter, draws)
-    guide.eval()
     _, drawn = guide.weighted_draws(bound.args, {}, NUM_DRAWS)
     assert drawn.log_p is not None and drawn.log_q is not None and guide.info is not None
     note = f"{guide.info.noninvertible} singular rows" if guide.info.noninvertible else ""
