@@ -1,7 +1,7 @@
 """Short runs, AutoGuides, SVGD, NUTS and AutoDAIS on 16 posteriors of posteriordb, at equal numbers of gradients.
 
     python examples/benchmarks/posteriors.py --data FOLDER            # FOLDER holds load_data.py and posteriordb/
-    python examples/benchmarks/posteriors.py --data FOLDER --quick    # small budgets: about 20 minutes on one core
+    python examples/benchmarks/posteriors.py --data FOLDER --quick    # 40 000 gradients: about two hours on one core
     python examples/benchmarks/posteriors.py --smoke                  # seconds, on made-up data, without a reference
 
 One line per posterior and method. Training ends after a number of gradients of the model's log density (a run of K
@@ -15,9 +15,10 @@ and of AutoDAIS is trained by itself for a quarter of the budget, then with the 
     SW       sliced Wasserstein-1 distance to the reference draws, all standardised by the reference, 100 directions
     k-hat    Pareto shape of the log weights (ArviZ); below 0.7 importance sampling would mend the draws
 
-With `--jax-python`, a Python that has NumPyro, AutoDAIS takes part (base distribution: diagonal or full Gaussian).
-`distance.png` shows SW along training, a geometric mean over posteriors; a method keeps its last value where the clock
-stopped it.
+The output folder keeps what was measured: a call that was cut off goes on, and other `--methods` or `--only` add rows
+to a table of the same settings. With `--jax-python`, a Python that has NumPyro, AutoDAIS takes part (base distribution:
+diagonal or full Gaussian). `distance.png` shows SW along training, a geometric mean over posteriors; a method keeps its
+last value where the clock stopped it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,10 @@ from pyro_shortrun import (
     GaussianReverse,
     Hamiltonian,
     Langevin,
+    Linearized,
+    Mixture,
     PathDensity,
+    Prior,
     ShortRunELBO,
     ShortRunGuide,
     StepSize,
@@ -71,7 +75,7 @@ from pyro_shortrun import (
 matplotlib.use("Agg")
 
 DIRECTIONS, LEVELS = 100, 1000
-START_PARTICLES, FIRST_STEP = 8, 0.1
+START_PARTICLES, FIRST_STEP, LOSSES = 8, 0.1, 20
 Arrays = dict[str, np.ndarray]
 
 
@@ -83,7 +87,7 @@ class Budget:
     seconds: float
 
 
-FULL, QUICK, SMOKE = Budget(400_000, 60.0), Budget(40_000, 5.0), Budget(400, 5.0)
+FULL, QUICK, SMOKE = Budget(400_000, 1200.0), Budget(40_000, 120.0), Budget(400, 5.0)
 
 
 # ---------------------------------------------------------------- short runs
@@ -91,10 +95,10 @@ FULL, QUICK, SMOKE = Budget(400_000, 60.0), Budget(40_000, 5.0), Budget(400, 5.0
 
 @dataclass(frozen=True)
 class ShortRun:
-    """A configuration: a guide to start from, and the other keyword arguments of a ShortRunGuide."""
+    """A configuration: a guide to start from, or None for the prior, and other keyword arguments of a ShortRunGuide."""
 
     name: str
-    start: Callable[[Callable], Any]
+    start: Callable[[Callable], Any] | None
     options: Callable[[], dict[str, Any]]
     num_particles: int = 4
     rate: float = 0.02
@@ -134,15 +138,24 @@ SHORT_RUN = [
         16,
     ),
 ]
+SHORT_RUN += [
+    ShortRun("annealed, prior", None, lambda: {"dynamics": by_coordinate(), "objective": Annealed()}),
+    ShortRun("path density, prior", None, lambda: {"dynamics": by_coordinate(), "objective": PathDensity()}),
+    ShortRun("reverse, prior", None, lambda: {"dynamics": by_coordinate(), "objective": learned_reverse()}, 16),
+    ShortRun("linearized", AutoNormal, lambda: {"dynamics": by_coordinate(), "objective": Linearized()}),
+    ShortRun("mixture", AutoNormal, lambda: {"dynamics": by_coordinate(), "objective": Mixture(16)}, 1),
+]
 RECOMMENDED = "annealed, full"
 
 
 def short_run(config: ShortRun, num_steps: int, compiles: bool, bound: Bound, meter: Meter) -> Fitted:
-    options = {"start": config.start(bound.model), **config.options()}
+    start = Prior() if config.start is None else config.start(bound.model)
+    options = {"start": start, **config.options()}
     guide = ShortRunGuide(bound.model, num_steps=num_steps, compile=compiles, **options).setup(*bound.args)
-    started = fit_guide(guide.start, START_RATE, START_PARTICLES, bound, meter, ALONE)
-    shrink_steps(guide, bound.free(started(PROBE_DRAWS)[1]))
-    meter.restart()
+    if config.start is not None:
+        started = fit_guide(guide.start, START_RATE, START_PARTICLES, bound, meter, ALONE)
+        shrink_steps(guide, bound.free(started(PROBE_DRAWS)[1]))
+        meter.restart()
     optimiser = pyro.optim.ClippedAdam({"lr": config.rate})
     svi = SVI(bound.model, guide, optimiser, ShortRunELBO(config.num_particles))
 
@@ -152,12 +165,27 @@ def short_run(config: ShortRun, num_steps: int, compiles: bool, bound: Bound, me
     def step() -> None:
         svi.step(*bound.args)
 
+    train(step, optimiser, config.rate, num_steps * runs_of(guide, config.num_particles), meter, draws)
+    return fitted(guide, bound, NUM_DRAWS)
+
+
+def runs_of(guide: ShortRunGuide, num_particles: int) -> int:
+    """Runs that a step of training makes, pilots included."""
     pilots = guide.objective.fresh * 4 if isinstance(guide.objective, GaussianReverse) else 0
-    train(step, optimiser, config.rate, num_steps * (config.num_particles + pilots), meter, draws)
-    _, drawn = guide.weighted_draws(bound.args, {}, NUM_DRAWS)
-    assert drawn.log_p is not None and drawn.log_q is not None and guide.info is not None
-    note = f"{guide.info.noninvertible} singular rows" if guide.info.noninvertible else ""
-    return Fitted({k: v[None] for k, v in drawn.values.items()}, drawn.log_p - drawn.log_q, bool(note), note)
+    return num_particles * guide.objective.copies + pilots
+
+
+def fitted(guide: ShortRunGuide, bound: Bound, count: int) -> Fitted:
+    """Draws with their weights; of an objective that has none, its value in `LOSSES` calls."""
+    if guide.objective.weighs:
+        _, drawn = guide.weighted_draws(bound.args, {}, count)
+        assert drawn.log_p is not None and drawn.log_q is not None and guide.info is not None
+        note = f"{guide.info.noninvertible} singular rows" if guide.info.noninvertible else ""
+        return Fitted({k: v[None] for k, v in drawn.values.items()}, drawn.log_p - drawn.log_q, bool(note), note)
+    elbo = ShortRunELBO(num_particles=100)
+    values = torch.tensor([-elbo.loss(bound.model, guide, *bound.args) for _ in range(LOSSES)])
+    draws = guide.sample_posterior(*bound.args, num_samples=count)
+    return Fitted(draws, values, isinstance(guide.objective, Linearized), are_weights=False)
 
 
 # ---------------------------------------------------------------- figures of merit
@@ -253,7 +281,7 @@ def measure(row: Row, bound: Bound, fitted: Fitted, reference: Reference | None)
     if fitted.log_weights is not None:
         log_weights = fitted.log_weights.numpy()
         row.bound, row.error = float(log_weights.mean()), float(log_weights.std() / len(log_weights) ** 0.5)
-        row.khat = khat(log_weights) if np.isfinite(log_weights).all() else None
+        row.khat = khat(log_weights) if fitted.are_weights and np.isfinite(log_weights).all() else None
     draws = flat(bound, fitted.draws)
     if not all(np.isfinite(v).all() for v in draws.values()):
         row.note += " draws are not finite"
@@ -277,6 +305,27 @@ def cell(method: Method, name: str, bound: Bound, reference: Reference | None, b
     return row
 
 
+@dataclass
+class Results:
+    """Rows in a file, written after each; those of an earlier call with the same settings are kept."""
+
+    path: Path
+    settings: str
+
+    def __post_init__(self) -> None:
+        known = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.rows = [Row(**row) for row in known["rows"]] if known.get("settings") == self.settings else []
+
+    def has(self, posterior: str, method: str) -> bool:
+        return any((row.posterior, row.method) == (posterior, method) for row in self.rows)
+
+    def add(self, row: Row) -> None:
+        names = [*POSTERIORS, row.posterior]
+        self.rows = sorted([*self.rows, row], key=lambda r: names.index(r.posterior))
+        rows = [asdict(row) for row in self.rows]
+        self.path.write_text(json.dumps({"settings": self.settings, "rows": rows}, indent=1))
+
+
 # ---------------------------------------------------------------- summary and picture
 
 
@@ -287,14 +336,15 @@ def summary(rows: list[Row]) -> list[str]:
     methods = sorted(dict.fromkeys(r.method for r in rows), key=lambda m: m != RECOMMENDED)
 
     def wins(method: str, rival: str) -> str:
-        pairs = [(found[n, method].bound, found[n, rival].bound) for n in names if (n, rival) in found]
-        both = [(a, b) for a, b in pairs if a is not None and b is not None]
-        return f"{sum(a > b for a, b in both):2d} of {len(both):2d}" if both else "-"
+        both = [n for n in names if (n, method) in found and (n, rival) in found]
+        pairs = [(found[n, method].bound, found[n, rival].bound) for n in both]
+        pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
+        return f"{sum(a > b for a, b in pairs):2d} of {len(pairs):2d}" if pairs else "-"
 
     rivals = ["AutoNormal", "AutoDAIS", "AutoDAIS, full"]
     lines = [f"{'posteriors where':24s} " + " ".join(f"{'> ' + r:>16s}" for r in rivals) + "  mean < 0.2 geo-mean SW"]
     for method in methods:
-        own = [found[n, method] for n in names]
+        own = [found[n, method] for n in names if (n, method) in found]
         good = sum(r.mean is not None and r.mean < 0.2 for r in own)
         distances = [r.distance for r in own if r.distance]
         average = f"{math.exp(np.log(distances).mean()):11.4f}" if distances else f"{'-':>11s}"
@@ -395,20 +445,21 @@ def main() -> None:
     torch.set_num_threads(1)
     base = SMOKE if options.smoke else QUICK if options.quick else FULL
     budget = Budget(options.gradients or base.gradients, options.seconds or base.seconds)
+    settings = f"{budget.gradients} gradients or {budget.seconds:g} s a cell; K = {options.steps}; seed {options.seed}"
     options.output.mkdir(parents=True, exist_ok=True)
-    known, methods, rows = problems(options), chosen_methods(options), []
-    print(f"{budget.gradients} gradients or {budget.seconds:g} s a cell, {NUM_DRAWS} draws\n{Row.HEAD}")
+    known, methods = problems(options), chosen_methods(options)
+    results = Results(options.output / "results.json", settings)
+    print(f"{settings}; {NUM_DRAWS} draws\n{Row.HEAD}")
     for name, (bound, reference) in known.items():
         for method in tqdm(methods, desc=name, leave=False):
-            rows.append(cell(method, name, bound, reference, budget, options.seed))
-            tqdm.write(str(rows[-1]))
-    lines = summary(rows)
+            if not results.has(name, method.name):
+                results.add(row := cell(method, name, bound, reference, budget, options.seed))
+                tqdm.write(str(row))
+    lines = summary(results.rows)
     print("\n".join(["", *lines]))
-    head = f"{budget.gradients} gradients or {budget.seconds:g} s a cell; K = {options.steps}; seed {options.seed}"
-    (options.output / "table.txt").write_text("\n".join([head, Row.HEAD, *map(str, rows), "", *lines]) + "\n")
-    (options.output / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    (options.output / "table.txt").write_text("\n".join([settings, Row.HEAD, *map(str, results.rows), "", *lines, ""]))
     references = [reference for _, reference in known.values() if reference is not None]
-    draw_distances(rows, references, options.output / "distance.png")
+    draw_distances(results.rows, references, options.output / "distance.png")
 
 
 if __name__ == "__main__":

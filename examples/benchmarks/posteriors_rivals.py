@@ -80,13 +80,15 @@ class Bound:
 class Fitted:
     """Draws ``{site: (1, N, *shape)}`` and, where the method has a bound, log weights of fresh draws.
 
-    ``estimate`` tells that the log weights are not certain to be those of a bound, and ``note`` why.
+    ``estimate`` tells that the log weights are not certain to be those of a bound, and ``note`` why. Without
+    ``are_weights`` they are merely independent values whose mean is the bound.
     """
 
     draws: Draws
     log_weights: Tensor | None = None
     estimate: bool = False
     note: str = ""
+    are_weights: bool = True
 
 
 class Meter:
