@@ -213,6 +213,8 @@ class DensityGuide(AutoGuide):
 
     def __getstate__(self) -> dict:
         """Drop the model and what hangs on a call, without touching the live guide (Pyro's own AutoGuide does)."""
+        for parameter in self.parameters():  # the weak references of Pyro's store, as PyroModule does with its own
+            parameter.__dict__.pop("unconstrained", None)
         state = self.__dict__.copy()
         state.update(_model=None, _program=None, master=None, plates={}, _conditioned=None)
         state["_structures"] = {}
