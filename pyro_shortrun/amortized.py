@@ -275,7 +275,7 @@ class LangevinEncoderGuide(DensityGuide):
 
     def _begin(self, call: Call) -> None:
         features = self._features(call, False)
-        self.chain.setup(call.density.layout.size, features)
+        self.chain.setup(call.density.layout.size, features)  # a loaded state may replace all of this
         rows = len(features)
         if rows <= features.shape[-1]:
             rank = int(torch.linalg.matrix_rank(features))
@@ -286,6 +286,8 @@ class LangevinEncoderGuide(DensityGuide):
                     rows,
                     rank,
                 )
+        target = self._target(call, features)
+        self.chain.guess(target, self._start(call, target, 1))
 
     def _features(self, call: Call, trains: bool, check: bool = False) -> Tensor:
         """``g`` of the call's rows, ``(rows, d)``.
@@ -431,6 +433,8 @@ class AmortizedSampler(nn.Module):
             first = self._features(inputs)
         check_width(*first.shape)
         self.chain.setup(size, first)
+        target = self.chain.target(self._gradient, first)
+        self.chain.guess(target, target.at(self.chain.starts(1)))
 
     @property
     def psi(self) -> Tensor:

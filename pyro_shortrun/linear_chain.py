@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from .arguments import check_between, check_kind
 
 _GAIN = 0.1  # of the step size's adaptation
+_HALVINGS_AT_MOST = 40
+_HARDLY = 0.1
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,17 @@ class LinearChain(nn.Module):
             raise ValueError(f"the features' mean length is {length.item()}: check the features' net and the data.")
         self.phi = self.init_scale / length * features.new_empty(size, features.shape[-1]).normal_()
         self.log_step = torch.full_like(length, math.log(self.step_size))
+
+    @torch.no_grad()
+    def guess(self, target: LinearTarget, point: Point) -> None:
+        """Halve a first step size that adapts while proposals from here are hardly ever accepted."""
+        if self.target_accept_prob is None:
+            return
+        for _ in range(_HALVINGS_AT_MOST):
+            if self.run(target, point, 1).info.acceptance.item() > _HARDLY:
+                return
+            assert self.log_step is not None
+            self.log_step = self.log_step - math.log(2)
 
     def target(self, gradient: Callable[[Tensor], tuple[Tensor, Tensor]], features: Tensor) -> LinearTarget:
         """The density of the map for features that may be in a graph."""

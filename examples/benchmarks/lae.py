@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -75,7 +74,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
         left, right = softplus(-middle - half), softplus(middle - half)
         return (below & above) * inside - above * left - below * right
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         u = torch.rand(self._extended_shape(torch.Size(sample_shape)), device=self.loc.device).clamp(1e-6, 1 - 1e-6)
         x = (self.loc + u.logit() / self.precision).clamp(-1, 1)
         return ((x + 1) * 127.5).round() / 127.5 - 1
@@ -333,7 +332,7 @@ def judge(method: Method, test: Tensor, args: argparse.Namespace) -> dict[str, A
     values, ess, parts = [], [], []
     for i in range(0, len(few), 20):
         part = few[i : i + 20]
-        options = dict(num_samples=args.importance_samples, rounds=4)
+        options = dict(num_samples=args.importance_samples, rounds=6)
         found = importance_log_likelihood(method.model, {"z": draws[:, i : i + 20]}, part, **options)
         values.append(found.value)
         ess.append(found.ess)
@@ -386,8 +385,8 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     pyro.enable_validation(False)
     if args.quick:
-        args.images, args.epochs, args.width, args.seeds = 10_000, 20, 256, args.seeds[:1]
-        args.optimiser, args.lr, args.judge_every = "adam", 1e-3, 5
+        args.images, args.epochs, args.width, args.seeds = 5000, 20, 128, args.seeds[:1]
+        args.optimiser, args.lr, args.test_images, args.run_steps = "adam", 1e-3, 2000, 10
     if args.smoke:
         args.images, args.epochs, args.width, args.seeds, args.batch, args.latent = 200, 1, 64, [0], 50, 3
         args.likelihood_images, args.importance_samples, args.test_images, args.compile = 20, 20, 40, False
@@ -401,7 +400,8 @@ def main(args: argparse.Namespace) -> None:
         f"{len(train_x)} training images, {len(test_x)} test images, {args.epochs} epochs of {args.optimiser}, lr "
         f"{args.lr} (x {args.decay} for the last 30 %), batch {args.batch}, width {args.width}, latent {args.latent}",
         f"LAE: T = {args.transitions}, acceptance {args.accept}; encoder + LD: {args.steps} steps of {args.step_size}; "
-        f"short runs: {args.run_steps} steps of {args.run_step}; published on MNIST (1024, SGD, 50 epochs): {PUBLISHED}",
+        f"short runs: {args.run_steps} steps of {args.run_step}",
+        f"published -ELBO on MNIST (width 1024, SGD, 50 epochs): {PUBLISHED}",
         f"{'method':<15}{'seed':>5}{'-ELBO':>9}{'chains':>9}{'-log p(x)':>18}{'ess':>7}{'s/epoch':>9}",
     ]
     print("\n".join(lines), flush=True)
@@ -432,8 +432,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     out.add_argument("--images", type=int, default=0, help="training images, 0 for all")
     out.add_argument("--test-images", type=int, default=0, help="for the -ELBO, 0 for all")
-    out.add_argument("--likelihood-images", type=int, default=200, help="for importance sampling and chains")
-    out.add_argument("--importance-samples", type=int, default=300)
+    out.add_argument("--likelihood-images", type=int, default=100, help="for importance sampling and chains")
+    out.add_argument("--importance-samples", type=int, default=500)
     out.add_argument("--epochs", type=int, default=50)
     out.add_argument("--judge-every", type=int, default=5, help="epochs from one test -ELBO to the next (lae.json)")
     out.add_argument("--batch", type=int, default=100)
@@ -444,7 +444,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--decay", type=float, default=1.0, help="factor of lr in the last 30 %% of the epochs")
     out.add_argument("--transitions", type=int, default=2, help="T of LAE")
     out.add_argument("--lae-step", type=float, default=1e-4, help="first eta of LAE")
-    out.add_argument("--accept", type=float, default=0.574, help="acceptance that eta adapts to; 0 for a fixed eta")
+    out.add_argument("--accept", type=float, default=0.9, help="acceptance that eta adapts to; 0 for a fixed eta")
     out.add_argument("--steps", type=int, default=2, help="Langevin steps from the encoder")
     out.add_argument("--step-size", type=float, default=1e-3, help="their eta")
     out.add_argument("--run-steps", type=int, default=20, help="steps of short runs")
@@ -452,7 +452,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--compile", action="store_true", help="compiled steps (some minutes per method; pays on a GPU)")
     out.add_argument("--output", default="lae-output")
     out.add_argument("--threads", type=int, default=1)
-    out.add_argument("--quick", action="store_true", help="10,000 images, 20 epochs of Adam, width 256, one seed")
+    out.add_argument("--quick", action="store_true", help="5000 images, 20 epochs of Adam, width 128, one seed")
     out.add_argument("--smoke", action="store_true", help="tiny settings, to see that it runs")
     return out
 
