@@ -195,13 +195,19 @@ class LangevinEncoderGuide(DensityGuide):
         :param thinning: transitions from one draw to the next.
         :return: dict from site to ``(num_chains, num_samples, *site shape)``.
         """
-        check_count("num_samples", num_samples)
+        return self.chain_draws(args, kwargs, num_samples, num_chains, warmup_steps, thinning)[1]
+
+    def chain_draws(
+        self, args: tuple, kwargs: dict, num_samples: int, num_chains: int, warmup_steps: int = 200, thinning: int = 1
+    ) -> tuple[Call, dict[str, Tensor], Tensor]:
+        """The call, :meth:`sample_posterior`'s draws, and the log density of each, ``(num_chains, num_samples)``; for
+        exporters."""
         with torch.no_grad(), ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
-            states = self._states(call, num_samples, num_chains, warmup_steps, thinning)
+            states, density = self._states(call, num_samples, num_chains, warmup_steps, thinning)
             parts = [self._sites(call, part)[0] for part in states.flatten(0, 1).split(_DRAWS_AT_ONCE)]
         joined = {k: torch.cat([p[k].detach() for p in parts]) for k in parts[0]}
-        return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in joined.items()}
+        return call, {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in joined.items()}, density
 
     def moments(
         self,
@@ -214,9 +220,8 @@ class LangevinEncoderGuide(DensityGuide):
     ) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation of every row in unconstrained space, ``(rows, size)`` each, from chains
         as in :meth:`sample_posterior`; for :meth:`log_bound`."""
-        check_count("num_samples", num_samples)
         with torch.no_grad(), ordinary_autograd(), poutine.block():
-            states = self._states(self._bind(args, kwargs), num_samples, num_chains, warmup_steps, thinning)
+            states, _ = self._states(self._bind(args, kwargs), num_samples, num_chains, warmup_steps, thinning)
         flat = states.flatten(0, 1)
         return flat.mean(0), flat.std(0)
 
@@ -344,16 +349,18 @@ class LangevinEncoderGuide(DensityGuide):
             )
         return point
 
-    def _states(self, call: Call, samples: int, chains: int, warmup: int, thinning: int) -> Tensor:
-        """Draws of fresh chains, ``(chains, samples, rows, size)``."""
-        for name, count in (("num_chains", chains), ("thinning", thinning), ("warmup_steps", warmup + 1)):
+    def _states(self, call: Call, samples: int, chains: int, warmup: int, thinning: int) -> tuple[Tensor, Tensor]:
+        """Draws of fresh chains, ``(chains, samples, rows, size)``, and their log densities."""
+        for name, count in (("num_samples", samples), ("num_chains", chains), ("thinning", thinning)):
             check_count(name, count)
+        check_count("warmup_steps", warmup + 1)
         features = self._features(call, False, check=True)
         target = self._target(call, features)
         begun = self.chain.run(target, self._start(call, target, chains), warmup, adapts=True)
         run = self.chain.run(target, begun.point, samples * thinning, log_step=begun.log_step, keep_every=thinning)
         self.info = run.info
-        return torch.stack([features @ phi.mT for phi in run.phis], 1)
+        states = torch.stack([features @ phi.mT for phi, _ in run.kept], 1)
+        return states, torch.stack([value for _, value in run.kept], 1)
 
     def _sites(self, call: Call, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Site values at states ``(chains, rows, size)`` and ``log |dz/du|``; gradients reach ``u`` alone."""

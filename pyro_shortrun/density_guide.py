@@ -148,8 +148,8 @@ class DensityGuide(AutoGuide):
         structure = self._structures[signature]
         call = Call(program, bind, reading, density_of(program, structure, bind, self._compiler), spare=[reading])
         if self._first is None:
-            self._first = structure
             self._begin(call)
+            self._first = structure
             call.density.warn_if_rows_mix(structure.layout.pack(reading.unconstrained).unsqueeze(0).detach())
         self._prepare(call)
         return call

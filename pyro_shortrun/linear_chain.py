@@ -191,12 +191,13 @@ def _where(chains: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class LinearRun(NamedTuple):
-    """The end of a run, the adapted ``log eta``, and what happened; ``phis`` are the maps asked for, in order."""
+    """The end of a run, the adapted ``log eta``, and what happened; ``kept`` are the maps that were asked for, in
+    order, each with ``L``, ``(chains,)``."""
 
     point: Point
     log_step: Tensor
     info: AmortizedInfo
-    phis: list[Tensor]
+    kept: list[tuple[Tensor, Tensor]]
 
 
 class LinearChain(nn.Module):
@@ -288,7 +289,7 @@ class LinearChain(nn.Module):
         assert log_step is not None
         rows = len(target.features)
         wanted = self.target_accept_prob if adapts else None
-        values, accepts, phis, frozen = [point.value.mean()], [], [], torch.zeros_like(point.value[:, 0])
+        values, accepts, kept, frozen = [point.value.mean()], [], [], torch.zeros_like(point.value[:, 0])
         for k in range(num_steps):
             eps = target.noise(point.phi) if noise is None else noise[k]
             uniform = torch.rand_like(frozen).log() if log_uniform is None else log_uniform[k]
@@ -299,11 +300,11 @@ class LinearChain(nn.Module):
             if wanted is not None:
                 log_step = log_step + _GAIN * (accepts[-1] - wanted)
             if keep_every and (k + 1) % keep_every == 0:
-                phis.append(point.phi)
+                kept.append((point.phi, point.value.sum(-1)))
         norm = point.phi.flatten(1).norm(dim=-1).mean()
         accepted = torch.stack(accepts) if accepts else frozen[:0]
         info = AmortizedInfo(torch.stack(values), accepted, norm, log_step.exp(), frozen.sum())
-        return LinearRun(point, log_step, info, phis)
+        return LinearRun(point, log_step, info, kept)
 
 
 def check_features(features: Any, like: Tensor, shape: tuple[int, ...]) -> None:
