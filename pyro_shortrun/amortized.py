@@ -70,7 +70,7 @@ class LangevinEncoderGuide(DensityGuide):
     *Gradients.* The loss is evaluated once, at the last map: its gradient reaches the model's parameters as
     ``grad_theta log p_theta(x, z)`` at fixed z, and the features' parameters through ``z = Phi g(x)`` at fixed ``Phi``.
     Nothing is differentiated through the transitions. (The paper averages over the T maps of a call; one of them has
-    the same expectation under the chain's law, at one pass instead of T.)
+    the same expectation under the chain's stationary law, at one pass instead of T.)
 
     *What the loss is.* The "ELBO" that ``Trace_ELBO`` reports is :math:`\sum_i \log\pi_i(\Phi g_i)`: a draw of the
     expected log joint, without an entropy. It is the objective of Monte Carlo EM, no bound on ``log p(x)``, and not to

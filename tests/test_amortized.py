@@ -31,7 +31,9 @@ from pyro_shortrun.linear_chain import Basis, Everywhere, LinearChain, LinearTar
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-ETA = torch.tensor(0.03)
+
+def eta(value: float = 0.03) -> Tensor:
+    return torch.tensor(value)
 
 
 def net(width: int = 12, inputs: int = 2) -> nn.Module:
@@ -61,11 +63,11 @@ def test_a_transition_is_langevin_preconditioned_by_the_gram_matrix(width):
     """u' = u + eta K grad log pi(u) + sqrt(2 eta) xi, with xi ~ N(0, K) over rows; whatever the rank of K."""
     goal = target(3, width)
     point, noise = goal.at(torch.randn(4, 2, width)), torch.randn(4, 2, width)
-    moved = goal.move(point, ETA, noise, None)
+    moved = goal.move(point, eta(), noise, None)
     u = goal.features @ point.phi.mT
     gram = goal.features @ goal.features.T
     xi = torch.einsum("id,csd->cis", goal.features, noise)
-    expected = u + ETA * gram @ skewed(u)[1] + (2 * ETA).sqrt() * xi
+    expected = u + eta() * gram @ skewed(u)[1] + (2 * eta()).sqrt() * xi
     torch.testing.assert_close(goal.features @ moved.point.phi.mT, expected)
     torch.testing.assert_close(moved.point.value, skewed(expected)[0])
     draws = torch.randn(20_000, 2, width) @ goal.features.T  # xi's covariance, within 5 standard errors
@@ -75,7 +77,7 @@ def test_a_transition_is_langevin_preconditioned_by_the_gram_matrix(width):
 def log_f(goal: LinearTarget, begin: Tensor, end: Tensor) -> Tensor:
     """log density of the proposal from the map ``begin`` to ``end``, whose ``A`` are given."""
     at = begin if goal.basis is None else begin @ goal.basis.T
-    return Normal(begin + ETA * goal.at(at).pull, (2 * ETA).sqrt()).log_prob(end).sum((-1, -2))
+    return Normal(begin + eta() * goal.at(at).pull, (2 * eta()).sqrt()).log_prob(end).sum((-1, -2))
 
 
 def maps(goal: LinearTarget, a: Tensor) -> Tensor:
@@ -91,8 +93,8 @@ def test_acceptance_has_the_reverse_mean_at_the_proposal(basis):
     goal = target(basis=basis)
     a = states(goal, 50)
     point, noise = goal.at(maps(goal, a)), torch.randn_like(a)
-    accept = goal.move(point, ETA, noise, torch.zeros(50)).accept
-    there = a + ETA * point.pull + (2 * ETA).sqrt() * noise
+    accept = goal.move(point, eta(), noise, torch.zeros(50)).accept
+    there = a + eta() * point.pull + (2 * eta()).sqrt() * noise
     log_pi = goal.at(maps(goal, there)).value.sum(-1) - point.value.sum(-1)
     ratio = log_pi + log_f(goal, there, a) - log_f(goal, a, there)
     assert (ratio < 0).any() and (ratio > 0).any()
@@ -107,8 +109,8 @@ def test_detailed_balance(basis):
 
     def flow(begin: Tensor, end: Tensor) -> Tensor:
         point = goal.at(maps(goal, begin))
-        noise = (end - begin - ETA * point.pull) / (2 * ETA).sqrt()
-        accept = goal.move(point, ETA, noise, torch.zeros(200)).accept
+        noise = (end - begin - eta() * point.pull) / (2 * eta()).sqrt()
+        accept = goal.move(point, eta(), noise, torch.zeros(200)).accept
         return point.value.sum(-1) + log_f(goal, begin, end) + accept.log()
 
     torch.testing.assert_close(flow(here, there), flow(there, here))
@@ -117,8 +119,8 @@ def test_detailed_balance(basis):
 def test_small_steps_are_accepted_and_one_decision_is_made_for_all_rows():
     goal = target()
     point, noise = goal.at(0.4 * torch.randn(20, 2, 5)), torch.randn(20, 2, 5)
-    assert goal.move(point, torch.tensor(1e-8), noise, torch.zeros(20)).accept.min() > 0.99
-    moved = goal.move(point, torch.tensor(0.1), noise, torch.full((20,), 0.5).log())
+    assert goal.move(point, eta(1e-8), noise, torch.zeros(20)).accept.min() > 0.99
+    moved = goal.move(point, eta(0.1), noise, torch.full((20,), 0.5).log())
     stays = moved.accept < 0.5
     assert 0 < stays.sum() < 20
     torch.testing.assert_close(moved.point.phi[stays], point.phi[stays])
@@ -153,8 +155,8 @@ def test_whitened_rows_move_by_plain_langevin():
     goal = target(3, 7, Whitened(1e-9))
     point, noise = goal.at(torch.randn(4, 2, 7)), torch.randn(4, 2, 3)
     u = goal.features @ point.phi.mT
-    moved = goal.features @ goal.move(point, ETA, noise, None).point.phi.mT
-    torch.testing.assert_close(moved, u + ETA * skewed(u)[1] + (2 * ETA).sqrt() * noise.mT, rtol=1e-5, atol=1e-6)
+    moved = goal.features @ goal.move(point, eta(), noise, None).point.phi.mT
+    torch.testing.assert_close(moved, u + eta() * skewed(u)[1] + (2 * eta()).sqrt() * noise.mT, rtol=1e-5, atol=1e-6)
 
 
 def test_a_proposal_that_is_not_finite_is_not_made():
@@ -164,7 +166,7 @@ def test_a_proposal_that_is_not_finite_is_not_made():
     goal = LinearTarget(cliff, torch.eye(2))
     point, noise = goal.at(-torch.ones(2, 1, 2)), torch.tensor([[[-1.0, -1.0]], [[9.0, 9.0]]])
     for log_uniform in (None, torch.full((2,), -9.0)):
-        moved = goal.move(point, torch.tensor(0.5), noise, log_uniform)
+        moved = goal.move(point, eta(0.5), noise, log_uniform)
         assert moved.finite.tolist() == [True, False]
         assert moved.point.phi.isfinite().all() and torch.equal(moved.point.phi[1], point.phi[1])
 
@@ -174,8 +176,8 @@ def test_a_proposal_that_is_not_finite_is_not_made():
 
 def waves(x: Tensor) -> Tensor:
     """Random features, nearly orthogonal ones for rows that are not too close."""
-    generator = torch.Generator().manual_seed(0)
-    weights, phase = (torch.randn(n, 60, generator=generator, dtype=torch.float64) for n in (x.shape[-1], 1))
+    options = dict(generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
+    weights, phase = (torch.randn(n, 60, **options) for n in (x.shape[-1], 1))
     return torch.cos(x @ weights.to(x) + 6 * phase.to(x))
 
 
@@ -320,6 +322,9 @@ def test_svi_sees_features_and_decoder_and_training_works():
         svi.step(x.roll(20 * k, 0)[:20])
     error = (decoder(guide.encode(x)["z"]) - x).square().mean()
     assert 0.3**2 / 3 < error < 0.2 * x.var()
+    names = set(pyro.get_param_store().keys())
+    assert any("features" in k for k in names) and any("decoder" in k for k in names)
+    assert not any("chain" in k for k in names)
 
 
 def test_a_constrained_latent_and_two_sites():
