@@ -8,7 +8,7 @@
     encoder + LD   its draws moved by a few Langevin steps for the decoder's gradient; the encoder trained by the ELBO
                    (Hoffman, ICML 2017)
     LAE            amortised Langevin dynamics: the encoder's last linear map is a Markov chain (LangevinEncoderGuide)
-    LAE, whitened  the same with all rows moving at one pace (basis=Whitened())
+    LAE, whitened  the same with all rows moving at one pace (basis=Whitened(0.1))
     short runs     no encoder: a Langevin run from the prior for every batch (ShortRunGuide)
 
 Pixels in [-1, 1] have a discretised logistic likelihood with one precision. Every number is in nats per pixel, lower is
@@ -244,7 +244,7 @@ class LAE(Method):
 
 
 class WhitenedLAE(LAE):
-    basis = Whitened()
+    basis = Whitened(0.1)
 
 
 class ShortRuns(Method):
@@ -444,7 +444,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--decay", type=float, default=1.0, help="factor of lr in the last 30 %% of the epochs")
     out.add_argument("--transitions", type=int, default=2, help="T of LAE")
     out.add_argument("--lae-step", type=float, default=1e-4, help="first eta of LAE")
-    out.add_argument("--accept", type=float, default=0.9, help="acceptance that eta adapts to; 0 for a fixed eta")
+    out.add_argument("--accept", type=float, default=0.98, help="acceptance that eta adapts to; 0 for a fixed eta")
     out.add_argument("--steps", type=int, default=2, help="Langevin steps from the encoder")
     out.add_argument("--step-size", type=float, default=1e-3, help="their eta")
     out.add_argument("--run-steps", type=int, default=20, help="steps of short runs")
