@@ -16,6 +16,7 @@ better, on test images:
 
     -ELBO          one draw of the paper's q: the encoder's Gaussian; for LAE N(Phi g(x), 0.05^2); for short runs the
                    guide's own bound, on fewer images
+    on few         the same on the --likelihood-images images that the next two columns are for
     chains         -ELBO of LAE with mean and standard deviation of chains on the test batch
     -log p(x)      importance sampling around each method's draws, refitted (evaluation.importance_log_likelihood): the
                    column that treats all alike; ess is its effective sample size for the worst 5 % of the images
@@ -340,6 +341,7 @@ def judge(method: Method, test: Tensor, args: argparse.Namespace) -> dict[str, A
     error = torch.cat(parts).square().sum().sqrt().item() / len(few) / PIXELS[0]
     return {
         "bound": per_pixel(method.bound(test)),
+        "few": per_pixel(torch.cat([method.bound(few) for _ in range(4)])),
         "refined": None if refined is None else per_pixel(refined),
         "likelihood": per_pixel(torch.cat(values)),
         "error": error,
@@ -370,7 +372,8 @@ def load(path: str | None) -> tuple[Tensor, Tensor]:
 def row(name: str, seed: str, r: dict[str, Any]) -> str:
     refined = f"{r['refined']:.4f}" if r["refined"] is not None else "-"
     likelihood = f"{r['likelihood']:.4f} +- {r['error']:.4f}"
-    return f"{name:<15}{seed:>5}{r['bound']:>9.4f}{refined:>9}{likelihood:>18}{r['ess']:>7.0f}{r['seconds']:>9.1f}"
+    bounds = f"{r['bound']:>9.4f}{r['few']:>9.4f}{refined:>9}"
+    return f"{name:<15}{seed:>5}{bounds}{likelihood:>18}{r['ess']:>7.0f}{r['seconds']:>9.1f}"
 
 
 def summary(name: str, rows: list[dict[str, Any]]) -> str:
@@ -402,7 +405,7 @@ def main(args: argparse.Namespace) -> None:
         f"LAE: T = {args.transitions}, acceptance {args.accept}; encoder + LD: {args.steps} steps of {args.step_size}; "
         f"short runs: {args.run_steps} steps of {args.run_step}",
         f"published -ELBO on MNIST (width 1024, SGD, 50 epochs): {PUBLISHED}",
-        f"{'method':<15}{'seed':>5}{'-ELBO':>9}{'chains':>9}{'-log p(x)':>18}{'ess':>7}{'s/epoch':>9}",
+        f"{'method':<15}{'seed':>5}{'-ELBO':>9}{'on few':>9}{'chains':>9}{'-log p(x)':>18}{'ess':>7}{'s/epoch':>9}",
     ]
     print("\n".join(lines), flush=True)
     records: dict[str, list[dict[str, Any]]] = {}
