@@ -7,6 +7,7 @@ can be tuned variationally. See :class:`ShortRunGuide`.
 
 from .adaptation import Dense, Diagonal, Identity
 from .ais import ais
+from .amortized import AmortizedSampler, LangevinEncoderGuide
 from .annealed import Annealed, GaussianReverse
 from .anomaly import anomaly_score
 from .diagnostics import to_arviz
@@ -16,6 +17,7 @@ from .energy import EnergyELBO, Replay
 from .grid import Grid, tune_on_grid
 from .guide import ShortRunGuide
 from .kernel import ShortRunLangevin
+from .linear_chain import Span, Whitened
 from .linearized import Linearized
 from .logdet import Exact, Lanczos
 from .mixture import Mixture
@@ -35,6 +37,7 @@ __all__ = [
     "Linearized",
     "Hamiltonian",
     "GaussianReverse",
+    "AmortizedSampler",
     "Annealed",
     "Dense",
     "Diagonal",
@@ -46,6 +49,7 @@ __all__ = [
     "Init",
     "Lanczos",
     "Langevin",
+    "LangevinEncoderGuide",
     "Objective",
     "PathDensity",
     "Persistent",
@@ -54,8 +58,10 @@ __all__ = [
     "ShortRunELBO",
     "ShortRunGuide",
     "ShortRunLangevin",
+    "Span",
     "StepSize",
     "VectorizedMCMC",
+    "Whitened",
     "ais",
     "anomaly_score",
     "energy_prior",

@@ -13,6 +13,7 @@ from pyro.infer import MCMC
 from pyro.infer.mcmc.api import StreamingMCMC
 from torch import Tensor
 
+from .amortized import LangevinEncoderGuide
 from .arguments import check_count
 from .guide import ShortRunGuide
 from .interop import ordinary_autograd, plain
@@ -48,7 +49,7 @@ class _Axes:
 
 
 def to_arviz(
-    source: ShortRunGuide | MCMC | VectorizedMCMC,
+    source: ShortRunGuide | LangevinEncoderGuide | MCMC | VectorizedMCMC,
     *args: Any,
     num_samples: int = 1000,
     num_chains: int = 4,
@@ -71,7 +72,8 @@ def to_arviz(
     works. Its ``sample_stats`` hold ``log_q``, the log density of each draw as its objective accounts for it (given the
     noise path for :class:`PathDensity`), and ``log_p``, the model's log joint there, both over the sites themselves in
     nats: importance weights are ``exp(log_p - log_q)``, for ``az.psislw`` and ``loo_approximate_posterior``. A start
-    without a density (:class:`Persistent`) has neither, nor have :class:`Mixture` and :class:`Linearized`.
+    without a density (:class:`Persistent`) has neither, nor have :class:`Mixture` and :class:`Linearized`. Those of a
+    :class:`LangevinEncoderGuide` are Markov chains on these data, each from the guide's map after 200 transitions.
 
     A chain's ``sample_stats`` hold ``lp`` (log density in unconstrained space), ``acceptance_rate``, ``grad_norm``,
     ``step_size``, ``nonfinite`` and ``diverging`` (``nonfinite > 0``). Other kernels of Pyro give what they report.
@@ -138,6 +140,9 @@ def _read(source: Any, args: tuple, kwargs: dict, num_samples: int, num_chains: 
         check_count("num_samples", num_samples)
         check_count("num_chains", num_chains)
         return _of_guide(source, args, kwargs, num_samples, num_chains)
+    if isinstance(source, LangevinEncoderGuide):
+        bound, draws, density = source.chain_draws(args, kwargs, num_samples, num_chains)
+        return _Posterior(draws, {"lp": density}, bound)
     if isinstance(source, VectorizedMCMC):
         if not source.has_draws:
             raise ValueError("this VectorizedMCMC has no draws yet; call mcmc.run(*args) first.")
@@ -156,7 +161,8 @@ def _read(source: Any, args: tuple, kwargs: dict, num_samples: int, num_chains: 
     if isinstance(source, StreamingMCMC):
         raise ValueError("StreamingMCMC keeps no draws to export; use MCMC or VectorizedMCMC.")
     raise ValueError(
-        f"to_arviz takes a ShortRunGuide, a pyro.infer.MCMC or a VectorizedMCMC that has run, got {type(source)!r}."
+        "to_arviz takes a ShortRunGuide, a LangevinEncoderGuide, or a pyro.infer.MCMC or VectorizedMCMC that has run, "
+        f"got {type(source)!r}."
     )
 
 

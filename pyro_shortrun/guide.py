@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
@@ -18,34 +17,24 @@ from torch import Tensor
 
 from .arguments import check_count, check_kind
 from .chain import Gradients, RunInfo, Runner, ShortRun, run
-from .compiled import Compiler, density_of
+from .density_guide import DensityGuide
 from .dynamics import Dynamics, Langevin, back_off
-from .interop import (
-    emit,
-    is_weighted_from_outside,
-    ordinary_autograd,
-    outer_shape,
-    plain,
-    values_of_other_parts,
-    without_model,
-)
-from .isolate import isolate
+from .interop import emit, is_weighted_from_outside, ordinary_autograd, outer_shape
 from .layout import Layout
 from .objective import Objective, PathDensity
-from .program import Binding, Program, Reading
+from .program import Program, Reading
 from .start import Call, Drawn, FromGuide, Prior, Start, init_uniform
 from .step_size import StepSize
-from .structure import Structure, check_data, check_latents, check_shapes, read_structure
+from .structure import Structure, check_latents
 from .validation import check_masks, check_proper, check_start
 from .weights import WeightedDraws, weigh
 
 _LOGGER = logging.getLogger("pyro_shortrun")
-_QUANTILE_DRAWS = 1000
 _NOISE_AT_ONCE = 2**24  # numbers
 _PILOT_ROWS = 16
 
 
-class ShortRunGuide(AutoGuide):
+class ShortRunGuide(DensityGuide):
     r"""A guide that draws the latents from a start and moves them by K steps of gradient dynamics.
 
     The latents' unconstrained values ``u`` start at ``u_0 ~ q_0`` (the model's prior by default) and follow
@@ -124,7 +113,7 @@ class ShortRunGuide(AutoGuide):
         compile: bool = False,
         create_plates: Callable | None = None,
     ) -> None:
-        super().__init__(model, create_plates=create_plates)
+        super().__init__(model, compile=compile, create_plates=create_plates)
         check_count("num_steps", num_steps)
         check_count("tune_every", tune_every)
         if dynamics is not None and step_size is not None:
@@ -142,12 +131,7 @@ class ShortRunGuide(AutoGuide):
         self.objective.check(self.dynamics, checkpoint)
         self.start = Prior() if start is None else start
         self.info: RunInfo | None = None
-        self._program = (Program(model),)
-        self._structures: dict[tuple, Structure] = {}
-        self._first: Structure | None = None
-        self._conditioned: tuple[tuple, dict] | None = None
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
-        self._compiler = Compiler() if compile else None
         self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
         self._calls = 0
         self._warned = self._told = False
@@ -163,7 +147,8 @@ class ShortRunGuide(AutoGuide):
         with ordinary_autograd() as grad_enabled:
             outer = outer_shape()
             call, result, log_q, gradients = self._play(args, kwargs, outer.numel(), grad_enabled)
-            values, jacobian = self._constrain(call, result, gradients)
+            known = None if result.landed is None else result.landed[1:]
+            values, jacobian = self._constrain(call, result.end, gradients is not Gradients.FULL, known)
             log_q = log_q - jacobian if self._start.has_density else torch.zeros_like(jacobian)
             return emit(call, self.plates, self._pyro_name, outer, values, result.end, log_q)
 
@@ -205,15 +190,6 @@ class ShortRunGuide(AutoGuide):
             increment = self._carried.to(increment).expand_as(increment)
             self.info = replace(result.info, carried=True)
         return call, result, drawn.log_q - increment, gradients
-
-    def setup(self, *args: Any, **kwargs: Any) -> ShortRunGuide:
-        """Create every parameter now, so that optimisers, ``state_dict``, DDP and ``ELBOModule`` see them.
-
-        :return: the guide itself.
-        """
-        with ordinary_autograd(), poutine.block(), self._pyro_context:
-            self._bind(args, kwargs)
-        return self
 
     @torch.no_grad()
     def sample_posterior(
@@ -264,36 +240,6 @@ class ShortRunGuide(AutoGuide):
         shape = result.states.shape[:2]
         return {k: v.detach().unflatten(0, shape) for k, v in values.items()}
 
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior medians, estimated from 1000 runs (there is no closed form)."""
-        return {k: v.squeeze(0) for k, v in self.quantiles([0.5], *args, **kwargs).items()}
-
-    def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior quantiles, estimated from 1000 runs (there is no closed form).
-
-        :param quantiles: numbers between 0 and 1.
-        :return: dict from site to ``(len(quantiles), *site shape)``.
-        """
-        draws = self.sample_posterior(*args, num_samples=_QUANTILE_DRAWS, **kwargs)
-        levels = torch.as_tensor(quantiles)
-        return {k: v[0].quantile(levels.to(v), dim=0) for k, v in draws.items()}
-
-    def condition_on(self, *args: Any, **kwargs: Any) -> ShortRunGuide:
-        """Keep these model arguments for all later calls, whatever arguments those have.
-
-        The posterior depends on the data, so ``Predictive(model, guide=guide)`` on new inputs, which passes *its*
-        arguments to the guide, is right only after ``guide.condition_on(*training_args)``.
-
-        :return: the guide itself. See :meth:`forget`.
-        """
-        self._conditioned = (args, kwargs)
-        return self
-
-    def forget(self) -> ShortRunGuide:
-        """Undo :meth:`condition_on`."""
-        self._conditioned = None
-        return self
-
     def step_sizes(self) -> Tensor | dict[str, Tensor]:
         """Current step sizes: a tensor (shared, per step) or a dict from site to values (per site, per dimension).
 
@@ -313,58 +259,35 @@ class ShortRunGuide(AutoGuide):
             self._adapter = (FromGuide(self.start),)
         return self._adapter[0]
 
-    def _bind(self, args: tuple, kwargs: dict, chains: int = 1) -> Call:
-        """Read the model once, check it against earlier calls, and bind its log density."""
-        program = self._get_program()
-        plates = self._given_plates(args, kwargs)
-        fixed_args, fixed_kwargs = self._arguments(args, kwargs)
-        indices = {name: plate.indices for name, plate in plates.items() if plate.size is not None}
-        given = values_of_other_parts() if program.hides else {}
+    def _read(self, program: Program, args: tuple, kwargs: dict, indices: dict, given: dict) -> Reading:
+        """One run of the model, its latents drawn from the prior where the start is that."""
         with torch.set_grad_enabled(self.full_gradient):  # the start of a run is a draw, unless all is differentiated
-            reading = self._read(program, fixed_args, fixed_kwargs, indices, given)
-        if chains > 1 and any(name in reading.trace.nodes for name in given):
-            raise NotImplementedError(
-                "ShortRunGuide as a part of an AutoGuideList needs the other parts' values and takes one set of "
-                "them per call: use num_particles without vectorize_particles, and Predictive(parallel=False)."
-            )
-        if self._first is not None:
-            check_data(self._first, reading)
-        program.check(reading)
-        self._make_plates(plates, reading)
-        bind = Binding(fixed_args, fixed_kwargs, reading.indices, given, program.enum_dim(reading))
-        signature = reading.signature
-        if signature not in self._structures:
-            structure = read_structure(program, reading, bind)
-            check_latents(self._first, structure, self._start.has_density)
-            self._structures[signature] = structure
-        structure = self._structures[signature]
-        call = Call(program, bind, reading, density_of(program, structure, bind, self._compiler), spare=[reading])
-        if self._first is None:
-            self._first = structure
-            if isinstance(self._start, Prior):
-                check_proper(reading)
-            self._start.setup(call.density)
-            if isinstance(self._start, FromGuide):
-                self._start.draw(call, 1)  # creates a lazily built guide's parameters
-            call.density.warn_if_rows_mix(structure.layout.pack(reading.unconstrained).unsqueeze(0).detach())
-        like = next(iter(reading.unconstrained.values()))
-        self.objective.setup(self.num_steps, structure.layout, like.detach())
-        self.dynamics.setup(like.detach())
-        created = self.dynamics.step_size.setup(structure.layout, self.num_steps, like.detach())
+            if not isinstance(self._start, Prior):  # improper priors cannot be drawn from
+                return super()._read(program, args, kwargs, indices, given)
+            try:
+                return program.draw(args, kwargs, indices, given)
+            except NotImplementedError:
+                check_proper(program.draw(args, kwargs, indices, given, init_uniform))
+                raise
+
+    def _admit(self, structure: Structure) -> None:
+        check_latents(self._first, structure, self._start.has_density)
+
+    def _begin(self, call: Call) -> None:
+        if isinstance(self._start, Prior):
+            check_proper(call.reading)
+        self._start.setup(call.density)
+        if isinstance(self._start, FromGuide):
+            self._start.draw(call, 1)  # creates a lazily built guide's parameters
+
+    def _prepare(self, call: Call) -> None:
+        layout, like = call.density.layout, next(iter(call.reading.unconstrained.values())).detach()
+        self.objective.setup(self.num_steps, layout, like)
+        self.dynamics.setup(like)
+        created = self.dynamics.step_size.setup(layout, self.num_steps, like)
         if created and self._backs_off and self.dynamics.step_size.is_at_init:  # a param store may know better
             pilot = replace(call, spare=[])  # the call's own draw is kept for its run
             back_off(self.dynamics, lambda: self._pilot_fails(pilot))
-        return call
-
-    def _read(self, program: Program, args: tuple, kwargs: dict, indices: dict, given: dict) -> Reading:
-        """One run of the model, its latents drawn from the prior where the start is that."""
-        if not isinstance(self._start, Prior):  # improper priors cannot be drawn from
-            return program.draw(args, kwargs, indices, given, init_uniform)
-        try:
-            return program.draw(args, kwargs, indices, given)
-        except NotImplementedError:
-            check_proper(program.draw(args, kwargs, indices, given, init_uniform))
-            raise
 
     @torch.no_grad()
     def _pilot_fails(self, call: Call) -> bool:
@@ -377,49 +300,6 @@ class ShortRunGuide(AutoGuide):
             start = self._draw_start(call, chains, Gradients.NONE).state
             info = run(Runner(call.density, judge, PathDensity()), start, step_size).info
         return bool((info.frozen | info.singular).float().mean() > 0.25)
-
-    def _get_program(self) -> Program:
-        if self._program is None:
-            raise RuntimeError(
-                "this guide was unpickled, and pickling drops the model (as for every Pyro AutoGuide): call "
-                "guide.attach(model) first."
-            )
-        return self._program[0]
-
-    def attach(self, model: Callable) -> ShortRunGuide:
-        """Give a model to an unpickled guide.
-
-        A start that is an AutoGuide and was pickled before its first call lost its model too; give it a new one.
-        """
-        self._model, self._program = (model,), (Program(model),)
-        return self
-
-    def _arguments(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if self._conditioned is None:
-            return plain(args), plain(kwargs)
-        if args or kwargs:  # the model will run on these with latents drawn for the conditioned ones
-            check_shapes(self._get_program(), self._conditioned, (plain(args), plain(kwargs)))
-        return plain(self._conditioned[0]), plain(self._conditioned[1])
-
-    def _given_plates(self, args: tuple, kwargs: dict) -> dict[str, pyro.plate]:
-        if self.master is not None:
-            self.plates = dict(getattr(self.master(), "plates", {}))
-        elif self.create_plates is None:
-            self.plates = {}
-        else:
-            plates = self.create_plates(*args, **kwargs)
-            plates = [plates] if isinstance(plates, pyro.plate) else list(plates)
-            if not all(isinstance(p, pyro.plate) for p in plates):
-                raise ValueError("create_plates() must return a pyro.plate or an iterable of them.")
-            self.plates = {p.name: p for p in plates}
-        return self.plates
-
-    def _make_plates(self, plates: dict[str, pyro.plate], reading: Reading) -> None:
-        """Plates that the user did not create, with the subsample of this call's model run."""
-        for frame in reading.frames:
-            if frame.name not in plates and (frame.around_latents or self.master is None):
-                index = reading.indices[frame.name] if frame.is_subsampled else None
-                plates[frame.name] = pyro.plate(frame.name, frame.full_size, dim=frame.dim, subsample=index)
 
     def _tunes(self, training: bool) -> bool:
         """Whether this call differentiates in the guide's parameters; counts training calls."""
@@ -485,19 +365,6 @@ class ShortRunGuide(AutoGuide):
         result = run(runner, drawn.state, step_size, None, gradients, keep_states, drawn.log_q)
         return (drawn, result) if copies == 1 else (drawn.every(copies), result.every(copies))
 
-    @staticmethod
-    def _constrain(call: Call, result: ShortRun, gradients: Gradients) -> tuple[dict[str, Tensor], Tensor]:
-        """Site values and log-Jacobian of the end, with gradients to it only unless they are to be full."""
-        names = [s.name for s in call.density.layout.sites]
-
-        def flat(state: Tensor) -> tuple[Tensor, ...]:
-            values, jacobian = call.density.constrain(state)
-            return jacobian, *(values[name] for name in names)
-
-        known = None if result.landed is None else result.landed[1:]
-        jacobian, *values = isolate(flat, [result.end], gradients is not Gradients.FULL, known)
-        return dict(zip(names, values, strict=True)), jacobian
-
     def _draw_start(self, call: Call, chains: int, gradients: Gradients) -> Drawn:
         learned = isinstance(self._start, FromGuide)
         attached = gradients is Gradients.FULL or (learned and gradients is Gradients.GUIDE)
@@ -540,22 +407,5 @@ class ShortRunGuide(AutoGuide):
 
     # ---------------------------------------------------------------- state
 
-    def _check_prototype(self, part_trace: Any) -> None:
-        """Called by an AutoGuide that serves as start."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As in :class:`torch.nn.Module`, after :meth:`setup`.
-
-        :raises RuntimeError: before :meth:`setup`, when there is nothing to load into.
-        """
-        if self._first is None:
-            raise RuntimeError("call guide.setup(*args) with the model's arguments before load_state_dict.")
-        return super().load_state_dict(state_dict, *args, **kwargs)
-
     def __getstate__(self) -> dict:
-        """Drop the model and what hangs on a call, without touching the live guide (Pyro's own AutoGuide does)."""
-        state = self.__dict__.copy()
-        state.update(_model=None, _program=None, master=None, info=None, plates={}, _conditioned=None, _adapter=())
-        state["_structures"] = {}
-        state["_modules"] = {k: without_model(m) for k, m in self._modules.items()}
-        return state
+        return {**super().__getstate__(), "info": None, "_adapter": ()}

@@ -7,6 +7,13 @@ from torch.distributions import Transform
 from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
 
+def is_identity(transform: Transform) -> bool:
+    """Whether a transform surely leaves everything as it is."""
+    if isinstance(transform, IndependentTransform):
+        return is_identity(transform.base_transform)
+    return isinstance(transform, ComposeTransform) and not transform.parts
+
+
 def same_transform(a: Transform, b: Transform) -> bool:
     """Whether two transforms are the same map. A False may be wrong for classes from elsewhere, a True is not."""
     if a is b:

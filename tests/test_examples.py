@@ -18,8 +18,8 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 LAYERS = (
     "arguments rows layout transforms vectorize log_einsum step_size logdet program structure potential density "
     "tracing compiled dynamics base bridge objective steps reverse annealed plain mixture linearized noise chain "
-    "isolate start validation interop weights guide elbo grid tilted energy predictive ais anomaly target adaptation "
-    "sampler session kernel vectorized evaluation diagnostics"
+    "isolate start validation interop weights density_guide guide elbo grid tilted energy predictive ais anomaly "
+    "linear_chain amortized target adaptation sampler session kernel vectorized evaluation diagnostics"
 ).split()
 
 
@@ -35,6 +35,8 @@ EXPECTED = {
     "quickstart": ("test MSE", {"reconstructions.png", "samples.png", "training.png", "trajectories.png"}),
     "energy_prior": ("MMD^2 before", {"mmd.txt", "prior.png"}),
     "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
+    "langevin_autoencoder": ("std of codes", {"reconstructions.png", "samples.png", "posterior.png", "training.png"}),
+    "lae": ("-log p(x)", {"lae.txt", "lae.json"}),
     "anomaly": ("base rate", {"anomaly.txt"}),
     "chains": ("ESS/s", {"chains.txt"}),
     "posteriordb": ("R-hat", {"table.txt"}),
@@ -70,7 +72,9 @@ def snippets(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/chains.md", "docs/energy.md", "docs/speed.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/index.md", "docs/chains.md", "docs/autoencoder.md", "docs/energy.md", "docs/speed.md"]
+)
 def test_snippets_run_in_order(name):
     code = "\n".join(snippets(name))
     assert code or name != "README.md"
