@@ -21,8 +21,10 @@ from .logdet import Exact, Lanczos
 from .mixture import Mixture
 from .objective import Objective, PathDensity
 from .predictive import EnergyPredictive, sample_prior
+from .refiner import Refiner
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
+from .teaching import AncestralSampler, MCMCTeaching
 from .tilted import energy_prior
 from .vectorized import VectorizedMCMC
 
@@ -31,10 +33,12 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "Grid",
     "tune_on_grid",
+    "MCMCTeaching",
     "Mixture",
     "Linearized",
     "Hamiltonian",
     "GaussianReverse",
+    "AncestralSampler",
     "Annealed",
     "Dense",
     "Diagonal",
@@ -50,6 +54,7 @@ __all__ = [
     "PathDensity",
     "Persistent",
     "Prior",
+    "Refiner",
     "Replay",
     "ShortRunELBO",
     "ShortRunGuide",
