@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pyro
 import torch
 from benchmarks.anomaly import load
 from torch import Tensor, nn
@@ -109,10 +110,12 @@ def show(ax: plt.Axes, x: Tensor, columns: int, title: str = "") -> None:
 def table(title: str, found: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """Means over seeds, and standard errors of these means where there are several."""
     columns = list(dict.fromkeys(k for rows in found.values() for row in rows for k in row))
-    lines = [title, f"{'':<34}" + "".join(f"{c:>20}" for c in columns)]
+    columns.sort(key=lambda c: c == "seconds")
+    width = max(18, *(len(c) + 2 for c in columns))
+    lines = [title, f"{'':<30}" + "".join(f"{c:>{width}}" for c in columns)]
     for name, rows in found.items():
         cells = [_cell([row[c] for row in rows if c in row]) for c in columns]
-        lines.append(f"{name:<34}" + "".join(f"{c:>20}" for c in cells))
+        lines.append(f"{name:<30}" + "".join(f"{c:>{width}}" for c in cells))
     return lines
 
 
@@ -121,9 +124,9 @@ def _cell(values: list[float]) -> str:
         return "-"
     mean = sum(values) / len(values)
     if len(values) == 1:
-        return f"{mean:.4g}"
+        return f"{mean:.3g}"
     error = (sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5
-    return f"{mean:.4g} +- {error:.2g}"
+    return f"{mean:.3g} +- {error:.1g}"
 
 
 def finish(args: argparse.Namespace, lines: list[str], name: str) -> None:
@@ -157,12 +160,7 @@ def options(doc: str | None, output: str) -> argparse.ArgumentParser:
 
 def seeded(args: argparse.Namespace) -> Iterator[int]:
     """One seed after the other."""
-    import pyro
-
     for seed in range(args.seed, args.seed + args.seeds):
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
         yield seed
-
-
-Trainer = Callable[[Tensor], float]

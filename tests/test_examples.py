@@ -35,6 +35,8 @@ EXPECTED = {
     "quickstart": ("test MSE", {"reconstructions.png", "samples.png", "training.png", "trajectories.png"}),
     "energy_prior": ("MMD^2 before", {"mmd.txt", "prior.png"}),
     "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
+    "coopnets": ("taught by regression", {"coopnets.txt", "samples.png", "chains.png"}),
+    "variational_teaching": ("dual", {"teaching.txt", "samples.png", "chains.png"}),
     "anomaly": ("base rate", {"anomaly.txt"}),
     "chains": ("ESS/s", {"chains.txt"}),
     "posteriordb": ("R-hat", {"table.txt"}),
@@ -43,7 +45,7 @@ EXPECTED = {
     "tuning": ("s/best", {"tuning.txt"}),
 }
 # Imported by an example.
-MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "speed_models", "speed_jax"}
+MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "speed_models", "speed_jax", "teaching_images"}
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in MODULES], ids=lambda p: p.stem)
@@ -52,6 +54,14 @@ def test_example_runs(path, tmp_path):
     text, files = EXPECTED[path.stem]
     assert text in out
     assert files <= {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "options", [["coopnets", "--toy"]] + [["variational_teaching", "--condition", c] for c in ("label", "half")]
+)
+def test_teaching_example_runs_otherwise(options, tmp_path):
+    out = python(str(ROOT / "examples" / f"{options[0]}.py"), *options[1:], "--smoke", "--output", str(tmp_path))
+    assert "refined" in out and (tmp_path / "chains.png").exists()
 
 
 def test_posterior_file_of_the_quickstart_opens_in_arviz(tmp_path):
@@ -70,7 +80,9 @@ def snippets(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/chains.md", "docs/energy.md", "docs/speed.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/index.md", "docs/chains.md", "docs/energy.md", "docs/speed.md", "docs/teaching.md"]
+)
 def test_snippets_run_in_order(name):
     code = "\n".join(snippets(name))
     assert code or name != "README.md"
