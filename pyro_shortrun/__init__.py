@@ -7,6 +7,7 @@ can be tuned variationally. See :class:`ShortRunGuide`.
 
 from .adaptation import Dense, Diagonal, Identity
 from .ais import ais
+from .ancestral import AncestralSampler
 from .annealed import Annealed, GaussianReverse
 from .anomaly import anomaly_score
 from .diagnostics import to_arviz
@@ -24,7 +25,7 @@ from .predictive import EnergyPredictive, sample_prior
 from .refiner import Refiner
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
-from .teaching import AncestralSampler, MCMCTeaching
+from .teaching import MCMCTeaching
 from .tilted import energy_prior
 from .vectorized import VectorizedMCMC
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor, nn
 
 from pyro_shortrun import AncestralSampler, Langevin, MCMCTeaching, Refiner, Replay, ShortRunGuide, StepSize
@@ -123,9 +124,8 @@ def test_regression_is_the_conditional_log_likelihood(elbo):
     sampler = AncestralSampler(model)
     sampler.propose(torch.zeros(5, 2))
     x, z = torch.randn(5, 2), sampler._latents["z"]
-    with warnings.catch_warnings():
-        loss = elbo().differentiable_loss(model, sampler, x)
-        loss.backward()
+    loss = elbo().differentiable_loss(model, sampler, x)
+    loss.backward()
     assert loss.item() == pytest.approx(-dist.Normal(z, NOISE).log_prob(x).sum().item())
     assert model.loc.grad is None or model.loc.grad.abs().max() < 1e-12
     assert model.b.grad.abs().min() > 0
@@ -545,6 +545,13 @@ def test_loading_before_setup_is_refused():
 # ---------------------------------------------------------------- refusals
 
 
+def dual_regression() -> None:
+    model, energy = Linear(), Gaussian()
+    sampler = AncestralSampler(model)
+    svi = SVI(model, sampler, sgd(0.01), Trace_ELBO())
+    MCMCTeaching(sampler, Refiner(energy), svi, torch.optim.SGD(energy.parameters(), lr=0.1), dual=svi)
+
+
 def two_observed(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -561,6 +568,15 @@ def wrong_shape(x: Tensor) -> None:
 def no_latents(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x)
+
+
+def other_latents() -> None:
+    model = Linear()
+    guide = ShortRunGuide(
+        poutine.reparam(model, config={"z": LocScaleReparam(0.0)}), num_steps=2, start=AncestralSampler(model)
+    )
+    guide.start.propose(X)
+    guide(X)
 
 
 class Flat(nn.Module):
@@ -591,6 +607,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "replay": (lambda: Refiner(Gaussian(), replay=10), "replay must be"),
     "replay and context": (lambda: Refiner(Around(), replay=Replay())(X, X), "replay mixes the rows"),
     "replay and regression": (lambda: teach(Gaussian(), Linear(), replay=Replay()), "let the student have an encoder"),
+    "dual and regression": (dual_regression, "not of the observed data"),
     "values": (lambda: Refiner(Flat())(X), "'energy' has shape"),
     "refiner": (lambda: MCMCTeaching(Linear(), Gaussian(), None, None), "refiner must be a Refiner"),
     "student": (lambda: MCMCTeaching(Linear(), Refiner(Gaussian()), None, None), "student must be a pyro.infer.SVI"),
@@ -619,6 +636,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "shape": (lambda: AncestralSampler(wrong_shape).propose(X), r"shape \(4, 3\) and x has \(4, 2\)"),
     "latents": (lambda: AncestralSampler(no_latents).propose(X), "no latent sites"),
     "unknown rows": (lambda: AncestralSampler(Linear())(X), "has no latents of these 4 rows"),
+    "latents of another model": (other_latents, "drew no latent 'z_decentered'"),
     "all broken": (lambda: teach(Broken(-100.0), Linear()).step(X), "every run of the energy-based model"),
     "data's energy": (lambda: teach(Broken(5.0), Linear()).step(X + 100), "energy of the data is not finite"),
 }
