@@ -89,7 +89,7 @@ def make_generator(problem: Problem, args: argparse.Namespace) -> Callable:
 def latent_runs(model: Callable, args: argparse.Namespace, **options) -> ShortRunGuide:
     """Langevin dynamics of the latents given x."""
     dynamics = Langevin(StepSize(args.latent_step, learnable=False))
-    return ShortRunGuide(model, num_steps=args.latent_steps, dynamics=dynamics, **options)
+    return ShortRunGuide(model, num_steps=args.latent_steps, dynamics=dynamics, compile=args.compile, **options)
 
 
 def alone(problem: Problem, args: argparse.Namespace) -> Tensor:
