@@ -113,13 +113,11 @@ def taught(latent: bool, problem: Problem, args: argparse.Namespace) -> tuple[MC
     optim = torch.optim.Adam(energy.parameters(), lr=args.energy_lr, betas=(0.5, 0.999))
     refiner = Refiner(energy, args.steps, args.step_size, noise=args.noise, compile=args.compile)
     teaching, snapshots = MCMCTeaching(sampler, refiner, student, optim), []
-    rates = torch.optim.lr_scheduler.LinearLR(optim, 1.0, 0.1, args.iterations)
     progress = tqdm(
         batches([problem.data], args.batch, args.iterations), "latent runs" if latent else "regression", args.iterations
     )
     for i, (x,) in enumerate(progress):
         teaching.step(x)
-        rates.step()
         progress.set_postfix(gap=f"{teaching.info.gap:.3f}", moved=f"{teaching.info.displacement:.2f}")
         if (i + 1) % max(1, args.iterations // SNAPSHOTS) == 0 and len(snapshots) < SNAPSHOTS:
             snapshots.append(teaching.sample(problem.data[:1000]).end)
@@ -191,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--alone", type=int, default=2, help="times as many updates of the generator alone")
     out.add_argument("--alone-lr", type=float, default=1e-3)
     out.add_argument("--latent-steps", type=int, default=10)
-    out.add_argument("--latent-step", type=float, default=0.02, help="eta")
+    out.add_argument("--latent-step", type=float, default=0.005, help="eta")
     out.add_argument("--samples", type=int, default=2000)
     out.add_argument("--classifier", type=int, default=600, help="updates of the classifier")
     return out

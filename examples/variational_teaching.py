@@ -149,12 +149,10 @@ def alone(task: Task, args: argparse.Namespace) -> Tensor:
 
 def train(teaching: MCMCTeaching, name: str, task: Task, args: argparse.Namespace) -> list[Tensor]:
     """Refined samples over training."""
-    rates = torch.optim.lr_scheduler.LinearLR(teaching.optim, 1.0, 0.1, args.iterations)
     progress = tqdm(batches([task.data, *task.context], args.batch, args.iterations), name, args.iterations)
     snapshots: list[Tensor] = []
     for i, (x, *context) in enumerate(progress):
         teaching.step(x, *context)
-        rates.step()
         progress.set_postfix(gap=f"{teaching.info.gap:.3f}", moved=f"{teaching.info.displacement:.2f}")
         if (i + 1) % max(1, args.iterations // SNAPSHOTS) == 0 and len(snapshots) < SNAPSHOTS:
             some = [part[:64] for part in (task.data, *task.context)]
