@@ -29,7 +29,21 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from teaching_images import SIGMA, Energy, Features, batches, chain, finish, images, mlp, options, seeded, show, table
+from teaching_images import (
+    SIGMA,
+    Energy,
+    Features,
+    batches,
+    chain,
+    draw,
+    finish,
+    images,
+    mlp,
+    options,
+    seeded,
+    show,
+    table,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -120,17 +134,17 @@ def taught(latent: bool, problem: Problem, args: argparse.Namespace) -> tuple[MC
         teaching.step(x)
         progress.set_postfix(gap=f"{teaching.info.gap:.3f}", moved=f"{teaching.info.displacement:.2f}")
         if (i + 1) % max(1, args.iterations // SNAPSHOTS) == 0 and len(snapshots) < SNAPSHOTS:
-            snapshots.append(teaching.sample(problem.data[:1000]).end)
+            snapshots.append(draw(teaching, args, problem.data[:1000]).end)
     return teaching, snapshots
 
 
-def pictures(problem: Problem, teaching: MCMCTeaching, snapshots: list[Tensor], folder: Path) -> None:
+def pictures(problem: Problem, teaching: MCMCTeaching, snapshots: list[Tensor], args: argparse.Namespace) -> None:
     figure, axes = plt.subplots(1, len(snapshots) + 1, figsize=(3 * len(snapshots) + 3, 3.2), layout="constrained")
     for i, (ax, x) in enumerate(zip(axes, snapshots, strict=False)):
         problem.draw(ax, x, f"refined, {i + 1}/{len(snapshots)} of training")
     problem.draw(axes[-1], problem.data[: len(snapshots[0])], "data")
-    figure.savefig(folder / "samples.png", dpi=150)
-    states = chain(teaching, problem.data[:400])
+    figure.savefig(Path(args.output) / "samples.png", dpi=150)
+    states = chain(teaching, args, problem.data[:400])
     if problem.data.shape[1] == 2:
         figure, axes = plt.subplots(1, len(states), figsize=(2 * len(states), 2.2), layout="constrained")
         for i, (ax, x) in enumerate(zip(axes, states, strict=True)):
@@ -139,7 +153,7 @@ def pictures(problem: Problem, teaching: MCMCTeaching, snapshots: list[Tensor], 
         figure, ax = plt.subplots(figsize=(5, 5), layout="constrained")
         rows = torch.stack([x[:8] for x in states], 1).flatten(0, 1)
         show(ax, rows, len(states), "along a row: from the generator's draw to the refined sample")
-    figure.savefig(folder / "chains.png", dpi=150)
+    figure.savefig(Path(args.output) / "chains.png", dpi=150)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -171,12 +185,12 @@ def main(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             teaching, snapshots = taught(latent, problem, args)
             seconds = time.perf_counter() - began
-            drawn = teaching.sample(like)
+            drawn = draw(teaching, args, like)
             distances = {
                 k: problem.distance(v, problem.data) for k, v in (("generator", drawn.start), ("refined", drawn.end))
             }
             found[name].append({**distances, "seconds": seconds})
-        pictures(problem, teaching, snapshots, folder)
+        pictures(problem, teaching, snapshots, args)
     title = f"{problem.name} to the data, {args.iterations} iterations, {args.seeds} seeds"
     finish(args, table(title, found), "coopnets.txt")
     print(f"coopnets.txt, samples.png and chains.png are in {folder}/")

@@ -13,8 +13,9 @@ import torch
 from benchmarks.anomaly import load
 from torch import Tensor, nn
 
-from pyro_shortrun import MCMCTeaching
+from pyro_shortrun import MCMCTeaching, Refiner
 from pyro_shortrun.evaluation import frechet_distance
+from pyro_shortrun.refiner import Refined
 
 SIGMA = 0.3  # noise of a pixel, on images in [-1, 1]
 
@@ -85,16 +86,22 @@ def batches(data: Sequence[Tensor], size: int, count: int) -> Iterator[tuple[Ten
         yield tuple(part[index] for part in data)
 
 
-@torch.no_grad()
-def chain(teaching: MCMCTeaching, x: Tensor, *context: Tensor, columns: int = 8) -> list[Tensor]:
-    """States from the generator's draw to the refined sample, evenly spaced along the run."""
-    count = teaching.refiner.num_steps(teaching.iteration)
-    state = teaching.sampler.propose(x, *context)
-    states = [state]
-    for i in range(1, columns):
-        steps = count * i // (columns - 1) - count * (i - 1) // (columns - 1)
-        state = teaching.refiner(state, *context, iteration=teaching.iteration, num_steps=steps).end
-        states.append(state)
+def eager(teaching: MCMCTeaching, args: argparse.Namespace) -> Refiner:
+    """The same runs, not compiled: graphs for the shapes of single calls do not pay."""
+    return Refiner(teaching.energy, args.steps, args.step_size, noise=args.noise)
+
+
+def draw(teaching: MCMCTeaching, args: argparse.Namespace, x: Tensor, *context: Tensor) -> Refined:
+    """Generator's draws and refined samples, as many as there are rows."""
+    return eager(teaching, args)(teaching.sampler.propose(x, *context), *context)
+
+
+def chain(teaching: MCMCTeaching, args: argparse.Namespace, x: Tensor, *context: Tensor) -> list[Tensor]:
+    """Eight states from the generator's draw to the refined sample, evenly spaced along the run."""
+    refiner, states = eager(teaching, args), [teaching.sampler.propose(x, *context)]
+    for i in range(1, 8):
+        steps = args.steps * i // 7 - args.steps * (i - 1) // 7
+        states.append(refiner(states[-1], *context, num_steps=steps).end)
     return states
 
 

@@ -30,7 +30,21 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from teaching_images import SIGMA, Energy, Features, batches, chain, finish, images, mlp, options, seeded, show, table
+from teaching_images import (
+    SIGMA,
+    Energy,
+    Features,
+    batches,
+    chain,
+    draw,
+    finish,
+    images,
+    mlp,
+    options,
+    seeded,
+    show,
+    table,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -156,22 +170,22 @@ def train(teaching: MCMCTeaching, name: str, task: Task, args: argparse.Namespac
         progress.set_postfix(gap=f"{teaching.info.gap:.3f}", moved=f"{teaching.info.displacement:.2f}")
         if (i + 1) % max(1, args.iterations // SNAPSHOTS) == 0 and len(snapshots) < SNAPSHOTS:
             some = [part[:64] for part in (task.data, *task.context)]
-            snapshots.append(task.whole(teaching.sample(*some).end, *some[1:]))
+            snapshots.append(task.whole(draw(teaching, args, *some).end, *some[1:]))
     return snapshots
 
 
-def pictures(task: Task, teaching: MCMCTeaching, snapshots: list[Tensor], folder: Path) -> None:
+def pictures(task: Task, teaching: MCMCTeaching, snapshots: list[Tensor], args: argparse.Namespace) -> None:
     figure, axes = plt.subplots(1, len(snapshots) + 1, figsize=(3 * len(snapshots) + 3, 3.2), layout="constrained")
     for i, (ax, x) in enumerate(zip(axes, snapshots, strict=False)):
         show(ax, x, 8, f"refined, {i + 1}/{len(snapshots)} of training")
     show(axes[-1], task.images[:64], 8, "data")
-    figure.savefig(folder / "samples.png", dpi=150)
+    figure.savefig(Path(args.output) / "samples.png", dpi=150)
     some = [part[:8] for part in (task.data, *task.context)]
-    states = [task.whole(x, *some[1:]) for x in chain(teaching, *some)]
+    states = [task.whole(x, *some[1:]) for x in chain(teaching, args, *some)]
     figure, ax = plt.subplots(figsize=(5, 5), layout="constrained")
     rows = torch.stack(states, 1).flatten(0, 1)
     show(ax, rows, len(states), "along a row: from the VAE's draw to the refined sample")
-    figure.savefig(folder / "chains.png", dpi=150)
+    figure.savefig(Path(args.output) / "chains.png", dpi=150)
 
 
 def named(scores: dict[str, float], where: str) -> dict[str, float]:
@@ -201,11 +215,11 @@ def main(args: argparse.Namespace) -> None:
             else:
                 teaching = make_teaching(method, task, args)
                 snapshots = train(teaching, method, task, args)
-                drawn = teaching.sample(*like)
+                drawn = draw(teaching, args, *like)
                 row = named(task.scores(drawn.start), "generator") | named(task.scores(drawn.end), "refined")
             found.setdefault(method, []).append({**row, "seconds": time.perf_counter() - began})
         if args.methods != ["VAE alone"]:
-            pictures(task, teaching, snapshots, folder)
+            pictures(task, teaching, snapshots, args)
     title = (
         f"Frechet distance to the data, {args.iterations} iterations, {args.seeds} seeds, condition {args.condition}"
     )
