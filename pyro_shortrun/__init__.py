@@ -8,6 +8,7 @@ can be tuned variationally. See :class:`ShortRunGuide`.
 from .adaptation import Dense, Diagonal, Identity
 from .ais import ais
 from .amortized import AmortizedSampler, LangevinEncoderGuide
+from .ancestral import AncestralSampler
 from .annealed import Annealed, GaussianReverse
 from .anomaly import anomaly_score
 from .diagnostics import to_arviz
@@ -23,8 +24,10 @@ from .logdet import Exact, Lanczos
 from .mixture import Mixture
 from .objective import Objective, PathDensity
 from .predictive import EnergyPredictive, sample_prior
+from .refiner import Refiner
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
+from .teaching import MCMCTeaching
 from .tilted import energy_prior
 from .vectorized import VectorizedMCMC
 
@@ -33,11 +36,13 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "Grid",
     "tune_on_grid",
+    "MCMCTeaching",
     "Mixture",
     "Linearized",
     "Hamiltonian",
     "GaussianReverse",
     "AmortizedSampler",
+    "AncestralSampler",
     "Annealed",
     "Dense",
     "Diagonal",
@@ -54,6 +59,7 @@ __all__ = [
     "PathDensity",
     "Persistent",
     "Prior",
+    "Refiner",
     "Replay",
     "ShortRunELBO",
     "ShortRunGuide",

@@ -129,7 +129,7 @@ class _Ended(Exception):
     """The model need not run on."""
 
 
-class _PriorPart(Messenger):
+class PriorPart(Messenger):
     """The model without its data and plain factors, ended after the site ``last``: the decoder does not run."""
 
     def __init__(self) -> None:
@@ -163,7 +163,7 @@ class TiltedPrior:
 
     def __init__(self, model: Callable, compile: bool = False) -> None:
         self.model = model
-        self._part = _PriorPart()
+        self._part = PriorPart()
         self._program = Program(self._part(model))
         self._compiler = Compiler() if compile else None
         self._structures: dict[tuple, Structure] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_shortrun import ShortRunGuide
-from pyro_shortrun.evaluation import importance_log_likelihood
+from pyro_shortrun.evaluation import frechet_distance, importance_log_likelihood, squared_mmd
 
 WEIGHT = [[1.0, 0.5], [-0.3, 2.0], [0.7, 0.1]]
 
@@ -61,3 +63,33 @@ def test_constrained_latents():
 def test_missing_site_is_named():
     with pytest.raises(ValueError, match="z"):
         importance_log_likelihood(model, {"w": torch.zeros(5, 6, 2)}, torch.randn(6, 3))
+
+
+def test_frechet_distance_of_commuting_gaussians():
+    """Diagonal covariances: the sum of squared differences of means and of standard deviations; and no distance."""
+    sphere = 3**0.5 * torch.cat([torch.eye(3), -torch.eye(3)])  # mean 0, covariance (n - 1) / n * I below
+    scale = torch.tensor([0.5, 1.0, 3.0])
+    expected = (6 / 5) * (scale - 1).square().sum() + 0.25 * 3
+    assert frechet_distance(sphere, scale * sphere + 0.5) == pytest.approx(expected.item())
+    rotated = torch.linalg.qr(torch.randn(3, 3))[0]
+    moved = frechet_distance(sphere @ rotated, (scale * sphere + 0.5) @ rotated)
+    assert moved == pytest.approx(expected.item())
+    assert frechet_distance(sphere, sphere) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_squared_mmd():
+    """By hand for two points each; of one law about zero, 5 standard deviations of about 0.001."""
+    a, b = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [2.0]])
+    k = [math.exp(-(d**2) / 2) for d in (0.0, 1.0, 2.0)]
+    expected = k[1] + k[2] - 2 * (k[0] + k[2] + k[1] + k[1]) / 4
+    assert squared_mmd(a, b, width=1.0) == pytest.approx(expected)
+    assert abs(squared_mmd(torch.randn(1000, 2), torch.randn(1000, 2))) < 5e-3
+    assert squared_mmd(torch.randn(1000, 2) + 1, torch.randn(1000, 2)) > 0.05
+
+
+@pytest.mark.parametrize("measure", [frechet_distance, squared_mmd])
+def test_samples_that_cannot_be_compared(measure):
+    with pytest.raises(ValueError, match="needs samples"):
+        measure(torch.zeros(5, 2), torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="not finite"):
+        measure(torch.full((5, 2), torch.nan), torch.zeros(5, 2))

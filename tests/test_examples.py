@@ -18,8 +18,9 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 LAYERS = (
     "arguments rows layout transforms vectorize log_einsum step_size logdet program structure potential density "
     "tracing compiled dynamics base bridge objective steps reverse annealed plain mixture linearized noise chain "
-    "isolate start validation interop weights density_guide guide elbo grid tilted energy predictive ais anomaly "
-    "linear_chain amortized target adaptation sampler session kernel vectorized evaluation diagnostics"
+    "isolate start validation interop weights density_guide guide elbo grid tilted energy predictive ancestral refiner "
+    "teaching ais anomaly linear_chain amortized target adaptation sampler session kernel vectorized evaluation "
+    "diagnostics"
 ).split()
 
 
@@ -37,6 +38,8 @@ EXPECTED = {
     "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
     "langevin_autoencoder": ("std of codes", {"reconstructions.png", "samples.png", "posterior.png", "training.png"}),
     "lae": ("-log p(x)", {"lae.txt", "lae.json"}),
+    "coopnets": ("taught by regression", {"coopnets.txt", "samples.png", "chains.png"}),
+    "variational_teaching": ("dual", {"teaching.txt", "samples.png", "chains.png"}),
     "anomaly": ("base rate", {"anomaly.txt"}),
     "chains": ("ESS/s", {"chains.txt"}),
     "posteriordb": ("R-hat", {"table.txt"}),
@@ -45,7 +48,7 @@ EXPECTED = {
     "tuning": ("s/best", {"tuning.txt"}),
 }
 # Imported by an example.
-MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "speed_models", "speed_jax"}
+MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "speed_models", "speed_jax", "teaching_images"}
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in MODULES], ids=lambda p: p.stem)
@@ -54,6 +57,14 @@ def test_example_runs(path, tmp_path):
     text, files = EXPECTED[path.stem]
     assert text in out
     assert files <= {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "options", [["coopnets", "--toy"]] + [["variational_teaching", "--condition", c] for c in ("label", "half")]
+)
+def test_teaching_example_runs_otherwise(options, tmp_path):
+    out = python(str(ROOT / "examples" / f"{options[0]}.py"), *options[1:], "--smoke", "--output", str(tmp_path))
+    assert "refined" in out and (tmp_path / "chains.png").exists()
 
 
 def test_posterior_file_of_the_quickstart_opens_in_arviz(tmp_path):
@@ -72,9 +83,7 @@ def snippets(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "docs/index.md", "docs/chains.md", "docs/autoencoder.md", "docs/energy.md", "docs/speed.md"]
-)
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
 def test_snippets_run_in_order(name):
     code = "\n".join(snippets(name))
     assert code or name != "README.md"
