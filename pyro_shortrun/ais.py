@@ -170,6 +170,13 @@ class _Path:
     def bracket(self, chains: int, long_run: int) -> Interval:
         self._forward(min(chains, _PILOT_CHAINS), adapt=True)
         log_w, end = self._forward(chains)
+        lost = ~log_w.isfinite().any(0)
+        if lost.any():
+            raise ValueError(
+                f"the log density is not finite at any of the {chains} draws from the prior for row "
+                f"{int(lost.nonzero()[0])} ({int(lost.sum())} of {len(lost)} rows), so annealing cannot begin there: "
+                "use more chains, and look for data that the model cannot have made."
+            )
         weights = log_w.softmax(0)
         index = weights.T.multinomial(chains, replacement=True).T
         end = self._at(end.u.gather(0, index.unsqueeze(-1).expand_as(end.u)))

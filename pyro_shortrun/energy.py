@@ -18,7 +18,8 @@ from .chain import RunInfo, ShortRun
 from .density import LogDensity
 from .dynamics import Dynamics, Langevin
 from .interop import is_weighted_from_outside, ordinary_autograd, plain
-from .program import Reading, Site
+from .program import Reading, Site, masked
+from .rows import where_rows
 from .start import Call, Drawn, FromGuide, Prior, Start
 from .step_size import StepSize
 from .tilted import Energy, TiltedPrior, energies, energy_of, run_in
@@ -171,7 +172,7 @@ class EnergyELBO(ELBO):
         """Runs in the prior, and their energies and surrogate with a graph to the model's parameters."""
         if is_weighted_from_outside():
             raise NotImplementedError("poutine.scale, poutine.mask or a plate around EnergyELBO: put it in the model.")
-        if self._prior is None or self._prior.model is not model:
+        if self._prior is None or self._prior.model != model:  # a bound method is a new object each time
             self._prior = TiltedPrior(model, self._compile)
         with ordinary_autograd():
             call = self._prior.bind(plain(args), plain(kwargs))
@@ -179,7 +180,16 @@ class EnergyELBO(ELBO):
                 raise ValueError("the model has no energy_prior(...) statement: use the base ELBO without EnergyELBO.")
             done = self.sampler.run(call, self.num_chains)
             self._warn_once(done.info)
-            return _Negative.at(call, done.end, done.info)
+            self._keep(call, done)
+            return _Negative.at(call, done.end, done.info, squared=self.l2 > 0)
+
+    @torch.no_grad()
+    def _keep(self, call: Call, done: ShortRun) -> None:
+        """Tell the start where the runs ended; rows that froze would freeze again, and begin anew."""
+        end = done.end
+        if done.info.nonfinite:
+            end = where_rows(done.info.frozen, call.prior(len(end)), end)
+        self.sampler.start.finish(call, end)
 
     def _finish(self, negative: _Negative, watch: _Watch) -> Tensor:
         """The term whose gradient is to be added; keeps the statistics of the call."""
@@ -191,6 +201,7 @@ class EnergyELBO(ELBO):
                 f"l2 needs the energies of the positive phase, which {type(self.base_elbo).__name__} does not show: "
                 "use Trace_ELBO."
             )
+        assert negative.squares is not None
         return negative.surrogate + self.l2 * (watch.squares / self.num_particles + negative.squares)
 
     def _warn_once(self, info: RunInfo) -> None:
@@ -240,35 +251,55 @@ class _Negative:
     """The negative phase: ``surrogate`` has the gradient of log Z, ``squares`` is the sum of squared energies."""
 
     surrogate: Tensor
-    squares: Tensor
+    squares: Tensor | None
     means: dict[str, float]
     info: RunInfo
 
     @classmethod
-    def at(cls, call: Call, end: Tensor, info: RunInfo) -> _Negative:
-        """At the ends of runs, ``(chains, rows, size)``; rows that froze are left out, and the others weigh more."""
-        sites = energies(call.reading)
-        value, *found = call.density.with_readings(end, _take)
+    def at(cls, call: Call, end: Tensor, info: RunInfo, squared: bool = False) -> _Negative:
+        """At the ends of runs, ``(chains, rows, size)``; rows that froze are left out, and the others weigh more.
+
+        :param squared: whether the squares are wanted.
+        """
+
+        def take(reading: Reading) -> tuple[Tensor, ...]:
+            terms = [_Term.of(s) for s in energies(reading).values()]
+            return tuple(t for term in terms for t in (term.total, term.count, *([term.square()] if squared else [])))
+
+        value, *found = call.density.with_readings(end, take)
         valid = ~info.frozen
         kept = torch.where(valid, value, torch.zeros_like(value)).sum()
         surrogate = kept * (call.density.layout.rows / valid.sum())
-        half = len(found) // 2
-        means = {k: v.detach().mean().item() for k, v in zip(sites, found[:half], strict=True)}
-        pairs = zip(sites.values(), found[half:], strict=True)
-        squares = torch.stack([(s["scale"] * v.square()).mean(0).sum() for s, v in pairs]).sum()
-        return cls(surrogate, squares, means, info)
+        width = 3 if squared else 2
+        totals, counts, squares = found[::width], found[1::width], found[2::width] if squared else []
+        means = {k: _mean(t, n) for k, t, n in zip(energies(call.reading), totals, counts, strict=True)}
+        return cls(surrogate, torch.stack(squares).mean(1).sum() if squared else None, means, info)
 
 
-def _take(reading: Reading) -> tuple[Tensor, ...]:
-    """Energies as they stand in the density, and again at fixed latents."""
-    sites = energies(reading).values()
-    return *(-s["fn"].log_factor for s in sites), *(_energy(s).at_fixed_latents() for s in sites)
+@dataclass(frozen=True)
+class _Term:
+    """The site of an energy: its sum over elements that no mask takes out, their number, and its square's sum."""
+
+    total: Tensor
+    count: Tensor
+    energy: Energy
+    scale: Any
+    mask: Any
+
+    @classmethod
+    def of(cls, site: Site) -> _Term:
+        value, energy = -site["fn"].log_factor.detach(), energy_of(site)
+        assert energy is not None
+        total, count = (masked(t, site["mask"]).sum() for t in (value, torch.ones_like(value)))
+        return cls(total, count, energy, site["scale"], site["mask"])
+
+    def square(self) -> Tensor:
+        """Scaled as the site is, with a gradient in the energy's own parameters alone."""
+        return masked(self.scale * self.energy.at_fixed_latents().square(), self.mask).sum()
 
 
-def _energy(site: Site) -> Energy:
-    found = energy_of(site)
-    assert found is not None
-    return found
+def _mean(totals: Tensor, counts: Tensor) -> float:
+    return (totals.sum() / counts.sum()).item()
 
 
 class _Watch(Messenger):
@@ -276,22 +307,22 @@ class _Watch(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, list[Tensor]] = {}
-        self._again: list[tuple[Energy, Any]] = []
+        self.found: dict[str, list[_Term]] = {}
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        energy = energy_of(msg)
-        if energy is not None:
-            self.found.setdefault(msg["name"], []).append(-msg["fn"].log_factor.detach())
-            self._again.append((energy, msg["scale"]))
+        if energy_of(msg) is not None:
+            self.found.setdefault(msg["name"], []).append(_Term.of(msg))
 
     @property
     def means(self) -> dict[str, float]:
-        return {k: torch.stack([v.mean() for v in vs]).mean().item() for k, vs in self.found.items()}
+        return {
+            k: _mean(*(torch.stack(ts) for ts in zip(*((t.total, t.count) for t in terms), strict=True)))
+            for k, terms in self.found.items()
+        }
 
     @property
     def squares(self) -> Tensor:
-        return torch.stack([(scale * e.at_fixed_latents().square()).sum() for e, scale in self._again]).sum()
+        return torch.stack([term.square() for terms in self.found.values() for term in terms]).sum()
 
 
 class Replay(nn.Module, Start):
@@ -321,11 +352,17 @@ class Replay(nn.Module, Start):
         self.size, self.refresh = size, refresh
         self.register_buffer("written", torch.zeros((), dtype=torch.long))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        saved = state_dict.get(prefix + "store")  # before the first call, too
+        if saved is not None and "store" not in self._buffers:
+            self.register_buffer("store", saved.new_zeros(self.size, saved.shape[1]))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def setup(self, density: LogDensity) -> None:
+        structure = density.structure
         if "store" not in self._buffers:
-            structure = density.structure
-            empty = torch.zeros(self.size, density.layout.size, dtype=structure.dtype, device=structure.device)
-            self.register_buffer("store", empty)
+            self.register_buffer("store", torch.zeros(self.size, density.layout.size))
+        self.store = self.store.to(dtype=structure.dtype, device=structure.device)
         if self.store.shape[1] != density.layout.size:
             raise ValueError(
                 f"the replay buffer keeps rows of {self.store.shape[1]} coordinates and the model now has "

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_shortrun import ShortRunGuide
+from pyro_shortrun import ShortRunGuide, energy_prior
 from pyro_shortrun.evaluation import importance_log_likelihood
 
 WEIGHT = [[1.0, 0.5], [-0.3, 2.0], [0.7, 0.1]]
@@ -61,3 +61,16 @@ def test_constrained_latents():
 def test_missing_site_is_named():
     with pytest.raises(ValueError, match="z"):
         importance_log_likelihood(model, {"w": torch.zeros(5, 6, 2)}, torch.randn(6, 3))
+
+
+def test_energy_priors_are_refused():
+    """Their log Z would be left out."""
+
+    def tilted(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            energy_prior("ebm", lambda z: z.square(), z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="use ais"):
+        importance_log_likelihood(tilted, {"z": torch.zeros(5, 3)}, torch.zeros(3))
