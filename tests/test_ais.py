@@ -38,6 +38,15 @@ def test_quadratic_energy_and_evidence_are_in_their_intervals():
     assert (found.ess > 100).all() and (found.ess <= 200).all()
 
 
+def test_compiled_paths_equal_eager_ones():
+    x, found = torch.tensor([[0.0, 0.0], [1.0, -0.5]]), []
+    for compile in (False, True):
+        pyro.set_rng_seed(1)
+        found.append(ais(tilted, x, num_chains=10, num_temperatures=10, compile=compile))
+    torch.testing.assert_close(found[0].lower, found[1].lower)
+    torch.testing.assert_close(found[0].upper, found[1].upper)
+
+
 def test_few_temperatures_are_below_and_above():
     """Averages over 300 rows of the same problem: the lower end is too low, the upper end too high."""
     x = torch.full((300, 2), 1.5)
