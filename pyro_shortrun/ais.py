@@ -15,7 +15,7 @@ from .arguments import check_count
 from .compiled import Compiler, density_of
 from .density import LogDensity
 from .dynamics import Langevin
-from .interop import ordinary_autograd
+from .interop import ordinary_autograd, plain
 from .start import Call
 from .step_size import StepSize
 from .tilted import TiltedPrior
@@ -125,6 +125,7 @@ def ais(
     betas = [(t / num_temperatures) ** power for t in range(num_temperatures + 1)]
     rest = num_temperatures if long_run is None else long_run
     with ordinary_autograd(), torch.no_grad(), poutine.block():
+        args, kwargs = plain(args), plain(kwargs)
         parts = [Call.of(model, args, kwargs), TiltedPrior(model).bind(args, kwargs)]
         paths = [None if c is None else _Path(c, betas, num_transitions, step_size, compile) for c in parts]
         found = [None if path is None else path.bracket(num_chains, rest) for path in paths]

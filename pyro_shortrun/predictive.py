@@ -15,7 +15,7 @@ from torch import Tensor
 from .arguments import check_count
 from .dynamics import Dynamics
 from .energy import NegativeSampler
-from .interop import ordinary_autograd
+from .interop import ordinary_autograd, plain
 from .program import Binding, Program, Reading
 from .start import Start
 from .tilted import TiltedPrior
@@ -88,6 +88,7 @@ def _draw(
     check_count("num_samples", count)
     with ordinary_autograd(), torch.no_grad(), poutine.block():
         program = Program(prior.model)
+        args, kwargs, given = plain(args), plain(kwargs), plain(given)
         if given:
             _check_given(program.draw(args, kwargs), given)
         call = prior.bind(args, kwargs, given)

@@ -14,7 +14,7 @@ from pyro.infer import Predictive, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_shortrun import EnergyELBO, EnergyPredictive, Replay, ShortRunGuide, energy_prior, sample_prior
+from pyro_shortrun import EnergyELBO, EnergyPredictive, Replay, ShortRunGuide, ais, energy_prior, sample_prior
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -172,6 +172,23 @@ def test_draws_in_parts():
     """More numbers than are run at once: as many draws as asked for, all of them different."""
     draws = sample_prior(tilted(), torch.zeros(2**19), num_samples=5, num_steps=1)["z"]
     assert draws.shape == (5, 2**19) and len(draws[:, 0].unique()) == 5
+
+
+def test_inference_mode():
+    """Held values and data of the energy may be inference tensors."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(torch.zeros(()), 1.0))
+            z1 = pyro.sample("z1", dist.Normal(torch.zeros(()), 1.0))
+            energy_prior("ebm", lambda a, b: x * a * b, z1, z2)
+            pyro.sample("x", dist.Normal(z1, 1.0), obs=x)
+
+    with torch.inference_mode():
+        x = torch.ones(3)
+        held = {"z2": torch.ones(3)}
+        assert sample_prior(model, x, given=held, num_samples=2, num_steps=3)["x"].shape == (2, 3)
+        assert ais(model, x, num_chains=2, num_temperatures=3).lower.shape == (3,)
 
 
 def test_refusals():
