@@ -315,10 +315,8 @@ class _Watch(Messenger):
 
     @property
     def means(self) -> dict[str, float]:
-        return {
-            k: _mean(*(torch.stack(ts) for ts in zip(*((t.total, t.count) for t in terms), strict=True)))
-            for k, terms in self.found.items()
-        }
+        pairs = {k: [(t.total, t.count) for t in terms] for k, terms in self.found.items()}
+        return {k: _mean(*torch.tensor(found).T) for k, found in pairs.items()}
 
     @property
     def squares(self) -> Tensor:
