@@ -595,6 +595,19 @@ def test_compiled_runs_equal_eager_ones():
     assert not torch.allclose(ends[0], ends[1])
 
 
+def test_another_batch_size_is_compiled_once():
+    energy = Quadratic(0.5)
+    elbo = EnergyELBO(Trace_ELBO(), num_steps=6, start=Replay(50))
+    elbo._prior = TiltedPrior(one_layer(energy), compile=True)
+    elbo._prior._compiler = compiler = Compiler(Untouched())
+    counts = []
+    for size in (4, 7, 4, 7):
+        elbo.loss_and_grads(elbo._prior.model, encoder, torch.zeros(size))
+        energy.c.data += 0.1
+        counts.append(len(compiler._graphs))
+    assert counts[1:] == [2 * counts[0]] * 3 and compiler._renewals == 0
+
+
 @pytest.mark.parametrize("start", [Replay(50, refresh=0.0), Persistent()], ids=lambda s: type(s).__name__)
 def test_runs_that_go_on(start):
     """Steps too small to get anywhere in one run do so in many: the variance falls from 1 towards 1 / 9."""
