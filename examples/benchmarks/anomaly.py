@@ -9,10 +9,11 @@ in which the held-out digit is the anomaly (about one image in ten: the base rat
 nothing). AUPRC of three scores of one guide draw per image: log p(x, z) with the energy in it, log p(x | z) alone
 ("data"), and log p(x, z) - log q(z | x). Numbers are means over the last epochs; nothing is selected on the test set.
 
-What the energy contributes, from the same draws: the AUPRC of log p_0(z) - E(z) and of -E(z) alone; the mean energy of
-the anomalies less that of the others (out-in), the standard deviations over the test set of E and of log p(x | z), all
-in nats (a term with a hundredth of another's spread cannot change the order), and the gap of the last training step,
-E in prior runs less E under the guide.
+What the energy contributes, from the same draws: the AUPRC of log p_0(z) - E(z) ("latents"), of -E(z) alone, and of
+log p(x | z) and -E(z) summed after each is divided by its standard deviation over 1,000 training images ("scaled"; no
+label is used); the mean energy of the anomalies less that of the others (out-in), the standard deviations over the test
+set of E and of log p(x | z), all in nats (a term with a hundredth of another's spread cannot change the order of the
+joint score), and the gap of the last training step, E in prior runs less E under the guide.
 
     VAE                     one layer, amortised guide
     VAE + energy            the same with an energy on the layer (variational scheme)
@@ -43,8 +44,10 @@ from pyro_shortrun import EnergyELBO, Langevin, ShortRunGuide, StepSize, energy_
 from pyro_shortrun.anomaly import Bound, Energies, Joint, Latents, Reconstruction, Score, anomaly_scores
 
 SCORES: dict[str, Score] = {"joint": Joint(), "data": Reconstruction(), "latents": Latents()}
-HEAD = f"{'digit':<6}{'model':<31}{'joint':>7}{'data':>7}{'bound':>7}{'latents':>9}{'-E':>7}{'out-in':>8}{'sd E':>7}"
-HEAD += f"{'sd data':>9}{'gap':>8}{'s/epoch':>9}"
+# Width and decimals.
+COLUMNS = {name: (8, 3) for name in ("joint", "data", "bound", "latents", "-E", "scaled")}
+COLUMNS |= {"out-in": (8, 2), "sd E": (7, 2), "sd data": (9, 1), "gap": (7, 2), "s/epoch": (9, 1)}
+HEAD = f"{'digit':<6}{'model':<31}" + "".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items())
 # Mean AUPRC over seeds as the papers print them (convolutional networks, long training).
 PUBLISHED = {
     "published: VAE": {1: 0.063, 4: 0.337, 5: 0.325, 7: 0.148, 9: 0.104},
@@ -168,7 +171,7 @@ def auprc(values: Tensor, anomalous: Tensor) -> float:
 
 
 def evaluate(
-    kind: Kind, model: Callable, guide: Callable, test: Tensor, anomalous: Tensor, bound_images: int
+    kind: Kind, model: Callable, guide: Callable, train: Tensor, test: Tensor, anomalous: Tensor, bound_images: int
 ) -> dict[str, float]:
     """The table's columns, but for what training tells; the bound of ``bound_images`` (none if 0)."""
     found = score(model, guide, test, {**SCORES, "-E": Energies()} if kind.tilted else SCORES)
@@ -178,6 +181,9 @@ def evaluate(
         energy = found["-E"]
         out["out-in"] = (energy[anomalous].mean() - energy[~anomalous].mean()).item()
         out["sd E"] = energy.std().item()
+        normal = score(model, guide, train[:1000], {"data": Reconstruction(), "-E": Energies()})
+        scaled = sum(found[name] / values.std() for name, values in normal.items())
+        out["scaled"] = auprc(scaled, anomalous)
     if bound_images:
         out["bound"] = auprc(score(model, guide, test[:bound_images], {"bound": Bound()})["bound"], anomalous)
     return out
@@ -206,7 +212,7 @@ def run(kind: Kind, train: Tensor, test: Tensor, anomalous: Tensor, args: argpar
             continue
         # The log q of a short run takes log-determinants of every step: once, and for some of the images.
         dear = args.bound_images if epoch == args.epochs - 1 else 0
-        columns = evaluate(kind, model, guide, test, anomalous, len(test) if kind.amortised else dear)
+        columns = evaluate(kind, model, guide, train, test, anomalous, len(test) if kind.amortised else dear)
         for name, value in columns.items():
             found.setdefault(name, []).append(value)
     out = {name: float(np.mean(values)) for name, values in found.items()}
@@ -216,12 +222,8 @@ def run(kind: Kind, train: Tensor, test: Tensor, anomalous: Tensor, args: argpar
 
 
 def line(digit: int, name: str, r: dict[str, float]) -> str:
-    def cell(column: str, width: int, digits: int) -> str:
-        return f"{r[column]:>{width}.{digits}f}" if column in r else " " * width
-
-    auprcs = cell("joint", 7, 3) + cell("data", 7, 3) + cell("bound", 7, 3) + cell("latents", 9, 3) + cell("-E", 7, 3)
-    nats = cell("out-in", 8, 2) + cell("sd E", 7, 2) + cell("sd data", 9, 1) + cell("gap", 8, 2)
-    return f"{digit:<6}{name:<31}{auprcs}{nats}{cell('s/epoch', 9, 1)}".rstrip()
+    cells = (f"{r[k]:>{width}.{digits}f}" if k in r else " " * width for k, (width, digits) in COLUMNS.items())
+    return f"{digit:<6}{name:<31}{''.join(cells)}".rstrip()
 
 
 def load(path: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
