@@ -94,14 +94,15 @@ def _draw(
         call = prior.bind(args, kwargs, given)
         if call is None:
             bind = Binding(args, kwargs, program.draw(args, kwargs, given=given).indices, given, None)
-            return _simulate(program, bind, dict(prior.conditions), {}, count, {})
+            return _simulate(program, bind, {**prior.conditions, **given}, {}, count, {})
         layout = call.density.layout
-        parts = math.ceil(count * layout.rows * layout.size / _NUMBERS_AT_ONCE)
+        parts = max(1, math.ceil(count * layout.rows * layout.size / _NUMBERS_AT_ONCE))
         chains = math.ceil(count / parts)  # of equal size: every other one would be compiled anew
         latents = [call.density.constrain(sampler.run(call, chains).end)[0] for _ in range(parts)]
         values = {k: torch.cat([part[k] for part in latents])[:count] for k in latents[0]}
         values |= prior.discrete(call, values)
-        return _simulate(program, call.bind, dict(prior.conditions), values, count, call.density.structure.vectorizes)
+        held = {**prior.conditions, **given}
+        return _simulate(program, call.bind, held, values, count, call.density.structure.vectorizes)
 
 
 def _check_given(reading: Reading, given: Mapping[str, Tensor]) -> None:
@@ -119,13 +120,12 @@ def _check_given(reading: Reading, given: Mapping[str, Tensor]) -> None:
 def _simulate(
     program: Program,
     bind: Binding,
-    conditions: Mapping[str, Tensor],
+    held: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
     count: int,
     vectorizes: dict[str, bool],
 ) -> dict[str, Tensor]:
-    """Every site, given ``count`` draws of the latents of the runs and the data that these were conditioned on."""
-    held = {**conditions, **bind.given}
+    """Every site, given ``count`` draws of the latents of the runs (``values``) and what the runs held."""
 
     def one(_: Tensor, *draws: Tensor) -> tuple[Tensor, ...]:
         found = program.simulate(bind, {**held, **dict(zip(values, draws, strict=True))})
