@@ -14,35 +14,30 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .arguments import check_count, check_kind
+from .dynamics import Dynamics
+from .energy import NegativeSampler
 from .layout import Layout
-from .predictive import sample_prior
+from .predictive import draw_sites
 from .program import Site, is_data, masked, plates_of
-from .start import Call
-from .tilted import energy_of
+from .start import Call, Start
+from .tilted import TiltedPrior, energy_of
 
 
 class Draw:
     """One draw of the guide and the model there.
 
-    :param guide: the guide's trace.
-    :param replay: the model's trace at values of latents.
-    :param latents: all of the model's.
+    :param model: the model.
+    :param call: the model bound to its arguments.
     :param layout: the rows, and the local latents in them.
-    :param again: :func:`~pyro_shortrun.sample_prior` of the model.
+    :param guide: the guide's trace.
     """
 
-    def __init__(
-        self,
-        guide: Any,
-        replay: Callable[[Mapping[str, Tensor]], Any],
-        latents: Layout,
-        layout: Layout,
-        again: Callable,
-    ) -> None:
-        self.guide, self.layout, self.again, self._replay = guide, layout, again, replay
+    def __init__(self, model: Callable, call: Call, layout: Layout, guide: Any) -> None:
+        self.model, self.layout, self.guide, self._bind = model, layout, guide, call.bind
         self.values = {k: s["value"] for k, s in guide.nodes.items() if _is_stochastic(s) and not s["is_observed"]}
-        self._shared = {s.name for s in latents.sites} - {s.name for s in layout.sites}
-        missing = [s.name for s in latents.sites if s.name not in self.values]
+        latents = [s.name for s in call.density.layout.sites]
+        self._shared = set(latents) - {s.name for s in layout.sites}
+        missing = [name for name in latents if name not in self.values]
         if missing:
             raise ValueError(f"the guide does not sample the model's latent '{missing[0]}': use one that does.")
 
@@ -53,9 +48,15 @@ class Draw:
 
     def at(self, values: Mapping[str, Tensor]) -> dict[str, Site]:
         """Sample sites of the model with latents at ``values``."""
-        trace = self._replay(values)
+        held: Any = poutine.condition(self.model, data=dict(values))
+        trace = poutine.trace(held).get_trace(*self._bind.args, **self._bind.kwargs)
         trace.compute_log_prob()
         return {k: s for k, s in trace.nodes.items() if _is_stochastic(s)}
+
+    def again(self, prior: TiltedPrior, sampler: NegativeSampler, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of all sites: one draw of the tilted prior, given some of the latents, and of what follows."""
+        drawn = draw_sites(prior, sampler, self._bind.args, self._bind.kwargs, 1, given)
+        return {name: value[0] for name, value in drawn.items()}
 
     def rows(self, sites: list[Site]) -> Tensor:
         """Sum of the sites' log-probabilities, unscaled, per row; what lies outside the rows adds a constant."""
@@ -168,15 +169,25 @@ class Above(Score):
     Han, CVPR 2023, eq. 20.
 
     :param sites: names of the latents above k, as the guide samples them.
-    :param options: those of :func:`~pyro_shortrun.sample_prior` (``num_steps``, ``step_size``, ...).
+    :param num_steps: steps of a run, as for :func:`~pyro_shortrun.sample_prior`, whose other options follow.
     """
 
     weighs_guide = True
 
-    def __init__(self, *sites: str, **options: Any) -> None:
+    def __init__(
+        self,
+        *sites: str,
+        num_steps: int = 40,
+        step_size: float | None = None,
+        dynamics: Dynamics | None = None,
+        start: Start | Callable | None = None,
+        compile: bool = False,
+    ) -> None:
         if not sites:
             raise ValueError("Above needs the names of the latent sites that come from the guide: Above('z2', 'z3').")
-        self.sites, self.options = set(sites), options
+        self.sites = set(sites)
+        self._sampler, self._compile = NegativeSampler(num_steps, step_size, dynamics, start), compile
+        self._prior: TiltedPrior | None = None
 
     def __call__(self, draw: Draw) -> Tensor:
         if any(s["infer"].get("is_auxiliary") for s in draw.guide.nodes.values() if _is_stochastic(s)):
@@ -188,8 +199,10 @@ class Above(Score):
         if missing:
             raise ValueError(f"the guide does not sample '{missing[0]}'; it samples {sorted(draw.values)}.")
         held = {k: draw.values[k] for k in sorted(self.sites)}
-        drawn = draw.again(given=held, num_samples=1, **self.options)
-        sites = draw.at({k: drawn[k][0] for k in draw.values})
+        if self._prior is None or self._prior.model != draw.model:
+            self._prior = TiltedPrior(draw.model, self._compile)
+        drawn = draw.again(self._prior, self._sampler, held)
+        sites = draw.at({k: drawn[k] for k in draw.values})
         above = [s["value"] for k, s in sites.items() if k in self.sites]
         prior = [s for k, s in sites.items() if k in self.sites or _only_of(s, above)]
         return draw.rows(draw.data_of(sites) + prior) - draw.log_q(self.sites)
@@ -262,18 +275,12 @@ def anomaly_scores(
     weighs = any(score.weighs_guide for score in scores.values())
     with poutine.block():
         call = Call.of(model, args, kwargs)
-        latents, layout = call.density.layout, _rows_of(call)
-
-        def replay(values: Mapping[str, Tensor]) -> Any:
-            return poutine.trace(poutine.condition(model, data=dict(values))).get_trace(*args, **kwargs)
-
-        def again(**options: Any) -> dict[str, Tensor]:
-            return sample_prior(model, *args, **options, **kwargs)
+        layout = _rows_of(call)
 
         def one() -> list[Tensor]:
             with poutine.mask(mask=weighs):
                 trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            draw = Draw(trace, replay, latents, layout, again)
+            draw = Draw(model, call, layout, trace)
             return [score(draw) for score in scores.values()]
 
         found = zip(*(one() for _ in range(num_draws)), strict=True)

@@ -73,11 +73,11 @@ def sample_prior(
     :raises NotImplementedError: where some of the prior lies in a subsampled plate and some does not.
     """
     sampler = NegativeSampler(num_steps, step_size, dynamics, start)
-    return _draw(TiltedPrior(model, compile), sampler, args, kwargs, num_samples, given or {})
+    return draw_sites(TiltedPrior(model, compile), sampler, args, kwargs, num_samples, given or {})
 
 
 @torch.no_grad()
-def _draw(
+def draw_sites(
     prior: TiltedPrior,
     sampler: NegativeSampler,
     args: tuple,
@@ -85,6 +85,7 @@ def _draw(
     count: int,
     given: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
+    """Every site of ``count`` draws, as :func:`sample_prior` gives them; ``prior`` keeps compiled graphs."""
     check_count("num_samples", count)
     with ordinary_autograd(), torch.no_grad(), poutine.block():
         program = Program(prior.model)
@@ -187,7 +188,7 @@ class EnergyPredictive(Predictive):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws of the sites; the arguments are the model's."""
         if self.guide is None and not self.posterior_samples:
-            draws = _draw(self._prior, self._sampler, args, kwargs, self.num_samples, {})
+            draws = draw_sites(self._prior, self._sampler, args, kwargs, self.num_samples, {})
             return {k: v for k, v in draws.items() if not self.return_sites or k in self.return_sites}
         self._check(args, kwargs)
         return super().forward(*args, **kwargs)

@@ -109,6 +109,9 @@ def test_layers_above_from_the_guide():
     above = Above("z2", num_steps=20, step_size=5e-5)
     found = anomaly_score(guide, model, x, score=above, num_draws=100)
     torch.testing.assert_close(found, -exact, rtol=1e-2, atol=0.5)
+    prior = above._prior
+    anomaly_score(guide, model, x, score=above)
+    assert above._prior is prior  # and with it what was compiled
 
 
 @pytest.mark.parametrize("make", [AutoNormal, lambda m: ShortRunGuide(m, num_steps=3)], ids=["AutoNormal", "run"])
