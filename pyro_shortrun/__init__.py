@@ -12,7 +12,7 @@ from .anomaly import anomaly_score
 from .diagnostics import to_arviz
 from .dynamics import Dynamics, Hamiltonian, Langevin
 from .elbo import ShortRunELBO
-from .energy import EnergyELBO, Replay
+from .energy import EnergyELBO
 from .grid import Grid, tune_on_grid
 from .guide import ShortRunGuide
 from .kernel import ShortRunLangevin
@@ -21,6 +21,7 @@ from .logdet import Exact, Lanczos
 from .mixture import Mixture
 from .objective import Objective, PathDensity
 from .predictive import EnergyPredictive, sample_prior
+from .replay import Replay
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
 from .tilted import energy_prior
