@@ -222,7 +222,10 @@ def run(kind: Kind, train: Tensor, test: Tensor, anomalous: Tensor, args: argpar
 
 
 def line(digit: int, name: str, r: dict[str, float]) -> str:
-    cells = (f"{r[k]:>{width}.{digits}f}" if k in r else " " * width for k, (width, digits) in COLUMNS.items())
+    def cell(value: float, width: int, digits: int) -> str:
+        return f"{value:>{width}.{digits}f}" if abs(value) < 1e3 else f"{value:>{width}.0e}"  # diverged
+
+    cells = (cell(r[k], *form) if k in r else " " * form[0] for k, form in COLUMNS.items())
     return f"{digit:<6}{name:<31}{''.join(cells)}".rstrip()
 
 
