@@ -187,6 +187,8 @@ def main(args: argparse.Namespace) -> None:
     for ax, (name, z) in zip(axes.flat, panels, strict=False):
         ax.scatter(*z.T, s=1, alpha=0.5, color="C0")
         ax.set(title=name, xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
     figure.savefig(folder / "prior.png", dpi=150)
     plt.close(figure)
     print(f"mmd.txt and prior.png are in {folder}/")

@@ -14,7 +14,7 @@ from .anomaly import anomaly_score
 from .diagnostics import to_arviz
 from .dynamics import Dynamics, Hamiltonian, Langevin
 from .elbo import ShortRunELBO
-from .energy import EnergyELBO, Replay
+from .energy import EnergyELBO
 from .grid import Grid, tune_on_grid
 from .guide import ShortRunGuide
 from .kernel import ShortRunLangevin
@@ -25,6 +25,7 @@ from .mixture import Mixture
 from .objective import Objective, PathDensity
 from .predictive import EnergyPredictive, sample_prior
 from .refiner import Refiner
+from .replay import Replay
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
 from .teaching import MCMCTeaching

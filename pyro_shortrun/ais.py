@@ -12,8 +12,10 @@ from pyro import poutine
 from torch import Tensor
 
 from .arguments import check_count
+from .compiled import Compiler, density_of
+from .density import LogDensity
 from .dynamics import Langevin
-from .interop import ordinary_autograd
+from .interop import ordinary_autograd, plain
 from .start import Call
 from .step_size import StepSize
 from .tilted import TiltedPrior
@@ -71,6 +73,7 @@ def ais(
     long_run: int | None = None,
     step_size: float = 0.1,
     power: float = 3.0,
+    compile: bool = False,
     **kwargs: Any,
 ) -> Evidence:
     r"""``log p(x)`` per row as an interval, by annealed importance sampling with Metropolis-adjusted transitions.
@@ -110,6 +113,7 @@ def ais(
     :param step_size: first guess of ``eta``; a pilot pass of at most 8 chains adapts it for each temperature and row,
         so that in the pass that counts it does not depend on the states.
     :param power: of the temperatures; larger ones spend more of them near the prior.
+    :param compile: whether densities and gradients are compiled, which pays from some hundred transitions on.
     :param kwargs: the model's keyword arguments.
     :raises ValueError: for arguments out of range, and where a latent lies in a subsampled plate.
     """
@@ -121,10 +125,10 @@ def ais(
     betas = [(t / num_temperatures) ** power for t in range(num_temperatures + 1)]
     rest = num_temperatures if long_run is None else long_run
     with ordinary_autograd(), torch.no_grad(), poutine.block():
+        args, kwargs = plain(args), plain(kwargs)
         parts = [Call.of(model, args, kwargs), TiltedPrior(model).bind(args, kwargs)]
-        found = [
-            None if c is None else _Path(c, betas, num_transitions, step_size).bracket(num_chains, rest) for c in parts
-        ]
+        paths = [None if c is None else _Path(c, betas, num_transitions, step_size, compile) for c in parts]
+        found = [None if path is None else path.bracket(num_chains, rest) for path in paths]
     joint, log_z = found
     assert joint is not None
     if log_z is not None and log_z.lower.shape != joint.lower.shape:  # rows differ: only totals can be compared
@@ -155,11 +159,15 @@ class _Point(NamedTuple):
 class _Path:
     """The way from a prior to a target, with a step size per temperature and row."""
 
-    def __init__(self, call: Call, betas: list[float], num_transitions: int, step_size: float) -> None:
+    def __init__(
+        self, call: Call, betas: list[float], num_transitions: int, step_size: float, compile: bool = False
+    ) -> None:
         thinned = [s.name for s in call.density.layout.sites if s.scale != 1]
         if thinned:
             raise ValueError(f"latent sites {thinned} lie in a subsampled plate: evaluate on the full plate.")
         self.call, self.betas, self.transitions = call, betas, num_transitions
+        compiler = Compiler() if compile else None
+        self._density = density_of(call.program, call.density.structure, call.bind, compiler)
         self._dynamics = Langevin(StepSize(step_size, learnable=False), max_drift=float("inf"))
         like = call.reading.unconstrained[call.density.layout.sites[0].name]
         self._log_eta = torch.full(
@@ -170,6 +178,13 @@ class _Path:
     def bracket(self, chains: int, long_run: int) -> Interval:
         self._forward(min(chains, _PILOT_CHAINS), adapt=True)
         log_w, end = self._forward(chains)
+        lost = ~log_w.isfinite().any(0)
+        if lost.any():
+            raise ValueError(
+                f"the log density is not finite at any of the {chains} draws from the prior for row "
+                f"{int(lost.nonzero()[0])} ({int(lost.sum())} of {len(lost)} rows), so annealing cannot begin there: "
+                "use more chains, and look for data that the model cannot have made."
+            )
         weights = log_w.softmax(0)
         index = weights.T.multinomial(chains, replacement=True).T
         end = self._at(end.u.gather(0, index.unsqueeze(-1).expand_as(end.u)))
@@ -200,12 +215,7 @@ class _Path:
         return log_w
 
     def _at(self, u: Tensor) -> _Point:
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            target, prior = self.call.density.with_start(u)
-            (grad,) = torch.autograd.grad(target.sum(), u, retain_graph=True, materialize_grads=True)
-            (slope,) = torch.autograd.grad(prior.sum(), u, materialize_grads=True)
-        return _Point(u.detach(), prior.detach(), target.detach(), slope, grad)
+        return _Point(u, *self._density.execute(_terms, (u,), ("annealing",)))
 
     def _move(self, point: _Point, beta: float, eta: Tensor) -> tuple[_Point, Tensor]:
         """A MALA transition for temperature ``beta``, and its acceptance probabilities."""
@@ -219,6 +229,16 @@ class _Path:
         pairs = zip(new, point, strict=True)
         kept = _Point(*(torch.where(move if a.dim() == 2 else move.unsqueeze(-1), a, b) for a, b in pairs))
         return kept, log_ratio.clamp(max=0).exp()
+
+
+def _terms(density: LogDensity, u: Tensor) -> tuple[Tensor, ...]:
+    """Log densities of prior and target, and their gradients."""
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        target, prior = density.with_start(u)
+        (grad,) = torch.autograd.grad(target.sum(), u, retain_graph=True, materialize_grads=True)
+        (slope,) = torch.autograd.grad(prior.sum(), u, materialize_grads=True)
+    return prior.detach(), target.detach(), slope, grad
 
 
 def _log_mean_exp(log_w: Tensor) -> Tensor:

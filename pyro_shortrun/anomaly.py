@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,48 +14,85 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .arguments import check_count, check_kind
+from .dynamics import Dynamics
+from .energy import NegativeSampler
 from .layout import Layout
-from .predictive import sample_prior
+from .predictive import draw_sites
 from .program import Site, is_data, masked, plates_of
-from .start import Call
-from .tilted import energy_of
+from .start import Call, Start
+from .tilted import TiltedPrior, energy_of
 
 
 class Draw:
     """One draw of the guide and the model there.
 
+    :param model: the model.
+    :param call: the model bound to its arguments.
+    :param layout: the rows, and the local latents in them.
     :param guide: the guide's trace.
-    :param replay: the model's trace at values of latents.
     """
 
-    def __init__(
-        self, guide: Any, replay: Callable[[Mapping[str, Tensor]], Any], layout: Layout, again: Callable
-    ) -> None:
-        self.guide, self.layout, self.again, self._replay = guide, layout, again, replay
+    def __init__(self, model: Callable, call: Call, layout: Layout, guide: Any) -> None:
+        self.model, self.layout, self.guide, self._bind = model, layout, guide, call.bind
         self.values = {k: s["value"] for k, s in guide.nodes.items() if _is_stochastic(s) and not s["is_observed"]}
+        latents = [s.name for s in call.density.layout.sites]
+        self._shared = set(latents) - {s.name for s in layout.sites}
+        missing = [name for name in latents if name not in self.values]
+        if missing:
+            raise ValueError(f"the guide does not sample the model's latent '{missing[0]}': use one that does.")
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """Sample sites of the model at the guide's values."""
+        return self.at(self.values)
 
     def at(self, values: Mapping[str, Tensor]) -> dict[str, Site]:
         """Sample sites of the model with latents at ``values``."""
-        trace = self._replay(values)
+        held: Any = poutine.condition(self.model, data=dict(values))
+        trace = poutine.trace(held).get_trace(*self._bind.args, **self._bind.kwargs)
         trace.compute_log_prob()
         return {k: s for k, s in trace.nodes.items() if _is_stochastic(s)}
 
+    def again(self, prior: TiltedPrior, sampler: NegativeSampler, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of all sites: one draw of the tilted prior, given some of the latents, and of what follows."""
+        drawn = draw_sites(prior, sampler, self._bind.args, self._bind.kwargs, 1, given)
+        return {name: value[0] for name, value in drawn.items()}
+
     def rows(self, sites: list[Site]) -> Tensor:
-        """Sum of the sites' log-probabilities, unscaled, per row."""
+        """Sum of the sites' log-probabilities, unscaled, per row; what lies outside the rows adds a constant."""
         terms = [self.layout.sum_to_rows(masked(s["unscaled_log_prob"], s["mask"]), plates_of(s)) for s in sites]
-        return (
-            torch.stack([t.expand(self.layout.rows) for t in terms]).sum(0) if terms else torch.zeros(self.layout.rows)
-        )
+        return torch.stack([t.expand(self.layout.rows) for t in terms]).sum(0)
 
     def data_of(self, sites: Mapping[str, Site]) -> list[Site]:
-        """The observed sites among them."""
-        return [s for k, s in sites.items() if is_data(s) and k not in self.values]
+        """The observed sites among them.
+
+        :raises ValueError: where there are none.
+        """
+        found = [s for k, s in sites.items() if is_data(s) and k not in self.values]
+        if not found:
+            raise ValueError("the model observes nothing: call anomaly_score with the data as the model's arguments.")
+        return found
+
+    def prior_of(self, sites: Mapping[str, Site]) -> list[Site]:
+        """Latents and energies among them."""
+        return [s for k, s in sites.items() if k in self.values or energy_of(s) is not None]
 
     def log_q(self, names: set[str] | None = None) -> Tensor:
-        """Of the guide's sites, all or by name."""
+        """Of the guide's sites, all or by name.
+
+        :raises NotImplementedError: where the guide's density of local latents is not one value per row.
+        """
         self.guide.compute_log_prob()
-        sites = [s for k, s in self.guide.nodes.items() if _is_stochastic(s) and (names is None or k in names)]
-        return self.rows(sites)
+        sites = {k: s for k, s in self.guide.nodes.items() if _is_stochastic(s) and (names is None or k in names)}
+        rows = {p.name for p in self.layout.row_plates}
+        for name, site in sites.items():
+            latent = name.removesuffix("_unconstrained")  # as AutoGuides call it
+            if latent not in self._shared and not rows <= {p.name for p in plates_of(site)}:
+                raise NotImplementedError(
+                    f"the guide's site '{name}' lies outside plate {sorted(rows)}, so that log q is not known row by "
+                    "row: use a guide that keeps the plate, such as AutoNormal or an encoder."
+                )
+        return self.rows(list(sites.values()))
 
 
 def _is_stochastic(site: Site) -> bool:
@@ -77,14 +116,34 @@ class Joint(Score):
     r"""``log p(x, z)`` at ``z ~ q(z | x)``, energies included and log Z left out."""
 
     def __call__(self, draw: Draw) -> Tensor:
-        return draw.rows(list(draw.at(draw.values).values()))
+        return draw.rows(list(draw.sites.values()))
 
 
 class Reconstruction(Score):
     r"""``log p(x | z)`` at ``z ~ q(z | x)``: what the decoder alone says."""
 
     def __call__(self, draw: Draw) -> Tensor:
-        return draw.rows(draw.data_of(draw.at(draw.values)))
+        return draw.rows(draw.data_of(draw.sites))
+
+
+class Latents(Score):
+    r"""``log p_0(z) - sum_j E_j(z)`` at ``z ~ q(z | x)``: what the prior alone says, log Z left out."""
+
+    def __call__(self, draw: Draw) -> Tensor:
+        return draw.rows(draw.prior_of(draw.sites))
+
+
+class Energies(Score):
+    r"""``-sum_j E_j(z)`` at ``z ~ q(z | x)``: what the energies alone say.
+
+    :raises ValueError: where the model has none.
+    """
+
+    def __call__(self, draw: Draw) -> Tensor:
+        found = [s for s in draw.sites.values() if energy_of(s) is not None]
+        if not found:
+            raise ValueError("the model has no energy_prior(...) statement: use another score.")
+        return draw.rows(found)
 
 
 class Bound(Score):
@@ -93,7 +152,7 @@ class Bound(Score):
     weighs_guide = True
 
     def __call__(self, draw: Draw) -> Tensor:
-        return draw.rows(list(draw.at(draw.values).values())) - draw.log_q()
+        return draw.rows(list(draw.sites.values())) - draw.log_q()
 
 
 class Above(Score):
@@ -110,15 +169,25 @@ class Above(Score):
     Han, CVPR 2023, eq. 20.
 
     :param sites: names of the latents above k, as the guide samples them.
-    :param options: those of :func:`~pyro_shortrun.sample_prior` (``num_steps``, ``step_size``, ...).
+    :param num_steps: steps of a run, as for :func:`~pyro_shortrun.sample_prior`, whose other options follow.
     """
 
     weighs_guide = True
 
-    def __init__(self, *sites: str, **options: Any) -> None:
+    def __init__(
+        self,
+        *sites: str,
+        num_steps: int = 40,
+        step_size: float | None = None,
+        dynamics: Dynamics | None = None,
+        start: Start | Callable | None = None,
+        compile: bool = False,
+    ) -> None:
         if not sites:
             raise ValueError("Above needs the names of the latent sites that come from the guide: Above('z2', 'z3').")
-        self.sites, self.options = set(sites), options
+        self.sites = set(sites)
+        self._sampler, self._compile = NegativeSampler(num_steps, step_size, dynamics, start), compile
+        self._prior: TiltedPrior | None = None
 
     def __call__(self, draw: Draw) -> Tensor:
         if any(s["infer"].get("is_auxiliary") for s in draw.guide.nodes.values() if _is_stochastic(s)):
@@ -130,8 +199,10 @@ class Above(Score):
         if missing:
             raise ValueError(f"the guide does not sample '{missing[0]}'; it samples {sorted(draw.values)}.")
         held = {k: draw.values[k] for k in sorted(self.sites)}
-        drawn = draw.again(given=held, num_samples=1, **self.options)
-        sites = draw.at({k: drawn[k][0] for k in draw.values})
+        if self._prior is None or self._prior.model != draw.model:
+            self._prior = TiltedPrior(draw.model, self._compile)
+        drawn = draw.again(self._prior, self._sampler, held)
+        sites = draw.at({k: drawn[k] for k in draw.values})
         above = [s["value"] for k, s in sites.items() if k in self.sites]
         prior = [s for k, s in sites.items() if k in self.sites or _only_of(s, above)]
         return draw.rows(draw.data_of(sites) + prior) - draw.log_q(self.sites)
@@ -143,7 +214,6 @@ def _only_of(site: Site, values: list[Tensor]) -> bool:
     return energy is not None and all(any(z is v for v in values) for z in energy.latents)
 
 
-@torch.no_grad()
 def anomaly_score(
     guide: Callable, model: Callable, *args: Any, score: Score | None = None, num_draws: int = 1, **kwargs: Any
 ) -> Tensor:
@@ -159,30 +229,59 @@ def anomaly_score(
     >>> bool(scores[1] > scores[0])
     True
 
-    :param guide: a guide for the model, of any kind.
-    :param model: a Pyro model whose latents share a plate: one row per datum.
+    :param guide: a guide for the model, of any kind, that samples every continuous latent.
+    :param model: a Pyro model whose local latents share a plate: one row per datum.
     :param args: the arguments of both.
-    :param score: :class:`Joint` (default), :class:`Reconstruction`, :class:`Bound` or :class:`Above`.
+    :param score: :class:`Joint` (default), :class:`Reconstruction`, :class:`Latents`, :class:`Energies`,
+        :class:`Bound` or :class:`Above`.
     :param num_draws: draws of the guide to average over.
     :param kwargs: the keyword arguments of both.
     :return: ``(rows,)`` in nats, up to a constant.
-    :raises ValueError: where ``score`` is no :class:`Score`, or names a site that the guide does not sample.
+    :raises ValueError: where ``score`` is no :class:`Score`, a latent lies in a subsampled plate, or the guide does not
+        sample a latent.
+    :raises NotImplementedError: where latents are discrete, and where a score needs log q row by row and the guide has
+        it in one piece.
     """
-    check_kind("score", score, Score, "Joint()")
+    return anomaly_scores(guide, model, *args, scores={"score": score or Joint()}, num_draws=num_draws, **kwargs)[
+        "score"
+    ]
+
+
+def _rows_of(call: Call) -> Layout:
+    """The layout of the local latents alone: what is shared by all rows does not tell them apart."""
+    if call.density.structure.summed:
+        raise NotImplementedError("scores of a model with discrete latents: marginalise them by hand in the model.")
+    layout = call.density.layout
+    thinned = [s.name for s in layout.sites if s.scale != 1]
+    if thinned:
+        raise ValueError(f"latent sites {thinned} lie in a subsampled plate: score on the full plate.")
+    rows = {p.name for p in layout.row_plates}
+    return replace(layout, sites=tuple(s for s in layout.sites if rows <= {p.name for p in s.plates}))
+
+
+@torch.no_grad()
+def anomaly_scores(
+    guide: Callable,
+    model: Callable,
+    *args: Any,
+    scores: Mapping[str, Score],
+    num_draws: int = 1,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """Several scores of the same draws, by name, as :func:`anomaly_score` gives one."""
+    for score in scores.values():
+        check_kind("score", score, Score, "Joint()")
     check_count("num_draws", num_draws)
-    measure = Joint() if score is None else score
+    weighs = any(score.weighs_guide for score in scores.values())
     with poutine.block():
-        layout = Call.of(model, args, kwargs).density.layout
+        call = Call.of(model, args, kwargs)
+        layout = _rows_of(call)
 
-        def replay(values: Mapping[str, Tensor]) -> Any:
-            return poutine.trace(poutine.condition(model, data=dict(values))).get_trace(*args, **kwargs)
-
-        def again(**options: Any) -> dict[str, Tensor]:
-            return sample_prior(model, *args, **options, **kwargs)
-
-        def one() -> Tensor:
-            with poutine.mask(mask=measure.weighs_guide):
+        def one() -> list[Tensor]:
+            with poutine.mask(mask=weighs):
                 trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            return measure(Draw(trace, replay, layout, again))
+            draw = Draw(model, call, layout, trace)
+            return [score(draw) for score in scores.values()]
 
-        return -torch.stack([one() for _ in range(num_draws)]).mean(0)
+        found = zip(*(one() for _ in range(num_draws)), strict=True)
+        return {k: -torch.stack(values).mean(0) for k, values in zip(scores, found, strict=True)}

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from .arguments import check_count, check_kind
 from .chain import RunInfo, ShortRun
-from .density import LogDensity
 from .dynamics import Dynamics, Langevin
 from .interop import is_weighted_from_outside, ordinary_autograd, plain
-from .program import Reading, Site
-from .start import Call, Drawn, FromGuide, Prior, Start
+from .program import Reading, Site, masked
+from .rows import where_rows
+from .start import Call, FromGuide, Prior, Start
 from .step_size import StepSize
 from .tilted import Energy, TiltedPrior, energies, energy_of, run_in
 from .validation import check_start
@@ -102,15 +102,15 @@ class EnergyELBO(ELBO):
         have ``eta = s ** 2 / 2`` (their s = 0.4 is 0.08).
     :param dynamics: instead of ``step_size``; it is not tuned.
     :param start: where negative runs start: :class:`~pyro_shortrun.Prior` (default, fresh for every call),
-        :class:`Replay`, :class:`~pyro_shortrun.Persistent` or a guide.
+        :class:`~pyro_shortrun.Replay`, :class:`~pyro_shortrun.Persistent` or a guide.
     :param num_chains: negative runs per row.
     :param l2: weight of the sum of squared energies of both phases, whose gradient reaches the energies' own
         parameters.
     :param compile: whether negative runs are compiled, as for ``ShortRunGuide``.
     :raises ValueError: for arguments out of range; at a call, where the model has no ``energy_prior``, where a start is
         not finite, and where every negative run is not.
-    :raises NotImplementedError: for ``poutine.scale`` on the prior, ``l2`` with a base that does not run the model
-        under Pyro's handlers, and ``differentiable_loss`` of a base without one.
+    :raises NotImplementedError: for ``poutine.scale`` on the prior, a subsampled plate around a part of it, ``l2`` with
+        a base that does not run the model under Pyro's handlers, and ``differentiable_loss`` of a base without one.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class EnergyELBO(ELBO):
         """Runs in the prior, and their energies and surrogate with a graph to the model's parameters."""
         if is_weighted_from_outside():
             raise NotImplementedError("poutine.scale, poutine.mask or a plate around EnergyELBO: put it in the model.")
-        if self._prior is None or self._prior.model is not model:
+        if self._prior is None or self._prior.model != model:  # a bound method is a new object each time
             self._prior = TiltedPrior(model, self._compile)
         with ordinary_autograd():
             call = self._prior.bind(plain(args), plain(kwargs))
@@ -179,7 +179,16 @@ class EnergyELBO(ELBO):
                 raise ValueError("the model has no energy_prior(...) statement: use the base ELBO without EnergyELBO.")
             done = self.sampler.run(call, self.num_chains)
             self._warn_once(done.info)
-            return _Negative.at(call, done.end, done.info)
+            self._keep(call, done)
+            return _Negative.at(call, done.end, done.info, squared=self.l2 > 0)
+
+    @torch.no_grad()
+    def _keep(self, call: Call, done: ShortRun) -> None:
+        """Tell the start where the runs ended; rows that froze would freeze again, and begin anew."""
+        end = done.end
+        if done.info.nonfinite:
+            end = where_rows(done.info.frozen, call.prior(len(end)), end)
+        self.sampler.start.finish(call, end)
 
     def _finish(self, negative: _Negative, watch: _Watch) -> Tensor:
         """The term whose gradient is to be added; keeps the statistics of the call."""
@@ -191,6 +200,7 @@ class EnergyELBO(ELBO):
                 f"l2 needs the energies of the positive phase, which {type(self.base_elbo).__name__} does not show: "
                 "use Trace_ELBO."
             )
+        assert negative.squares is not None
         return negative.surrogate + self.l2 * (watch.squares / self.num_particles + negative.squares)
 
     def _warn_once(self, info: RunInfo) -> None:
@@ -240,35 +250,55 @@ class _Negative:
     """The negative phase: ``surrogate`` has the gradient of log Z, ``squares`` is the sum of squared energies."""
 
     surrogate: Tensor
-    squares: Tensor
+    squares: Tensor | None
     means: dict[str, float]
     info: RunInfo
 
     @classmethod
-    def at(cls, call: Call, end: Tensor, info: RunInfo) -> _Negative:
-        """At the ends of runs, ``(chains, rows, size)``; rows that froze are left out, and the others weigh more."""
-        sites = energies(call.reading)
-        value, *found = call.density.with_readings(end, _take)
+    def at(cls, call: Call, end: Tensor, info: RunInfo, squared: bool = False) -> _Negative:
+        """At the ends of runs, ``(chains, rows, size)``; rows that froze are left out, and the others weigh more.
+
+        :param squared: whether the squares are wanted.
+        """
+
+        def take(reading: Reading) -> tuple[Tensor, ...]:
+            terms = [_Term.of(s) for s in energies(reading).values()]
+            return tuple(t for term in terms for t in (term.total, term.count, *([term.square()] if squared else [])))
+
+        value, *found = call.density.with_readings(end, take)
         valid = ~info.frozen
         kept = torch.where(valid, value, torch.zeros_like(value)).sum()
         surrogate = kept * (call.density.layout.rows / valid.sum())
-        half = len(found) // 2
-        means = {k: v.detach().mean().item() for k, v in zip(sites, found[:half], strict=True)}
-        pairs = zip(sites.values(), found[half:], strict=True)
-        squares = torch.stack([(s["scale"] * v.square()).mean(0).sum() for s, v in pairs]).sum()
-        return cls(surrogate, squares, means, info)
+        width = 3 if squared else 2
+        totals, counts, squares = found[::width], found[1::width], found[2::width] if squared else []
+        means = {k: _mean(t, n) for k, t, n in zip(energies(call.reading), totals, counts, strict=True)}
+        return cls(surrogate, torch.stack(squares).mean(1).sum() if squared else None, means, info)
 
 
-def _take(reading: Reading) -> tuple[Tensor, ...]:
-    """Energies as they stand in the density, and again at fixed latents."""
-    sites = energies(reading).values()
-    return *(-s["fn"].log_factor for s in sites), *(_energy(s).at_fixed_latents() for s in sites)
+@dataclass(frozen=True)
+class _Term:
+    """The site of an energy: its sum over elements that no mask takes out, their number, and its square's sum."""
+
+    total: Tensor
+    count: Tensor
+    energy: Energy
+    scale: Any
+    mask: Any
+
+    @classmethod
+    def of(cls, site: Site) -> _Term:
+        value, energy = -site["fn"].log_factor.detach(), energy_of(site)
+        assert energy is not None
+        total, count = (masked(t, site["mask"]).sum() for t in (value, torch.ones_like(value)))
+        return cls(total, count, energy, site["scale"], site["mask"])
+
+    def square(self) -> Tensor:
+        """Scaled as the site is, with a gradient in the energy's own parameters alone."""
+        return masked(self.scale * self.energy.at_fixed_latents().square(), self.mask).sum()
 
 
-def _energy(site: Site) -> Energy:
-    found = energy_of(site)
-    assert found is not None
-    return found
+def _mean(totals: Tensor, counts: Tensor) -> float:
+    return (totals.sum() / counts.sum()).item()
 
 
 class _Watch(Messenger):
@@ -276,75 +306,17 @@ class _Watch(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, list[Tensor]] = {}
-        self._again: list[tuple[Energy, Any]] = []
+        self.found: dict[str, list[_Term]] = {}
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        energy = energy_of(msg)
-        if energy is not None:
-            self.found.setdefault(msg["name"], []).append(-msg["fn"].log_factor.detach())
-            self._again.append((energy, msg["scale"]))
+        if energy_of(msg) is not None:
+            self.found.setdefault(msg["name"], []).append(_Term.of(msg))
 
     @property
     def means(self) -> dict[str, float]:
-        return {k: torch.stack([v.mean() for v in vs]).mean().item() for k, vs in self.found.items()}
+        pairs = {k: [(t.total, t.count) for t in terms] for k, terms in self.found.items()}
+        return {k: _mean(*torch.tensor(found).T) for k, found in pairs.items()}
 
     @property
     def squares(self) -> Tensor:
-        return torch.stack([(scale * e.at_fixed_latents().square()).sum() for e, scale in self._again]).sum()
-
-
-class Replay(nn.Module, Start):
-    """Negative runs that go on where earlier ones ended, from a buffer of states; some begin at the prior.
-
-    For priors that are the same for every row (no inputs of the row in it): states are drawn from the buffer whatever
-    row they came from, and the oldest are replaced. For others use :class:`~pyro_shortrun.Persistent`.
-
-    Tieleman: Training restricted Boltzmann machines using approximations to the likelihood gradient, ICML 2008; Du,
-    Mordatch: Implicit generation and modeling with energy-based models, NeurIPS 2019.
-
-    :param size: number of states kept.
-    :param refresh: probability with which a row starts at the prior all the same.
-    :raises ValueError: where ``size`` is not a positive integer or ``refresh`` not in ``[0, 1]``, or where a row's
-        number of coordinates changes between calls.
-    """
-
-    has_density = False
-    store: Tensor
-    written: Tensor
-
-    def __init__(self, size: int = 10_000, refresh: float = 0.05) -> None:
-        super().__init__()
-        check_count("size", size)
-        if not 0 <= refresh <= 1:
-            raise ValueError(f"refresh is a probability, got {refresh!r}.")
-        self.size, self.refresh = size, refresh
-        self.register_buffer("written", torch.zeros((), dtype=torch.long))
-
-    def setup(self, density: LogDensity) -> None:
-        if "store" not in self._buffers:
-            structure = density.structure
-            empty = torch.zeros(self.size, density.layout.size, dtype=structure.dtype, device=structure.device)
-            self.register_buffer("store", empty)
-        if self.store.shape[1] != density.layout.size:
-            raise ValueError(
-                f"the replay buffer keeps rows of {self.store.shape[1]} coordinates and the model now has "
-                f"{density.layout.size}: use one Replay() per model, and Prior() where latents outside the plate tie "
-                "its elements into one row."
-            )
-
-    def draw(self, call: Call, chains: int) -> Drawn:
-        u = call.prior(chains).detach()
-        filled = min(int(self.written), self.size)
-        if filled:
-            index = torch.randint(filled, u.shape[:2], device=u.device)
-            use = torch.rand(u.shape[:2], device=u.device) >= self.refresh
-            u = torch.where(use.unsqueeze(-1), self.store[index], u)
-        value = call.density.eager(u)
-        return Drawn(u, torch.zeros_like(value), value)
-
-    def finish(self, call: Call, end: Tensor) -> None:
-        states = end.detach().flatten(0, 1)[-self.size :]
-        index = (int(self.written) + torch.arange(len(states), device=states.device)) % self.size
-        self.store[index] = states
-        self.written += len(states)
+        return torch.stack([term.square() for terms in self.found.values() for term in terms]).sum()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .start import Call
+from .tilted import energies
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,13 @@ def importance_log_likelihood(
     :param args: the model's arguments.
     :param num_samples: ``M``, importance samples per row and round.
     :param rounds: rounds, the last one included.
-    :raises ValueError: where a site is missing from ``draws`` or there are too few of them.
+    :raises ValueError: where a site is missing from ``draws`` or there are too few of them, and for models with
+        :func:`~pyro_shortrun.energy_prior`, whose log Z :func:`~pyro_shortrun.ais` brackets.
     """
-    density = Call.of(model, args, kwargs).density
+    call = Call.of(model, args, kwargs)
+    if energies(call.reading):
+        raise ValueError("the model's prior has energies and its log Z is not known here: use ais(model, ...) instead.")
+    density = call.density
     thinned = [s.name for s in density.layout.sites if s.scale != 1]
     if thinned:
         raise ValueError(f"latent sites {thinned} lie in a subsampled plate: evaluate on the full plate.")

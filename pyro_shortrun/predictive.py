@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .arguments import check_count
 from .dynamics import Dynamics
 from .energy import NegativeSampler
-from .interop import ordinary_autograd
-from .program import Binding, Program
+from .interop import ordinary_autograd, plain
+from .program import Binding, Program, Reading
 from .start import Start
 from .tilted import TiltedPrior
 from .vectorize import map_chains
@@ -37,8 +39,9 @@ def sample_prior(
     r"""Latents and observations from a prior tilted by energies, by short runs.
 
     Latents up to the model's last energy are the ends of short runs in :math:`p(z) \propto \exp(-\sum_j E_j(z)) \prod_i
-    p(z_i \mid \text{parents})`; what follows, observed sites included, is drawn given them. ``Predictive`` would ignore
-    the energies. Without energies in the model, these are its ordinary prior draws.
+    p(z_i \mid \text{parents})`; what follows, observed sites included, is drawn given them. Data before the last energy
+    are conditions of the runs and keep their values; discrete latents, which runs sum out, are drawn given the others.
+    ``Predictive`` would ignore the energies. Without energies in the model, these are its ordinary prior draws.
 
     A short run is not a converged one: an energy learnt with 40 steps of 0.1 is the one that makes *these* runs right,
     so use the numbers of :class:`~pyro_shortrun.EnergyELBO` (or many more steps, to see what the density itself says).
@@ -65,15 +68,16 @@ def sample_prior(
     :param compile: whether runs are compiled; :class:`EnergyPredictive` keeps the graphs for later calls.
     :param kwargs: the model's keyword arguments.
     :return: dict from site, latent or observed, to ``(num_samples, *site shape)``.
-    :raises ValueError: where arguments are out of range, ``given`` names no site, or the prior is not finite at a
-        start.
+    :raises ValueError: where arguments are out of range, ``given`` names no latent or has another shape, or the prior
+        is not finite at a start.
+    :raises NotImplementedError: where some of the prior lies in a subsampled plate and some does not.
     """
     sampler = NegativeSampler(num_steps, step_size, dynamics, start)
-    return _draw(TiltedPrior(model, compile), sampler, args, kwargs, num_samples, given or {})
+    return draw_sites(TiltedPrior(model, compile), sampler, args, kwargs, num_samples, given or {})
 
 
 @torch.no_grad()
-def _draw(
+def draw_sites(
     prior: TiltedPrior,
     sampler: NegativeSampler,
     args: tuple,
@@ -81,34 +85,54 @@ def _draw(
     count: int,
     given: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
+    """Every site of ``count`` draws, as :func:`sample_prior` gives them; ``prior`` keeps compiled graphs."""
     check_count("num_samples", count)
     with ordinary_autograd(), torch.no_grad(), poutine.block():
-        call = prior.bind(args, kwargs, given)
         program = Program(prior.model)
+        args, kwargs, given = plain(args), plain(kwargs), plain(given)
+        if given:
+            _check_given(program.draw(args, kwargs), given)
+        call = prior.bind(args, kwargs, given)
         if call is None:
             bind = Binding(args, kwargs, program.draw(args, kwargs, given=given).indices, given, None)
-            return _simulate(program, bind, {}, count, {})
+            return _simulate(program, bind, {**prior.conditions, **given}, {}, count, {})
         layout = call.density.layout
-        at_once = max(1, _NUMBERS_AT_ONCE // max(layout.rows * layout.size, 1))
-        ends = [sampler.run(call, min(at_once, count - i)).end for i in range(0, count, at_once)]
-        latents = [call.density.constrain(end)[0] for end in ends]
-        values = {k: torch.cat([part[k] for part in latents]) for k in latents[0]}
-        return _simulate(program, call.bind, values, count, call.density.structure.vectorizes)
+        parts = max(1, math.ceil(count * layout.rows * layout.size / _NUMBERS_AT_ONCE))
+        chains = math.ceil(count / parts)  # of equal size: every other one would be compiled anew
+        latents = [call.density.constrain(sampler.run(call, chains).end)[0] for _ in range(parts)]
+        values = {k: torch.cat([part[k] for part in latents])[:count] for k in latents[0]}
+        values |= prior.discrete(call, values)
+        held = {**prior.conditions, **given}
+        return _simulate(program, call.bind, held, values, count, call.density.structure.vectorizes)
+
+
+def _check_given(reading: Reading, given: Mapping[str, Tensor]) -> None:
+    """Refuse names that are no latents of the model, and values of other shapes."""
+    nodes = reading.trace.nodes.items()
+    latents = {k: s for k, s in nodes if s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s)}
+    for name, value in given.items():
+        if name not in latents:
+            raise ValueError(f"given names '{name}', which is not one of the model's latent sites {sorted(latents)}.")
+        wanted = tuple(latents[name]["value"].shape)
+        if tuple(value.shape) != wanted:
+            raise ValueError(f"given['{name}'] has shape {tuple(value.shape)}; the site has shape {wanted}.")
 
 
 def _simulate(
-    program: Program, bind: Binding, values: Mapping[str, Tensor], count: int, vectorizes: dict[str, bool]
+    program: Program,
+    bind: Binding,
+    held: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    count: int,
+    vectorizes: dict[str, bool],
 ) -> dict[str, Tensor]:
-    """Every site, given ``count`` draws of the latents of the runs."""
+    """Every site, given ``count`` draws of the latents of the runs (``values``) and what the runs held."""
 
     def one(_: Tensor, *draws: Tensor) -> tuple[Tensor, ...]:
-        found = program.simulate(bind, {**bind.given, **dict(zip(values, draws, strict=True))})
+        found = program.simulate(bind, {**held, **dict(zip(values, draws, strict=True))})
         return tuple(found[k] for k in names)
 
-    first = program.simulate(bind, {**bind.given, **{k: v[0] for k, v in values.items()}})
-    unknown = sorted(set(bind.given) - set(first))
-    if unknown:
-        raise ValueError(f"given names '{unknown[0]}', which is not one of the model's sites {sorted(first)}.")
+    first = program.simulate(bind, {**held, **{k: v[0] for k, v in values.items()}})
     names = [k for k, v in first.items() if isinstance(v, Tensor) and v.numel()]  # a factor has none
     counter = torch.arange(count, device=first[names[0]].device)
     out = map_chains(one, (counter, *values.values()), vectorizes, "simulate", draws=True)
@@ -164,10 +188,20 @@ class EnergyPredictive(Predictive):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws of the sites; the arguments are the model's."""
         if self.guide is None and not self.posterior_samples:
-            draws = _draw(self._prior, self._sampler, args, kwargs, self.num_samples, {})
+            draws = draw_sites(self._prior, self._sampler, args, kwargs, self.num_samples, {})
             return {k: v for k, v in draws.items() if not self.return_sites or k in self.return_sites}
         self._check(args, kwargs)
         return super().forward(*args, **kwargs)
+
+    def get_vectorized_trace(self, *args: Any, **kwargs: Any) -> Any:
+        """As Predictive's, for draws of a guide or given ones.
+
+        :raises NotImplementedError: for draws from the prior.
+        """
+        if self.guide is None and not self.posterior_samples:
+            raise NotImplementedError("draws from a tilted prior have no trace: call the object instead.")
+        self._check(args, kwargs)
+        return super().get_vectorized_trace(*args, **kwargs)
 
     def _check(self, args: tuple, kwargs: dict) -> None:
         with poutine.block(), torch.no_grad():

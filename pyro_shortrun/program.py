@@ -21,6 +21,7 @@ from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.infer.discrete import infer_discrete
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
@@ -354,6 +355,20 @@ class Program:
         nodes = tracer.get_trace().nodes.items()
         return {k: s["value"] for k, s in nodes if s["type"] == "sample" and not site_is_subsample(s)}  # type: ignore
 
+    def discrete(self, bind: Binding, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Draw the enumerated sites from their joint distribution given the other latents and the data."""
+
+        def held(*args: Any, **kwargs: Any) -> None:
+            with _Hold({**values, **bind.given, **bind.indices}):
+                self._model(*args, **kwargs)
+
+        tracer = poutine.trace()
+        assert bind.enum_dim is not None
+        with _own_dims(), poutine.block(), pyro.validation_enabled(False), tracer:
+            infer_discrete(held, first_available_dim=bind.enum_dim)(*bind.args, **bind.kwargs)
+        sites: dict[str, Site] = tracer.get_trace().nodes
+        return {k: s["value"] for k, s in sites.items() if s["type"] == "sample" and s["infer"].get(_DRAWN)}
+
     def _read(
         self,
         reader: _Reader,
@@ -375,6 +390,24 @@ class Program:
                 with _Enumerate(first_available_dim=enum_dim), reader:
                     self._model(*args, **kwargs)
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
+
+
+_DRAWN = "_pyro_shortrun_drawn"
+
+
+class _Hold(Messenger):
+    """Puts in values of latents and of subsamples; discrete latents without one are to be enumerated."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+            msg["is_observed"] = not site_is_subsample(msg)
+        elif not msg["is_observed"] and _is_discrete(msg):
+            msg["infer"] = {**msg["infer"], "enumerate": "parallel", _DRAWN: True}
 
 
 class _Replicate(Messenger):

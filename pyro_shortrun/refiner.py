@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .arguments import check_count, check_kind
 from .chain import RunInfo
 from .dynamics import Dynamics, Langevin
-from .energy import NegativeSampler, Replay
+from .energy import NegativeSampler
 from .interop import ordinary_autograd
+from .replay import Replay
 from .start import Call
 from .step_size import StepSize
 from .tilted import TiltedPrior, energy_prior
@@ -149,6 +150,7 @@ class Refiner:
             done = self._sampler.run(call, 1)
             frozen = done.info.frozen[0]
             keep = _stand_ins(frozen)
+            self._sampler.start.finish(call, done.end[:, keep])
             layout, transform = call.density.layout, call.reading.transforms["x"]
             start, end = (transform(layout.unpack(u[0])["x"]) for u in (done.start, done.end))
         nonfinite = int((bad | frozen[: len(bad)]).sum())

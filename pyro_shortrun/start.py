@@ -198,6 +198,13 @@ class Persistent(nn.Module, Start):
             raise ValueError(f"refresh is a probability, got {refresh!r}.")
         self.refresh = refresh
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in ("store", "visited"):  # before the first call, too
+            saved = state_dict.get(prefix + name)
+            if saved is not None and name not in self._buffers:
+                self.register_buffer(name, torch.zeros_like(saved))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def setup(self, density: LogDensity) -> None:
         layout = density.layout
         if "store" in self._buffers:

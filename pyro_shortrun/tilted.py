@@ -19,7 +19,9 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
@@ -56,7 +58,8 @@ def energy_prior(name: str, energy: Callable[..., Tensor], *latents: Tensor) -> 
     A model may have one for each layer, or one on all layers jointly. Train it with
     :class:`~pyro_shortrun.EnergyELBO`, since plain SVI lacks log Z, and draw from it with
     :func:`~pyro_shortrun.sample_prior`, since ``Predictive`` ignores factors. Place it directly after the latents that
-    it needs and before the decoder: what comes after a model's last energy takes no part in runs in the prior.
+    it needs and before the decoder: what comes after a model's last energy takes no part in runs in the prior, and
+    data before it (labels that the energy depends on, say) are held as conditions, ``p(z | data before)``.
 
     >>> import pyro, pyro.distributions as dist, torch
     >>> energy = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.GELU(), torch.nn.Linear(16, 1))
@@ -100,8 +103,10 @@ class _OneValuePerElement(Messenger):
         wanted = [1] * width
         for plate in plates:
             wanted[plate.dim] = plate.size
-        missing = width - len(self._shape)
-        if (1,) * missing + self._shape == tuple(wanted):
+        shape = self._shape
+        if any(isinstance(m, EnumMessenger) for m in _PYRO_STACK):  # whose dims are to the left of all plates
+            shape = shape[max(len(shape) - width, 0) :]
+        if (1,) * (width - len(shape)) + shape == tuple(wanted):
             return
         if self._shape[:-1] == tuple(wanted) and self._shape[-1] == 1:
             remedy = "its last dimension is one too many: return energy(z).squeeze(-1)"
@@ -130,18 +135,30 @@ class _Ended(Exception):
 
 
 class PriorPart(Messenger):
-    """The model without its data and plain factors, ended after the site ``last``: the decoder does not run."""
+    """The model without its data and plain factors, ended after the site ``last``: the decoder does not run.
+
+    A run to the model's end (``last`` is None) tells which data come before the last energy: ``conditions``.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
         self.last: str | None = None
+        self.conditions: dict[str, Tensor] = {}
+        self._data: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Site) -> None:
         plain_factor = isinstance(msg["fn"], dist.Unit) and energy_of(msg) is None
         if not site_is_subsample(msg) and (plain_factor or is_data(msg)):
             msg["stop"] = True  # no handler outside sees it
+            if self.last is None and not plain_factor:
+                self._data[msg["name"]] = msg["value"]
 
     def _pyro_post_sample(self, msg: Site) -> None:
+        if self.last is None and energy_of(msg) is not None:
+            self.conditions = dict(self._data)
         if msg["name"] == self.last:
             raise _Ended
 
@@ -155,7 +172,9 @@ class TiltedPrior:
 
     .. math:: \log\pi(u) = \sum_i \log p(z_i \mid \text{parents}) - \sum_j E_j(z) + \log|dz/du| .
 
-    What comes after the last energy is normalised given the latents before it and integrates to one.
+    What comes after the last energy is normalised given the latents before it and integrates to one. Data before it
+    (:attr:`conditions`), which energies and latents may depend on, keep their values: Z is then that of
+    ``p(z | conditions)``.
 
     :param model: a Pyro model.
     :param compile: whether runs are compiled.
@@ -168,17 +187,30 @@ class TiltedPrior:
         self._compiler = Compiler() if compile else None
         self._structures: dict[tuple, Structure] = {}
 
+    @property
+    def conditions(self) -> Mapping[str, Tensor]:
+        """Data before the last energy, as of the last call."""
+        return self._part.conditions
+
     @torch.no_grad()
     def bind(self, args: tuple, kwargs: dict, given: Mapping[str, Tensor] | None = None) -> Call | None:
-        """Read the model once; None where it has no energies.
+        """Read the model once; None where it has no energies, or nothing is left to run.
 
         :param given: latents that are held at these values; their log-probabilities stay in the density.
-        :raises NotImplementedError: where ``poutine.scale`` weighs a part of the prior.
+        :raises NotImplementedError: where ``poutine.scale`` or a subsampled plate weighs some of the prior only.
         """
-        self._part.last = None
+        self._part.reset()
         given = given or {}
         reading = _up_to_last_energy(self._program.draw(args, kwargs, given=given))
         if reading is None:
+            return None
+        late = [name for name in given if name not in reading.trace.nodes]
+        if late:
+            raise NotImplementedError(
+                f"given holds '{late[0]}', which comes after the last energy_prior: the latents before it would not be "
+                "conditioned on it. Leave it out, or make it an observation and use a guide."
+            )
+        if given and not reading.unconstrained and self._program.enum_dim(reading) is None:
             return None
         self._part.last = list(reading.trace.nodes)[-1]
         self._program.check(reading)
@@ -190,10 +222,26 @@ class TiltedPrior:
         density = density_of(self._program, self._structures[signature], bind, self._compiler)
         return Call(self._program, bind, reading, density, spare=[reading])
 
+    def discrete(self, call: Call, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The discrete latents that runs sum out, drawn given the ends of runs, ``(draws, *site shape)`` each."""
+        if call.bind.enum_dim is None:
+            return {}
+        count = len(next(iter(values.values())))
+        draws = [self._program.discrete(call.bind, {k: v[i] for k, v in values.items()}) for i in range(count)]
+        return {k: torch.stack([draw[k] for draw in draws]) for k in draws[0]}
+
 
 def _check_scales(reading: Reading) -> None:
-    """Only plates may scale: runs would be in a tempered prior."""
-    for site in [*reading.latents, *energies(reading).values()]:
+    """Only plates may scale, and all alike: runs would be in another prior."""
+    sites = [*reading.latents, *energies(reading).values()]
+    scales = {s["name"]: math.prod(p.scale for p in plates_of(s)) for s in sites}
+    if max(scales.values()) - min(scales.values()) > 1e-5 * max(scales.values()):
+        raise NotImplementedError(
+            "some latents or energies of the prior lie in a subsampled plate and others do not (full size / batch: "
+            f"{', '.join(f'{k} {v:.4g}' for k, v in scales.items())}): the latents left out belong to Z too. Use the "
+            "full plate, or local latents alone."
+        )
+    for site in sites:
         by_plates = math.prod(p.scale for p in plates_of(site))
         ratio = torch.as_tensor(site["scale"], dtype=torch.float64) / by_plates
         if ((ratio - 1).abs() > 1e-5).any():
@@ -237,6 +285,4 @@ def run_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chains:
                 "rate, or set EnergyELBO(l2=...)."
             )
         call.density.expect(drawn.state, drawn.log_density)
-        done = run(Runner(call.density, dynamics, _OBJECTIVE, account=False), drawn.state, eta)
-        start.finish(call, done.end)
-    return done
+        return run(Runner(call.density, dynamics, _OBJECTIVE, account=False), drawn.state, eta)

@@ -38,6 +38,15 @@ def test_quadratic_energy_and_evidence_are_in_their_intervals():
     assert (found.ess > 100).all() and (found.ess <= 200).all()
 
 
+def test_compiled_paths_equal_eager_ones():
+    x, found = torch.tensor([[0.0, 0.0], [1.0, -0.5]]), []
+    for compile in (False, True):
+        pyro.set_rng_seed(1)
+        found.append(ais(tilted, x, num_chains=10, num_temperatures=10, compile=compile))
+    torch.testing.assert_close(found[0].lower, found[1].lower)
+    torch.testing.assert_close(found[0].upper, found[1].upper)
+
+
 def test_few_temperatures_are_below_and_above():
     """Averages over 300 rows of the same problem: the lower end is too low, the upper end too high."""
     x = torch.full((300, 2), 1.5)
@@ -66,6 +75,44 @@ def test_constrained_global_latents():
     assert found.upper.item() == pytest.approx(exact.item(), abs=0.05)
 
 
+def test_positive_support():
+    """Gamma(2, 1.5) with energy 0.7 z is Gamma(2, 2.2) up to Z = (1.5 / 2.2)^2. Seeded; 5 errors of 0.03."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(torch.tensor(2.0), 1.5))
+            energy_prior("ebm", lambda z: 0.7 * z, rate)
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    x = torch.tensor([0.0, 3.0])
+    found = ais(model, x, num_chains=200, num_temperatures=100)
+    log_z = torch.full((2,), 2 * math.log(1.5 / 2.2))
+    evidence = dist.GammaPoisson(2.0, 2.2).log_prob(x)
+    for interval, exact in ((found.log_z, log_z), (found, evidence)):
+        torch.testing.assert_close(interval.lower, exact, rtol=0.0, atol=0.15)
+        torch.testing.assert_close(interval.upper, exact, rtol=0.0, atol=0.15)
+
+
+def test_simplex():
+    """Dirichlet(a) with energy -sum c log z is Dirichlet(a + c) up to Z = B(a + c) / B(a)."""
+    a, c = torch.tensor([1.5, 2.0, 3.0]), torch.tensor([1.0, 0.0, 0.5])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            p = pyro.sample("p", dist.Dirichlet(a))
+            energy_prior("ebm", lambda z: -(c * z.log()).sum(-1), p)
+            pyro.sample("x", dist.Categorical(p), obs=x)
+
+    def log_beta(a: Tensor) -> Tensor:
+        return torch.lgamma(a).sum() - torch.lgamma(a.sum())
+
+    x = torch.tensor([0, 2])
+    found = ais(model, x, num_chains=200, num_temperatures=100)
+    for interval, exact in ((found.log_z, log_beta(a + c) - log_beta(a)), (found, ((a + c) / (a + c).sum()).log()[x])):
+        torch.testing.assert_close(interval.lower, exact.expand(2), rtol=0.0, atol=0.15)
+        torch.testing.assert_close(interval.upper, exact.expand(2), rtol=0.0, atol=0.15)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="num_chains >= 2"):
         ais(tilted, torch.zeros(3, 2), num_chains=1)
@@ -78,3 +125,11 @@ def test_refusals():
 
     with pytest.raises(ValueError, match=r"\['z'\] lie in a subsampled plate"):
         ais(thinned, torch.zeros(6))
+
+    def narrow(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.factor("hit", torch.where((x - z).abs() < 3, 0.0, -torch.inf))
+
+    with pytest.raises(ValueError, match=r"draws from the prior for row 1 \(1 of 2 rows\)"):
+        ais(narrow, torch.tensor([0.0, 50.0]), num_chains=4, num_temperatures=3)

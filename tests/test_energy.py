@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -26,7 +27,7 @@ from pyro_shortrun import (
     StepSize,
     energy_prior,
 )
-from pyro_shortrun.chain import RunInfo
+from pyro_shortrun.chain import RunInfo, ShortRun
 from pyro_shortrun.compiled import Compiler, Untouched
 from pyro_shortrun.energy import _Negative
 from pyro_shortrun.tilted import TiltedPrior
@@ -314,6 +315,87 @@ def test_enumerated_sites():
     assert energy.c.grad is not None
 
 
+class PerComponent(nn.Module):
+    """``c_k z^2 / 2``: an energy of a discrete latent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.tensor([0.2, 2.0]))
+
+    def forward(self, z: Tensor, k: Tensor) -> Tensor:
+        return self.c[k] * z.square() / 2
+
+
+def mixture(energy: Callable) -> Callable:
+    """k ~ (0.3, 0.7), z ~ N(-1 or 1, 1), tilted by an energy of both."""
+
+    @config_enumerate
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])))
+            z = pyro.sample("z", dist.Normal(torch.tensor([-1.0, 1.0])[k], 1.0))
+            energy_prior("ebm", energy, z, k)
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    return model
+
+
+def test_energies_of_enumerated_sites(dtype):
+    """The gradient of log Z at 100,000 exact draws, within 5 standard errors of the quadrature's."""
+    energy, axis = PerComponent(), torch.linspace(-8, 8, 2001)
+    joint = torch.stack([p * dist.Normal(m, 1.0).log_prob(axis).exp() for p, m in ((0.3, -1.0), (0.7, 1.0))])
+    weights = joint * torch.stack([-energy(axis, torch.tensor(k)) for k in (0, 1)]).exp()
+    (exact,) = torch.autograd.grad((weights.sum() * (axis[1] - axis[0])).log(), [energy.c])
+    z = axis[weights.detach().sum(0).multinomial(100_000, replacement=True)].reshape(1, -1, 1)
+    (found,) = log_z_grad(mixture(energy), (torch.zeros(100_000),), z, [energy.c])
+    assert ((found / 100_000 - exact).abs() < 5 / math.sqrt(100_000)).all()
+    guide = AutoNormal(poutine.block(mixture(energy), hide=["k"]))
+    elbo = EnergyELBO(TraceEnum_ELBO(max_plate_nesting=1), num_steps=4)
+    assert math.isfinite(elbo.loss_and_grads(mixture(energy), guide, torch.zeros(3)))
+
+
+def test_energies_where_the_guide_enumerates():
+    def part() -> Tensor:
+        k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+        return pyro.sample("z", dist.Normal(torch.tensor([-1.0, 1.0])[k], 1.0))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = part()
+            energy_prior("ebm", lambda z: z.square(), z)
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            part()
+
+    elbo = EnergyELBO(TraceEnum_ELBO(max_plate_nesting=1), num_steps=4)
+    assert math.isfinite(elbo.loss_and_grads(model, guide, torch.zeros(3)))
+
+
+def test_masked_energies_do_not_count():
+    """Neither in the statistics nor in the penalty."""
+    energy, x = Quadratic(0.5), torch.tensor([1.0, -1.0, 2.0])
+
+    def masked(z: Tensor) -> Tensor:
+        return torch.where(x > 0, energy(z), 1e6 * energy.c)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=x > 0):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            energy_prior("ebm", masked, z)
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=x > 0):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    elbo = EnergyELBO(Trace_ELBO(), num_steps=4, l2=0.1)
+    elbo.loss_and_grads(model, guide, x)
+    assert abs(elbo.info.gap["ebm"]) < 100 and elbo.info.negative["ebm"] < 100
+    assert abs(energy.c.grad.item()) < 100
+
+
 def test_l2_reaches_the_energy_alone():
     energy, x = Quadratic(0.5), torch.tensor([0.3, -1.0])
     model = one_layer(energy)
@@ -513,6 +595,19 @@ def test_compiled_runs_equal_eager_ones():
     assert not torch.allclose(ends[0], ends[1])
 
 
+def test_another_batch_size_is_compiled_once():
+    energy = Quadratic(0.5)
+    elbo = EnergyELBO(Trace_ELBO(), num_steps=6, start=Replay(50))
+    elbo._prior = TiltedPrior(one_layer(energy), compile=True)
+    elbo._prior._compiler = compiler = Compiler(Untouched())
+    counts = []
+    for size in (4, 7, 4, 7):
+        elbo.loss_and_grads(elbo._prior.model, encoder, torch.zeros(size))
+        energy.c.data += 0.1
+        counts.append(len(compiler._graphs))
+    assert counts[1:] == [2 * counts[0]] * 3 and compiler._renewals == 0
+
+
 @pytest.mark.parametrize("start", [Replay(50, refresh=0.0), Persistent()], ids=lambda s: type(s).__name__)
 def test_runs_that_go_on(start):
     """Steps too small to get anywhere in one run do so in many: the variance falls from 1 towards 1 / 9."""
@@ -527,12 +622,65 @@ def test_runs_that_go_on(start):
     assert means[0] > 2.5 and sum(means[-10:]) / 10 < 1.0  # 4 at the start, 8 / 18 in the end
 
 
+@pytest.mark.parametrize("make", [lambda: Replay(50), Persistent], ids=["Replay", "Persistent"])
+def test_states_are_saved_and_loaded(make):
+    """Into a start that has not been called, too."""
+    start, model, x = make(), one_layer(Quadratic()), torch.zeros(7)
+    guide = AutoDelta(model)
+    guide(x)
+    EnergyELBO(Trace_ELBO(), num_steps=2, start=start).loss_and_grads(model, guide, x)
+    again = make()
+    again.load_state_dict(start.state_dict())
+    assert torch.equal(again.store, start.store) and again.store.abs().sum() > 0
+    EnergyELBO(Trace_ELBO(), num_steps=2, start=again).loss_and_grads(model, guide, x)
+    assert not torch.equal(again.store, start.store)
+
+
+def encoder(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x, 0.5))
+
+
+def test_replay_takes_other_batch_sizes():
+    start, model = Replay(10), one_layer(Quadratic())
+    elbo = EnergyELBO(Trace_ELBO(), num_steps=2, start=start)
+    for size in (4, 7, 12, 1):
+        elbo.loss_and_grads(model, encoder, torch.zeros(size))
+    assert int(start.written) == 4 + 7 + 10 + 1
+
+
+def test_frozen_rows_are_not_replayed():
+    """They would freeze again: new draws of the prior take their place."""
+    start = Replay(40, refresh=0.0)
+    call = TiltedPrior(one_layer(Quadratic())).bind((torch.zeros(40),), {})
+    elbo = EnergyELBO(Trace_ELBO(), num_steps=20, start=start)
+    frozen = torch.arange(40) % 2 == 0
+    end = torch.where(frozen, 7.0, 0.25).reshape(1, 40, 1)
+    start.setup(call.density)
+    elbo._keep(call, ShortRun(end, end, end, replace(silent(end), frozen=frozen.unsqueeze(0))))
+    assert not (start.store == 7.0).any() and (start.store == 0.25).sum() == 20
+
+
 def test_replay_of_another_model_is_refused():
     start = Replay(50)
     elbo = EnergyELBO(Trace_ELBO(), num_steps=2, start=start)
     elbo.sampler.run(TiltedPrior(one_layer(Quadratic())).bind((torch.zeros(3),), {}), 1)
     with pytest.raises(ValueError, match="rows of 1 coordinates and the model now has 2"):
         elbo.sampler.run(TiltedPrior(two_layers(Layered())).bind((torch.zeros(3),), {}), 1)
+
+
+def test_methods_as_models_keep_their_graphs():
+    """``obj.model`` is a new object each time."""
+
+    class Owner:
+        def model(self, x: Tensor) -> None:
+            one_layer(Quadratic())(x)
+
+    owner, elbo = Owner(), EnergyELBO(Trace_ELBO(), num_steps=2)
+    elbo.loss_and_grads(owner.model, encoder, torch.zeros(3))
+    prior = elbo._prior
+    elbo.loss_and_grads(owner.model, encoder, torch.zeros(3))
+    assert elbo._prior is prior
 
 
 def test_rows_that_are_not_finite_are_left_out():
@@ -603,6 +751,22 @@ def test_refusals():
         EnergyELBO(Trace_ELBO()).loss_and_grads(poutine.scale(model, 0.1), guide, x)
     with poutine.scale(scale=0.1), pytest.raises(NotImplementedError, match="around EnergyELBO"):
         EnergyELBO(Trace_ELBO()).loss_and_grads(model, guide, x)
+
+    def partly_thinned() -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", 60, subsample_size=6):
+            energy_prior("ebm", Quadratic(), pyro.sample("z", dist.Normal(mu, 1.0)))
+
+    with pytest.raises(NotImplementedError, match="mu 1, z 10, ebm 10"):
+        TiltedPrior(partly_thinned).bind((), {})
+
+    def across() -> None:
+        with pyro.plate("data", 60, subsample_size=6):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        energy_prior("ebm", lambda z: z.square().sum(), z)
+
+    with pytest.raises(NotImplementedError, match="z 10, ebm 1"):
+        TiltedPrior(across).bind((), {})
     broken = one_layer(lambda z: z * torch.nan)
     with pytest.raises(ValueError, match="energies may have diverged"):
         EnergyELBO(Trace_ELBO()).loss_and_grads(broken, guide, x)

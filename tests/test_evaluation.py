@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_shortrun import ShortRunGuide
+from pyro_shortrun import ShortRunGuide, energy_prior
 from pyro_shortrun.evaluation import frechet_distance, importance_log_likelihood, squared_mmd
 
 WEIGHT = [[1.0, 0.5], [-0.3, 2.0], [0.7, 0.1]]
@@ -93,3 +93,16 @@ def test_samples_that_cannot_be_compared(measure):
         measure(torch.zeros(5, 2), torch.zeros(5, 3))
     with pytest.raises(ValueError, match="not finite"):
         measure(torch.full((5, 2), torch.nan), torch.zeros(5, 2))
+
+
+def test_energy_priors_are_refused():
+    """Their log Z would be left out."""
+
+    def tilted(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            energy_prior("ebm", lambda z: z.square(), z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="use ais"):
+        importance_log_likelihood(tilted, {"z": torch.zeros(5, 3)}, torch.zeros(3))

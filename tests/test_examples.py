@@ -18,9 +18,9 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 LAYERS = (
     "arguments rows layout transforms vectorize log_einsum step_size logdet program structure potential density "
     "tracing compiled dynamics base bridge objective steps reverse annealed plain mixture linearized noise chain "
-    "isolate start validation interop weights density_guide guide elbo grid tilted energy predictive ancestral refiner "
-    "teaching ais anomaly linear_chain amortized target adaptation sampler session kernel vectorized evaluation "
-    "diagnostics"
+    "isolate start replay validation interop weights density_guide guide elbo grid tilted energy predictive ancestral "
+    "refiner teaching ais anomaly linear_chain amortized target adaptation sampler session kernel vectorized "
+    "evaluation diagnostics"
 ).split()
 
 

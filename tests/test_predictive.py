@@ -9,11 +9,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Predictive
+from pyro import poutine
+from pyro.infer import Predictive, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_shortrun import EnergyPredictive, ShortRunGuide, energy_prior, sample_prior
+from pyro_shortrun import EnergyELBO, EnergyPredictive, Replay, ShortRunGuide, ais, energy_prior, sample_prior
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -114,11 +115,93 @@ def test_predictive_needs_every_latent_of_the_tilted_prior():
     assert EnergyPredictive(layered, draws)()["x"].shape == (5, 4)
 
 
+def test_discrete_latents_go_with_the_others():
+    """Runs sum k out; its draws are from p(k | z). P(k agrees with z's sign) is 1 to 1e-3 for means at -4 and 4."""
+
+    @config_enumerate
+    def model(x: Tensor | None = None) -> None:
+        with pyro.plate("data", 20):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5])))
+            z = pyro.sample("z", dist.Normal(torch.tensor([-4.0, 4.0])[k], 1.0))
+            energy_prior("ebm", lambda z: 0.01 * z.square(), z)
+            pyro.sample("x", dist.Normal(k * 1.0, 0.01), obs=x)
+
+    for hidden in (model, poutine.block(model, hide=["k"])):
+        draws = sample_prior(hidden, num_samples=50, num_steps=20)
+        assert draws["k"].shape == draws["z"].shape == (50, 20)
+        assert ((draws["z"] > 0) == (draws["k"] == 1)).double().mean() > 0.99
+        assert (draws["x"] - draws["k"]).abs().max() < 0.1
+
+
+def test_data_before_the_energy_are_conditions():
+    """z depends on a label in the arguments; what is drawn has that label, and what follows depends on it."""
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            y = pyro.sample("y", dist.Categorical(torch.tensor([0.5, 0.5])), obs=y)
+            z = pyro.sample("z", dist.Normal(torch.tensor([-4.0, 4.0])[y], 1.0))
+            energy_prior("ebm", lambda z: 0.01 * z.square(), z)
+            pyro.sample("x", dist.Normal(z + 100 * y, 0.1))
+
+    y = torch.tensor([0, 1, 1, 0])
+    draws = sample_prior(model, y, num_samples=30, num_steps=20)
+    assert torch.equal(draws["y"], y.expand(30, 4))
+    assert ((draws["x"] > 50) == (y == 1)).all() and (draws["z"].sign() == 2 * y - 1).double().mean() > 0.99
+
+
+def test_every_latent_of_the_prior_may_be_held():
+    held = {"z1": torch.ones(4), "z2": torch.zeros(4)}
+    draws = sample_prior(layered, num_samples=300, given=held)
+    assert torch.equal(draws["z1"], torch.ones(300, 4))
+    assert draws["z0"].mean().item() == pytest.approx(1.0, abs=0.02)
+    with pytest.raises(NotImplementedError, match="holds 'z0', which comes after"):
+        sample_prior(layered, given={"z0": torch.zeros(4)})
+
+
+def test_sampling_leaves_a_replay_buffer_alone():
+    start, model, x = Replay(50), tilted(), torch.zeros(4)
+    guide = AutoNormal(model)
+    guide(x)
+    EnergyELBO(Trace_ELBO(), num_steps=2, start=start).loss_and_grads(model, guide, x)
+    before = start.store.clone()
+    assert sample_prior(model, x, num_samples=3, num_steps=2, start=start)["z"].shape == (3, 4)
+    assert torch.equal(start.store, before) and int(start.written) == 4
+
+
+def test_draws_in_parts():
+    """More numbers than are run at once: as many draws as asked for, all of them different."""
+    draws = sample_prior(tilted(), torch.zeros(2**19), num_samples=5, num_steps=1)["z"]
+    assert draws.shape == (5, 2**19) and len(draws[:, 0].unique()) == 5
+
+
+def test_inference_mode():
+    """Held values and data of the energy may be inference tensors."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(torch.zeros(()), 1.0))
+            z1 = pyro.sample("z1", dist.Normal(torch.zeros(()), 1.0))
+            energy_prior("ebm", lambda a, b: x * a * b, z1, z2)
+            pyro.sample("x", dist.Normal(z1, 1.0), obs=x)
+
+    with torch.inference_mode():
+        x = torch.ones(3)
+        held = {"z2": torch.ones(3)}
+        assert sample_prior(model, x, given=held, num_samples=2, num_steps=3)["x"].shape == (2, 3)
+        assert ais(model, x, num_chains=2, num_temperatures=3).lower.shape == (3,)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="num_samples"):
         sample_prior(layered, num_samples=0)
     with pytest.raises(ValueError, match="given names 'w'"):
         sample_prior(layered, given={"w": torch.zeros(4)})
+    with pytest.raises(ValueError, match="given names 'x'"):
+        sample_prior(layered, torch.zeros(4), given={"x": torch.zeros(4)})
+    with pytest.raises(ValueError, match=r"given\['z1'\] has shape \(3,\); the site has shape \(4,\)"):
+        sample_prior(layered, given={"z1": torch.zeros(3)})
+    with pytest.raises(NotImplementedError, match="have no trace"):
+        EnergyPredictive(layered, num_samples=2).get_vectorized_trace()
     with pytest.raises(ValueError, match="num_steps"):
         sample_prior(layered, num_steps=0)
     with pytest.raises(ValueError, match="posterior_samples or num_samples"):
