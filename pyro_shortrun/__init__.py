@@ -21,6 +21,7 @@ from .logdet import Exact, Lanczos
 from .mixture import Mixture
 from .objective import Objective, PathDensity
 from .predictive import EnergyPredictive, sample_prior
+from .saving import load_state, save_state
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
 from .tilted import energy_prior
@@ -59,6 +60,8 @@ __all__ = [
     "ais",
     "anomaly_score",
     "energy_prior",
+    "load_state",
     "sample_prior",
+    "save_state",
     "to_arviz",
 ]

@@ -333,6 +333,12 @@ class Replay(nn.Module, Start):
                 "its elements into one row."
             )
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """A buffer that has not been used yet takes the saved one's size of a row."""
+        if "store" not in self._buffers and prefix + "store" in state_dict:
+            self.register_buffer("store", torch.empty_like(state_dict[prefix + "store"]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def draw(self, call: Call, chains: int) -> Drawn:
         u = call.prior(chains).detach()
         filled = min(int(self.written), self.size)

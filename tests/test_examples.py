@@ -16,7 +16,7 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 # From the bottom up: a module may import those before it.
 LAYERS = (
-    "arguments rows layout transforms vectorize log_einsum step_size logdet program structure potential density "
+    "arguments saving rows layout transforms vectorize log_einsum step_size logdet program structure potential density "
     "tracing compiled dynamics base bridge objective steps reverse annealed plain mixture linearized noise chain "
     "isolate start validation interop weights guide elbo grid tilted energy predictive ais anomaly target adaptation "
     "sampler session kernel vectorized evaluation diagnostics"
