@@ -34,6 +34,7 @@ def python(*args: str, cwd: Path | None = None) -> str:
 EXPECTED = {
     "quickstart": ("test MSE", {"reconstructions.png", "samples.png", "training.png", "trajectories.png"}),
     "energy_prior": ("MMD^2 before", {"mmd.txt", "prior.png"}),
+    "distributed": ("gradient of 2 ranks", {"ranks-2.txt"}),
     "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
     "anomaly": ("base rate", {"anomaly.txt"}),
     "chains": ("ESS/s", {"chains.txt"}),
