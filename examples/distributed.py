@@ -74,10 +74,10 @@ def largest_difference(x: Tensor, hidden: int) -> float:
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(0)
     alone = Loss(hidden, repeatable(), x)
-    pyro.clear_param_store()  # Pyro knows parameters by name, and these have the same
+    alone(x).backward()
+    pyro.clear_param_store()  # Pyro knows parameters by name, and the second copy's have the same
     shared = Loss(hidden, repeatable(), x)
     shared.load_state_dict(alone.state_dict())
-    alone(x).backward()
     DistributedDataParallel(shared)(x.chunk(ranks)[rank]).backward()
     wanted = gradients(alone)
     return float((gradients(shared) - wanted).abs().max() / wanted.abs().max())
