@@ -78,7 +78,8 @@ def largest_difference(x: Tensor, hidden: int) -> float:
     pyro.clear_param_store()  # Pyro knows parameters by name, and the second copy's have the same
     shared = Loss(hidden, repeatable(), x)
     shared.load_state_dict(alone.state_dict())
-    DistributedDataParallel(shared)(x.chunk(ranks)[rank]).backward()
+    parallel = DistributedDataParallel(shared)  # must live until the gradients are there
+    parallel(x.chunk(ranks)[rank]).backward()
     wanted = gradients(alone)
     return float((gradients(shared) - wanted).abs().max() / wanted.abs().max())
 
