@@ -26,6 +26,7 @@ from .objective import Objective, PathDensity
 from .predictive import EnergyPredictive, sample_prior
 from .refiner import Refiner
 from .replay import Replay
+from .saving import load_state, save_state
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
 from .teaching import MCMCTeaching
@@ -72,6 +73,8 @@ __all__ = [
     "ais",
     "anomaly_score",
     "energy_prior",
+    "load_state",
     "sample_prior",
+    "save_state",
     "to_arviz",
 ]

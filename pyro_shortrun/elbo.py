@@ -44,7 +44,7 @@ class ShortRunELBO(ELBO):
         """The loss as a tensor to differentiate."""
         if not isinstance(guide, ShortRunGuide):
             raise ValueError(f"ShortRunELBO is for a ShortRunGuide, not for {type(guide).__name__}: use Trace_ELBO.")
-        if guide.model is not model:
+        if guide.model != model:  # bound methods are equal, not identical
             raise ValueError("the guide was made for another model: pass the one that ShortRunGuide(model) was given.")
         return -guide.log_weight(*args, num_particles=self.num_particles, **kwargs).mean()
 

@@ -16,7 +16,7 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 # From the bottom up: a module may import those before it.
 LAYERS = (
-    "arguments rows layout transforms vectorize log_einsum step_size logdet program structure potential density "
+    "arguments saving rows layout transforms vectorize log_einsum step_size logdet program structure potential density "
     "tracing compiled dynamics base bridge objective steps reverse annealed plain mixture linearized noise chain "
     "isolate start replay validation interop weights density_guide guide elbo grid tilted energy predictive ancestral "
     "refiner teaching ais anomaly linear_chain amortized target adaptation sampler session kernel vectorized "
@@ -35,6 +35,7 @@ def python(*args: str, cwd: Path | None = None) -> str:
 EXPECTED = {
     "quickstart": ("test MSE", {"reconstructions.png", "samples.png", "training.png", "trajectories.png"}),
     "energy_prior": ("MMD^2 before", {"mmd.txt", "prior.png"}),
+    "distributed": ("gradient of 2 ranks", {"ranks-2.txt"}),
     "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
     "langevin_autoencoder": ("std of codes", {"reconstructions.png", "samples.png", "posterior.png", "training.png"}),
     "lae": ("-log p(x)", {"lae.txt", "lae.json"}),

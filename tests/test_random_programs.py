@@ -1,0 +1,234 @@
+"""Programs nobody thought of: sites, supports, plates, subsampling, hierarchy, enumeration, masks and scales at random.
+
+Each is a list of :class:`Site` that hypothesis draws and shrinks. On every one the log density equals that of Pyro's
+own trace, its gradient finite differences, the traced graph the eager one, and guide and kernel run.
+
+    PROGRAMS=5 pytest tests/test_random_programs.py     # five times as many programs
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import pyro
+import pyro.distributions as dist
+import test_density as laws
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from pyro import poutine
+from pyro.infer import ELBO, SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
+from test_compiled import short, traced
+from torch import Tensor
+
+from pyro_shortrun import ShortRunLangevin, VectorizedMCMC
+
+Family = Callable[[Tensor], dist.TorchDistribution]
+
+# Of a location that may be any number: supports on the line, half-lines, intervals (one that moves), vectors, matrices.
+LATENT: dict[str, Family] = {
+    "Normal": lambda x: dist.Normal(x, 1.0),
+    "StudentT": lambda x: dist.StudentT(4.0, x, 0.5 + torch.sigmoid(x)),
+    "Laplace": lambda x: dist.Laplace(x, 1.5),
+    "LogNormal": lambda x: dist.LogNormal(0.3 * torch.tanh(x), 0.5),
+    "Gamma": lambda x: dist.Gamma(2.0, torch.exp(0.3 * torch.tanh(x))),
+    "Exponential": lambda x: dist.Exponential(1 + torch.sigmoid(x)),
+    "HalfCauchy": lambda x: dist.HalfCauchy(0.5 + torch.sigmoid(x)),
+    "Beta": lambda x: dist.Beta(1.5 + torch.sigmoid(x), 2.0),
+    "Uniform": lambda x: dist.Uniform(-1.0, 1 + torch.tanh(x).square()),
+    "vector": lambda x: dist.Normal(x.unsqueeze(-1).expand((*x.shape, 2)), 1.0).to_event(1),
+    "MultivariateNormal": lambda x: dist.MultivariateNormal(
+        torch.stack([x, -x], -1), scale_tril=torch.tensor([[1.0, 0.0], [0.5, 1.0]])
+    ),
+    "Dirichlet": lambda x: dist.Dirichlet(1.5 + torch.sigmoid(torch.stack([x, -x, 0 * x], -1))),
+    "LKJCholesky": lambda x: dist.LKJCholesky(2, 1.5 + torch.sigmoid(x)),
+}
+DISCRETE: dict[str, Family] = {
+    "Bernoulli": lambda x: dist.Bernoulli(logits=x),
+    "Categorical": lambda x: dist.Categorical(logits=torch.stack([x, 0 * x, -x], -1)),
+}
+DATA: dict[str, tuple[Family, float]] = {
+    "Normal": (lambda x: dist.Normal(x, 0.7), 0.3),
+    "Bernoulli": (lambda x: dist.Bernoulli(logits=x), 1.0),
+    "Poisson": (lambda x: dist.Poisson(torch.exp(torch.tanh(x))), 2.0),
+    "Gamma": (lambda x: dist.Gamma(2.0, torch.exp(torch.tanh(x))), 1.5),
+}
+PLATES = {"inner": (-1, 3), "outer": (-2, 2)}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sample statement: its parents are earlier sites by number, its plates contain theirs."""
+
+    kind: str  # "latent", "discrete" or "data"
+    family: str
+    parents: tuple[int, ...]
+    plates: frozenset[str]
+    is_masked: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class RandomProgram:
+    """A Pyro program; with ``batch``, the inner plate shows that many of its elements at a time."""
+
+    sites: tuple[Site, ...]
+    batch: int | None
+
+    def __call__(self) -> None:
+        plates = {
+            name: pyro.plate(name, size, subsample_size=self.batch if name == "inner" else None, dim=dim)
+            for name, (dim, size) in PLATES.items()
+            if any(name in site.plates for site in self.sites)
+        }
+        values: list[Tensor] = []
+        for i, site in enumerate(self.sites):
+            with ExitStack() as stack:
+                for name in sorted(site.plates, reverse=True):  # "outer" first
+                    stack.enter_context(plates[name])
+                if site.is_masked:
+                    stack.enter_context(poutine.mask(mask=_mask(site)))
+                stack.enter_context(poutine.scale(scale=site.scale))
+                values.append(self._sample(f"{site.kind}{i}", site, values))
+
+    @property
+    def is_enumerated(self) -> bool:
+        return any(site.kind == "discrete" for site in self.sites)
+
+    def names(self, kind: str) -> list[str]:
+        return [f"{kind}{i}" for i, site in enumerate(self.sites) if site.kind == kind]
+
+    def _sample(self, name: str, site: Site, values: list[Tensor]) -> Tensor:
+        location = torch.zeros(())
+        for j in site.parents:
+            location = location + self._scalar(self.sites[j], values[j])
+        if site.kind == "data":
+            family, observed = DATA[site.family]
+            return pyro.sample(name, family(location), obs=torch.tensor(observed))
+        return pyro.sample(name, (LATENT | DISCRETE)[site.family](location))
+
+    @staticmethod
+    def _scalar(site: Site, value: Tensor) -> Tensor:
+        """One number per element, whatever the event."""
+        if site.family in ("vector", "MultivariateNormal", "Dirichlet"):
+            return torch.tanh(value).prod(-1)
+        if site.family == "LKJCholesky":
+            return value[..., 1, 0]
+        return torch.tanh(value.to(torch.get_default_dtype()))
+
+
+def _mask(site: Site) -> Tensor:
+    """Takes out the first element of the innermost plate that keeps its size."""
+    if site.plates != {"outer"}:
+        return torch.tensor(True)
+    return torch.tensor([[False], [True]])
+
+
+@st.composite
+def programs(draw: st.DrawFn, kinds: str = "latent latent data") -> RandomProgram:
+    batch = draw(st.sampled_from([None, None, 2]))
+    sites: list[Site] = []
+    for i in range(draw(st.integers(2, 5))):
+        kind = "latent" if i == 0 else draw(st.sampled_from(kinds.split()))
+        family = draw(st.sampled_from(sorted({"latent": LATENT, "discrete": DISCRETE, "data": DATA}[kind])))
+        parents = draw(st.sets(st.sampled_from(range(i)), max_size=2)) if i else set()
+        parents = {j for j in parents if sites[j].kind != "data"}
+        needed = frozenset().union(*(sites[j].plates for j in parents))
+        plates = needed | draw(st.frozensets(st.sampled_from(sorted(PLATES))))
+        masked = kind == "data" and draw(st.integers(0, 4)) == 0
+        scale = draw(st.sampled_from([1.0, 1.0, 1.0, 0.5])) if kind == "data" else 1.0
+        sites.append(Site(kind, family, tuple(sorted(parents)), plates, masked, scale))
+    return RandomProgram(tuple(sites), batch)
+
+
+def elbo_of(program: RandomProgram) -> ELBO:
+    return TraceEnum_ELBO(max_plate_nesting=2) if program.is_enumerated else Trace_ELBO()
+
+
+def assume_pyro_takes(program: RandomProgram) -> None:
+    """Pyro refuses some plates and scales around enumerated sites."""
+    try:
+        elbo_of(program).loss(
+            config_enumerate(program), AutoNormal(poutine.block(program, hide=program.names("discrete")))
+        )
+    except ValueError:
+        assume(False)
+
+
+def many(count: int) -> Callable:
+    """That many programs, the same in every run, times what the environment says."""
+    return settings(
+        max_examples=count * int(os.environ.get("PROGRAMS", "1")),
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@many(200)
+@given(program=programs())
+def test_density_and_gradient(program: RandomProgram) -> None:
+    bound = laws.bind(program)
+    laws.test_rows_sum_to_pyros_log_joint(bound)
+    if torch.get_default_dtype() == torch.float64:
+        laws.test_gradient(None, bound)
+
+
+@many(100)
+@given(program=programs(kinds="latent discrete data data"))
+def test_enumerated_programs(program: RandomProgram) -> None:
+    assume_pyro_takes(program)
+    bound = laws.bind(config_enumerate(program))
+    laws.test_rows_sum_to_pyros_log_joint(bound)
+    if torch.get_default_dtype() == torch.float64:
+        laws.test_gradient(None, bound)
+
+
+@many(20)
+@given(program=programs(kinds="latent latent discrete data"))
+def test_graph_is_the_eager_density(program: RandomProgram) -> None:
+    assume_pyro_takes(program)
+    call = laws.bind(config_enumerate(program)).call
+    u = call.prior(2).detach()
+    value, grad = traced(call).value_and_grad(u)
+    wanted, slope = call.density.value_and_grad(u)
+    laws.close(value, wanted)
+    laws.close(grad, slope)
+
+
+@many(60)
+@given(program=programs(kinds="latent latent discrete data"))
+def test_guide_trains_and_predicts(program: RandomProgram) -> None:
+    assume_pyro_takes(program)
+    pyro.clear_param_store()
+    model = config_enumerate(program)
+    guide = short(model, compile=False)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), elbo_of(program))
+    try:
+        losses = [svi.step() for _ in range(2)]
+    except NotImplementedError as refusal:  # of a mini-batch whose log q cannot be scaled, by name
+        assert program.batch is not None and any(repr(name) in str(refusal) for name in program.names("latent"))
+        return
+    assert torch.isfinite(torch.tensor(losses)).all()
+    draws = guide.sample_posterior(num_samples=3)
+    assert sorted(draws) == sorted(program.names("latent"))
+    assert all(torch.isfinite(v).all() for v in draws.values())
+
+
+@many(40)
+@given(program=programs(kinds="latent latent discrete data"))
+def test_chains_move(program: RandomProgram) -> None:
+    """Of programs that show all their data: a mini-batch makes no chain of the whole posterior."""
+    program = replace(program, batch=None)
+    assume_pyro_takes(program)
+    kernel = ShortRunLangevin(config_enumerate(program), 2, adjust=True)
+    mcmc = VectorizedMCMC(kernel, 3, 3, num_chains=2, disable_progbar=True)
+    mcmc.run()
+    draws = mcmc.get_samples()
+    assert sorted(draws) == sorted(program.names("latent"))
+    assert all(torch.isfinite(v).all() for v in draws.values())

@@ -1,0 +1,261 @@
+"""A saved run goes on bit for bit; a file is whole whenever the process dies; what does not fit changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+
+from pyro_shortrun import (
+    Annealed,
+    EnergyELBO,
+    Langevin,
+    Persistent,
+    Replay,
+    ShortRunGuide,
+    ShortRunLangevin,
+    StepSize,
+    VectorizedMCMC,
+    energy_prior,
+    load_state,
+    save_state,
+)
+
+X = torch.tensor([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.8]], dtype=torch.float64)
+
+
+class Energy(torch.nn.Module):
+    """Quadratic, with a learned curvature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.curvature = torch.nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.curvature * z.square().sum(-1)
+
+
+class Run:
+    """Everything that a training run with an energy prior, its replay buffer and a short-run guide consists of."""
+
+    def __init__(self, optimiser: str, start: object) -> None:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        self.energy, self.decoder = Energy(), torch.nn.Linear(2, 2).double()
+        self.buffer, self.optimiser = Replay(50, 0.1), optimisers[optimiser]()
+        how = {"start": start} if start is not None else {"objective": Annealed()}
+        self.guide = ShortRunGuide(self.model, num_steps=3, dynamics=Langevin(StepSize(0.1)), **how)
+        loss = EnergyELBO(Trace_ELBO(), num_steps=3, step_size=0.1, start=self.buffer)
+        self.svi = SVI(self.model, self.guide, self.optimiser, loss)
+        self.guide.setup(X)
+
+    def model(self, x: torch.Tensor) -> None:
+        pyro.module("energy", self.energy)
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+            energy_prior("ebm", self.energy, z)
+            pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x)
+
+    @property
+    def parts(self) -> dict:
+        names = ("guide", "energy", "decoder", "buffer", "optimiser")
+        return {name: getattr(self, name) for name in names}
+
+    def steps(self, count: int) -> list[float]:
+        return [self.svi.step(X) for _ in range(count)]
+
+
+optimisers = {
+    "adam": lambda: pyro.optim.Adam({"lr": 0.01}),
+    "clipped": lambda: pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.99}),
+    "scheduled": lambda: pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.9}
+    ),
+}
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return a == b
+
+
+@pytest.mark.parametrize("optimiser", optimisers)
+def test_a_run_goes_on_bit_for_bit(tmp_path, optimiser):
+    run = Run(optimiser, None)
+    run.steps(3)
+    save_state(tmp_path / "run.pt", **run.parts, epoch=3)
+    wanted = run.steps(4)
+    state = {k: copy.deepcopy(v.state_dict()) for k, v in run.parts.items() if k != "optimiser"}
+
+    fresh = Run(optimiser, None)
+    assert load_state(tmp_path / "run.pt", **fresh.parts) == {"epoch": 3}
+    assert fresh.steps(4) == wanted
+    assert all(same(fresh.parts[k].state_dict(), state[k]) for k in state)
+
+
+def test_persistent_chains_go_on(tmp_path):
+    run = Run("adam", Persistent())
+    run.steps(3)
+    save_state(tmp_path / "run.pt", **run.parts)
+    wanted = run.steps(3)
+    fresh = Run("adam", Persistent())
+    load_state(tmp_path / "run.pt", **fresh.parts)
+    assert fresh.steps(3) == wanted
+
+
+def test_a_live_run_goes_back(tmp_path):
+    """Optimisers that were stepped already take their state at once."""
+    run = Run("adam", None)
+    run.steps(2)
+    save_state(tmp_path / "run.pt", **run.parts)
+    wanted = run.steps(3)
+    load_state(tmp_path / "run.pt", **run.parts)
+    assert run.steps(3) == wanted
+
+
+def test_random_states_of_all_generators(tmp_path):
+    save_state(tmp_path / "r.pt")
+    wanted = torch.rand(3), random.random(), np.random.rand(3)
+    load_state(tmp_path / "r.pt")
+    got = torch.rand(3), random.random(), np.random.rand(3)
+    assert torch.equal(got[0], wanted[0]) and got[1] == wanted[1] and (got[2] == wanted[2]).all()
+
+
+def test_parameter_store(tmp_path):
+    pyro.clear_param_store()
+    pyro.param("scale", torch.tensor(2.0), constraint=dist.constraints.positive)
+    save_state(tmp_path / "s.pt", store=pyro.get_param_store())
+    pyro.get_param_store()["scale"] = torch.tensor(5.0)
+    live = pyro.get_param_store()._params["scale"]
+    load_state(tmp_path / "s.pt", store=pyro.get_param_store())
+    assert pyro.param("scale").item() == pytest.approx(2.0)
+    assert pyro.get_param_store()._params["scale"] is live
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match="scale"):
+        load_state(tmp_path / "s.pt", store=pyro.get_param_store())
+
+
+def test_a_sampler_resumes(tmp_path):
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+
+    def sampler(num_samples: int) -> VectorizedMCMC:
+        kernel = ShortRunLangevin(model, 2, adjust=True)
+        return VectorizedMCMC(kernel, num_samples, 5, num_chains=3, disable_progbar=True)
+
+    pyro.set_rng_seed(0)
+    whole = sampler(6)
+    whole.run()
+    pyro.set_rng_seed(0)
+    part = sampler(3)
+    part.run()
+    save_state(tmp_path / "m.pt", mcmc=part)
+    rest = sampler(6)
+    load_state(tmp_path / "m.pt", mcmc=rest)
+    rest.run()
+    assert torch.equal(rest.get_samples()["z"], whole.get_samples()["z"])
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def test_what_does_not_fit_changes_nothing(tmp_path):
+    first, second = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    save_state(tmp_path / "a.pt", first=first, second=second)
+    other, wide = torch.nn.Linear(2, 1), torch.nn.Linear(3, 1)
+    before = copy.deepcopy(other.state_dict()), copy.deepcopy(wide.state_dict())
+    rng = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"'second' .* does not fit this Linear \(nothing was changed\).*weight"):
+        load_state(tmp_path / "a.pt", first=other, second=wide)
+    assert same(other.state_dict(), before[0]) and same(wide.state_dict(), before[1])
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_the_guide_must_be_set_up(tmp_path):
+    run = Run("adam", None)
+    save_state(tmp_path / "g.pt", guide=run.guide)
+    with pytest.raises(ValueError, match=r"'guide'.*guide\.setup"):
+        load_state(tmp_path / "g.pt", guide=ShortRunGuide(run.model, num_steps=3))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({}, r"\['net'\] too"),
+        ({"net": torch.nn.Linear(2, 1), "more": torch.nn.Linear(2, 1)}, r"no state of \['more'\]"),
+        ({"net": torch.nn.Bilinear(2, 1, 1)}, "'net' .* is a Linear, got a Bilinear"),
+    ],
+)
+def test_parts_and_names_must_agree(tmp_path, parts, message):
+    save_state(tmp_path / "a.pt", net=torch.nn.Linear(2, 1))
+    with pytest.raises(ValueError, match=message):
+        load_state(tmp_path / "a.pt", **parts)
+
+
+def test_newer_and_foreign_files(tmp_path):
+    path = tmp_path / "a.pt"
+    save_state(path)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "format": 99}, path)
+    with pytest.raises(ValueError, match="format 99.*update"):
+        load_state(path)
+    torch.save({"weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="no file of save_state"):
+        load_state(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="damaged"):
+        load_state(path)
+    with pytest.raises(FileNotFoundError):
+        load_state(tmp_path / "absent.pt")
+
+
+def test_only_plain_values(tmp_path):
+    with pytest.raises(TypeError, match=r"settings\['act'\] is a function"):
+        save_state(tmp_path / "a.pt", settings={"act": torch.relu, "width": 3} | {"act": lambda x: x})
+    assert not list(tmp_path.iterdir())
+    values = {"history": [1.0, 2.0], "best": (3, None), "best_x": torch.ones(2), "np": np.arange(3), "n": np.float64(2)}
+    save_state(tmp_path / "a.pt", **values)
+    found = load_state(tmp_path / "a.pt")
+    assert found["history"] == [1.0, 2.0] and found["best"] == (3, None) and found["np"].tolist() == [0, 1, 2]
+
+
+# ---------------------------------------------------------------- death at any moment
+
+
+def save_for_ever(path: str, begin: int) -> None:
+    net, count = torch.nn.Linear(400, 400), begin
+    while True:
+        count += 1
+        with torch.no_grad():
+            net.weight.fill_(count)
+            net.bias.fill_(count)
+        save_state(path, net=net, count=count)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_twenty_kills_leave_a_whole_file(tmp_path):
+    path, net, counts = tmp_path / "run.pt", torch.nn.Linear(400, 400), [0]
+    save_state(path, net=net, count=0)
+    for kill in range(20):
+        process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(path, counts[-1]))
+        process.start()
+        time.sleep(0.1 * random.random())
+        os.kill(process.pid, signal.SIGKILL if kill % 2 else signal.SIGTERM)
+        process.join()
+        counts.append(load_state(path, net=net)["count"])
+        assert counts[-1] == 0 or ((net.weight == counts[-1]).all() and (net.bias == counts[-1]).all())
+    assert counts == sorted(counts) and counts[-1] > 0
