@@ -29,6 +29,7 @@ from .replay import Replay
 from .saving import load_state, save_state
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
+from .streaming import stream_posterior
 from .teaching import MCMCTeaching
 from .tilted import energy_prior
 from .vectorized import VectorizedMCMC
@@ -76,5 +77,6 @@ __all__ = [
     "load_state",
     "sample_prior",
     "save_state",
+    "stream_posterior",
     "to_arviz",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import random
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,18 @@ def save_state(path: str | os.PathLike, /, **parts: Any) -> None:
         "random": _random_states(),
         "parts": {name: {"type": type(part).__name__, **_saved(name, part)} for name, part in parts.items()},
     }
-    path = Path(path)
+    with replacing(Path(path)) as scratch, scratch.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, which takes its place at the end; or goes, after an exception."""
     scratch = path.with_name(f".{path.name}.part")
     try:
-        with scratch.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield scratch
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

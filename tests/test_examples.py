@@ -20,7 +20,7 @@ LAYERS = (
     "tracing compiled dynamics base bridge objective steps reverse annealed plain mixture linearized noise chain "
     "isolate start replay validation interop weights density_guide guide elbo grid tilted energy predictive ancestral "
     "refiner teaching ais anomaly linear_chain amortized target adaptation sampler session kernel vectorized "
-    "evaluation diagnostics"
+    "evaluation diagnostics streaming"
 ).split()
 
 

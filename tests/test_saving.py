@@ -9,6 +9,7 @@ import random
 import signal
 import time
 
+import arviz as az
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -29,6 +30,7 @@ from pyro_shortrun import (
     energy_prior,
     load_state,
     save_state,
+    stream_posterior,
 )
 
 X = torch.tensor([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.8]], dtype=torch.float64)
@@ -259,3 +261,43 @@ def test_twenty_kills_leave_a_whole_file(tmp_path):
         counts.append(load_state(path, net=net)["count"])
         assert counts[-1] == 0 or ((net.weight == counts[-1]).all() and (net.bias == counts[-1]).all())
     assert counts == sorted(counts) and counts[-1] > 0
+
+
+# ---------------------------------------------------------------- posteriors batch by batch
+
+
+def rows(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def draws_of(paths: list) -> list:
+    return [az.from_netcdf(p)["posterior"]["z"].values for p in paths]
+
+
+def test_an_interrupted_stream_ends_with_the_same_draws(tmp_path):
+    x = torch.arange(8, dtype=torch.float64)
+    guide = ShortRunGuide(rows, num_steps=2).setup(x[:3])
+    options = {"num_samples": 4, "num_chains": 2, "num_prior": 0}
+    whole = draws_of(stream_posterior(guide, x.split(3), tmp_path / "whole", **options))
+    assert [d.shape for d in whole] == [(2, 4, 3), (2, 4, 3), (2, 4, 2)]
+
+    def interrupted():
+        yield from x.split(3)[:2]
+        raise KeyboardInterrupt
+
+    before = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        stream_posterior(guide, interrupted(), tmp_path / "cut", **options)
+    assert torch.equal(before, torch.get_rng_state())
+    (tmp_path / "cut" / "part-00001.nc").unlink()
+    again = draws_of(stream_posterior(guide, x.split(3), tmp_path / "cut", **options))
+    assert all((a == b).all() for a, b in zip(again, whole, strict=True))
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [f"part-0000{i}.nc" for i in range(3)]
+
+
+def test_batches_are_tensors_or_tuples(tmp_path):
+    guide = ShortRunGuide(rows, num_steps=2)
+    with pytest.raises(TypeError, match="batch 0 is a dict"):
+        stream_posterior(guide, [{"x": X}], tmp_path)
