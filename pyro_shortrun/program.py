@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -379,17 +379,22 @@ class Program:
     ) -> Reading:
         tracer = poutine.trace()
         shown = poutine.block(hide_types=["sample", "observe"]) if self._shows else poutine.block()
-        with _own_dims(), shown, tracer:
-            if enum_dim is None:
-                with reader:
-                    if init is None:
-                        self._model(*args, **kwargs)
-                    else:
-                        _continuous_init(init)(self._model)(*args, **kwargs)
-            else:
-                with _Enumerate(first_available_dim=enum_dim), reader:
-                    self._model(*args, **kwargs)
+        enumerate_ = nullcontext() if enum_dim is None else _Enumerate(first_available_dim=enum_dim)
+        model = self._model if init is None else _continuous_init(init)(self._model)
+        with _own_dims(), shown, tracer, _no_empty_plates(), enumerate_, reader:
+            model(*args, **kwargs)
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
+
+
+@contextmanager
+def _no_empty_plates() -> Iterator[None]:
+    """Pyro's plate says no more than that something is zero."""
+    try:
+        yield
+    except ZeroDivisionError as reason:
+        if "size cannot be zero" in str(reason):
+            raise ValueError("a plate of the model has size 0: leave empty batches out.") from reason
+        raise
 
 
 _DRAWN = "_pyro_shortrun_drawn"

@@ -78,7 +78,7 @@ class Sampler(ABC):
         """Log density and gradient at ``u``, in batches of chains."""
         parts = [self.target.current(len(part)).value_and_grad(part) for part in self._split(u)]
         value, grad = (torch.cat(p) if len(parts) > 1 else p[0] for p in zip(*parts, strict=True))
-        return State(u, value.detach(), grad.detach())
+        return State(u, value.detach().to(u), grad.detach())  # data may be of another dtype than the latents
 
     def _split(self, x: Tensor, axis: int = 0) -> tuple[Tensor, ...]:
         return x.split(self._at_once or max(x.shape[axis], 1), axis)
