@@ -150,7 +150,7 @@ def test_exploding_energies_are_counted_and_reach_no_parameter():
     guide = ShortRunGuide(model, num_steps=2, step_size=1e-3)
     with pytest.warns(UserWarning, match="non-finite"):
         SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss).step(torch.zeros(64, 2))
-    assert loss.info is not None and 0 < loss.info.nonfinite < 64
+    assert loss.info is not None and 0 < loss.info.excluded < 64
     assert energy.rate.isfinite()
 
 
