@@ -18,9 +18,11 @@ from .guide import ShortRunGuide
 from .kernel import ShortRunLangevin
 from .linearized import Linearized
 from .logdet import Exact, Lanczos
+from .mixing import SemiImplicit
 from .mixture import Mixture
 from .objective import Objective, PathDensity
 from .predictive import EnergyPredictive, sample_prior
+from .semi_implicit import SemiImplicit_ELBO, SemiImplicitGuide
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
 from .tilted import energy_prior
@@ -51,6 +53,9 @@ __all__ = [
     "Persistent",
     "Prior",
     "Replay",
+    "SemiImplicit",
+    "SemiImplicitGuide",
+    "SemiImplicit_ELBO",
     "ShortRunELBO",
     "ShortRunGuide",
     "ShortRunLangevin",

@@ -18,8 +18,8 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 LAYERS = (
     "arguments rows layout transforms vectorize log_einsum step_size logdet program structure potential density "
     "tracing compiled dynamics base bridge objective steps reverse annealed plain mixture linearized noise chain "
-    "isolate start validation interop weights density_guide guide elbo grid tilted energy predictive ais anomaly target "
-    "adaptation sampler session kernel vectorized evaluation diagnostics"
+    "isolate start validation interop weights density_guide guide elbo grid tilted energy predictive ais anomaly "
+    "target adaptation sampler session kernel vectorized mixing evaluation semi_implicit diagnostics"
 ).split()
 
 
