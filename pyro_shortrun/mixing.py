@@ -111,7 +111,7 @@ class SemiImplicit(TorchDistribution):
         check_mixtures(num_mixtures)
         self.mixing, self.conditional, self.num_mixtures = mixing, conditional, num_mixtures
         self.noise = noise_law(noise, _network_tensor(mixing))
-        self._components: Distribution | None = None
+        self.components: Distribution | None = None  # q(. | psi_k) of the last draw
         self._value: Tensor | None = None
         self._event: torch.Size | None = None
         super().__init__(torch.Size(batch_shape), validate_args=False)
@@ -126,7 +126,7 @@ class SemiImplicit(TorchDistribution):
     @property
     def support(self) -> Any:
         """That of the conditional, once something was drawn."""
-        return constraints.dependent if self._components is None else self._components.support
+        return constraints.dependent if self.components is None else self.components.support
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> SemiImplicit:
         """The same law for every element of a batch, with noise of its own for each."""
@@ -153,7 +153,7 @@ class SemiImplicit(TorchDistribution):
             scope.draws += 1
             if scope.checks:
                 check_apart(self.mixing, eps, 1 + len(shape))
-        self._components = self.conditional(psi)
+        self.components = self.conditional(psi)
         own = self.conditional(_first(psi))
         self._check(own, count, shape)
         self._event = torch.Size(own.event_shape)
@@ -162,26 +162,26 @@ class SemiImplicit(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The surrogate ``log q_K`` at the last draw, ``(*sample_shape, *batch_shape)``."""
-        if value is not self._value or self._components is None:
+        if value is not self._value or self.components is None:
             raise ValueError(
                 "the density of a SemiImplicit distribution is known at its own last draw alone: do not replay or "
                 "condition the guide, and put transforms around it that keep their input, such as ExpTransform("
                 "cache_size=1)."
             )
-        each = self._components.log_prob(value)
+        each = self.components.log_prob(value)
         return each.logsumexp(0) - math.log(len(each))
 
     def _eps(self, count: int, shape: torch.Size) -> Tensor:
         return self.noise.sample(torch.Size([count]) + shape)
 
     def _check(self, own: Distribution, count: int, shape: torch.Size) -> None:
-        assert self._components is not None
+        assert self.components is not None
         if not own.has_rsample:
             raise ValueError(
                 f"SemiImplicit needs a reparameterisable conditional, and {type(own).__name__} has no rsample: use a "
                 "Normal or another continuous distribution."
             )
-        wanted, found = torch.Size([1 + count]) + shape, self._components.batch_shape
+        wanted, found = torch.Size([1 + count]) + shape, self.components.batch_shape
         if found != wanted or own.batch_shape != shape:
             raise ValueError(
                 f"SemiImplicit expected a conditional of batch shape {tuple(wanted)} (num_mixtures + 1, then plates) "

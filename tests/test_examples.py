@@ -35,6 +35,9 @@ EXPECTED = {
     "quickstart": ("test MSE", {"reconstructions.png", "samples.png", "training.png", "trajectories.png"}),
     "energy_prior": ("MMD^2 before", {"mmd.txt", "prior.png"}),
     "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
+    "sis_rnn": ("log p(x) / step", {"table.txt", "sequences.png"}),
+    "vgrnn": ("AUC", {"vgrnn.png"}),
+    "link_prediction": ("no claim", {"links.txt", "results.json"}),
     "anomaly": ("base rate", {"anomaly.txt"}),
     "chains": ("ESS/s", {"chains.txt"}),
     "posteriordb": ("R-hat", {"table.txt"}),
@@ -70,7 +73,9 @@ def snippets(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/chains.md", "docs/energy.md", "docs/speed.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/index.md", "docs/chains.md", "docs/energy.md", "docs/semi_implicit.md", "docs/speed.md"]
+)
 def test_snippets_run_in_order(name):
     code = "\n".join(snippets(name))
     assert code or name != "README.md"
