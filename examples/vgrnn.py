@@ -93,6 +93,22 @@ class Snapshot:
         self.edges = adjacency.flatten().nonzero().squeeze(-1)
 
 
+class _AllPairs(torch.autograd.Function):
+    """``sum_ij softplus(z_i . z_j)``: most of a training step, so with half the products of autograd's own way back."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        logits = z @ z.mT
+        ctx.save_for_backward(z, logits)
+        return softplus(logits).sum((-1, -2))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        z, logits = ctx.saved_tensors
+        return 2 * grad[..., None, None] * (logits.sigmoid() @ z)
+
+
 class Edges(dist.TorchDistribution):
     """Edges with logits ``z_i . z_j``; ``log_prob`` is weighted so that edges count as much as their absence.
 
@@ -114,9 +130,9 @@ class Edges(dist.TorchDistribution):
         edges = self.snapshot.edges if known else value.flatten().nonzero().squeeze(-1)
         count, found = value.numel(), len(edges)
         positive, norm = (count - found) / found, count / (2 * (count - found))
-        logits = (self.z @ self.z.mT).flatten(-2)
-        at_edges = logits[..., edges]
-        total = softplus(logits).sum(-1) + ((positive - 1) * softplus(at_edges) - positive * at_edges).sum(-1)
+        i, j = (self.z.index_select(-2, k) for k in (edges // value.shape[-1], edges % value.shape[-1]))
+        at_edges = (i * j).sum(-1)
+        total = _AllPairs.apply(self.z) + ((positive - 1) * softplus(at_edges) - positive * at_edges).sum(-1)
         return -norm * total.unsqueeze(-1)
 
 
@@ -161,8 +177,10 @@ class VGRNN(nn.Module):
         self.mix_context, self.mix_noise = glorot(rng, hidden, 64), glorot(rng, NOISE, 64)
         self.mix_out = glorot(rng, 64, latent)
         if not train_recurrence:
-            for weight in (self.gru_new, self.gru_gates, self.gru_state):
-                weight.requires_grad_(False)
+            for name in ("gru_new", "gru_gates", "gru_state"):
+                drawn = getattr(self, name).detach()
+                delattr(self, name)
+                self.register_buffer(name, drawn)
         self.memory: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def begin(self) -> tuple[Tensor, Tensor]:

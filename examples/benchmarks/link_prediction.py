@@ -16,10 +16,13 @@ best test epoch, as some reports have it, is worth more than any difference in t
     VGRNN                Gaussian guide; the graph GRU stays as it was drawn, as in the authors' released code
     SI-VGRNN             the same with a guide network that is fed with noise (see examples/vgrnn.py)
     VGRNN, GRU trained   every weight trained
-    short run            as VGRNN without a guide network: Langevin steps that go on from epoch to epoch (ShortRunGuide, Persistent)
+    short run            as VGRNN without a guide network: Langevin steps that go on from epoch to epoch
+                         (ShortRunGuide, Persistent)
 
 All seeds of a row train at once, as a batch dimension, so minutes are for all of them together. A row is compared with
 the first by a paired test (same seeds, so same initial networks, and same negative pairs).
+
+Results are kept in results.json of the output folder as they come; the same command goes on from there.
 
 The data files have `edges` (rows t, i, j; undirected), `num_steps` and `num_nodes`.
 """
@@ -31,7 +34,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,28 +171,47 @@ def fresh(kind: Kind, adjacency: Tensor, seeds: Sequence[int]) -> VGRNN:
     return VGRNN(adjacency.shape[-1], seeds, train_recurrence=kind.train_recurrence)
 
 
-def by_guide(kind: Kind, adjacency: Tensor, args: argparse.Namespace, name: str) -> dict[str, np.ndarray]:
-    """A row of a model with a guide network: columns to ``(seeds, 2 or 4)``, and minutes."""
+class Store:
+    """Results in a file, by what they depend on, so that a command that was interrupted goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, key: str, compute: Callable[[], tuple[np.ndarray, Sequence[float]]]) -> dict[str, list]:
+        if key not in self.known:
+            values, minutes = compute()
+            self.known[key] = {"values": values.tolist(), "minutes": list(minutes)}
+            self.path.write_text(json.dumps(self.known, indent=1))
+        return self.known[key]
+
+
+def minutes_since(began: tuple[float, float]) -> tuple[float, float]:
+    """Wall and CPU."""
+    return (time.perf_counter() - began[0]) / 60, (time.process_time() - began[1]) / 60
+
+
+def by_guide(
+    kind: Kind, adjacency: Tensor, task: str, args: argparse.Namespace, name: str
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """A model with a guide network: columns of the task, ``(seeds, 2 or 4)``, and minutes of training."""
+    net, kept = fresh(kind, adjacency, args.seeds), len(adjacency) - TEST
+    data, hidden = [Snapshot(a, len(args.seeds)) for a in adjacency], []
+    if task == "detection":
+        data, hidden = hide(adjacency, args.seeds)
+    began = time.perf_counter(), time.process_time()
     family = NoiseFed() if kind.noisy else Gaussian()
-    out: dict[str, np.ndarray] = {}
-    kept = len(adjacency) - TEST
-    for task in args.tasks:
-        net = fresh(kind, adjacency, args.seeds)
-        data, hidden = [Snapshot(a, len(args.seeds)) for a in adjacency], []
-        if task == "detection":
-            data, hidden = hide(adjacency, args.seeds)
-        began = time.perf_counter(), time.process_time()
-        guide = train(net, family, data[:kept], args.epochs, num_mixtures=args.num_mixtures, name=f"{name} {task}")
-        out[f"{task} minutes"] = np.array([time.perf_counter() - began[0], time.process_time() - began[1]]) / 60
-        prior, posterior = means(net, guide, data)
-        if task == "detection":
-            out[task] = judge_detection(posterior, adjacency, hidden, args.seeds)
-        else:
-            out[task] = judge_predictions(prior, adjacency, args.seeds)
-    return out
+    guide = train(net, family, data[:kept], args.epochs, num_mixtures=args.num_mixtures, name=name)
+    minutes = minutes_since(began)
+    prior, posterior = means(net, guide, data)
+    if task == "detection":
+        return judge_detection(posterior, adjacency, hidden, args.seeds), minutes
+    return judge_predictions(prior, adjacency, args.seeds), minutes
 
 
-def by_short_runs(kind: Kind, adjacency: Tensor, args: argparse.Namespace, name: str) -> dict[str, np.ndarray]:
+def by_short_runs(
+    kind: Kind, adjacency: Tensor, args: argparse.Namespace, name: str
+) -> tuple[np.ndarray, tuple[float, float]]:
     """The same model without a guide network."""
     net = fresh(kind, adjacency, args.seeds)
     data, kept = [Snapshot(a, len(args.seeds)) for a in adjacency], len(adjacency) - TEST
@@ -203,30 +225,41 @@ def by_short_runs(kind: Kind, adjacency: Tensor, args: argparse.Namespace, name:
     began = time.perf_counter(), time.process_time()
     model, guide = make(args.run, start=Persistent())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    for _ in tqdm(range(args.short_epochs), desc=f"{name} prediction", mininterval=5):
+    for _ in tqdm(range(args.short_epochs), desc=name, mininterval=5):
         svi.step(data[:kept])
-    minutes = np.array([time.perf_counter() - began[0], time.process_time() - began[1]]) / 60
+    minutes = minutes_since(began)
     z = torch.zeros(len(data), len(args.seeds), net.nodes, net.latent)
     with torch.no_grad():
         for t in range(kept, len(data)):
             model, guide = make(args.judge_run)
-            drawn = poutine.trace(guide).get_trace(data[:t])
-            replayed = poutine.trace(poutine.replay(model, drawn)).get_trace(data[:t])
+            drawn = {k: v[0, 0] for k, v in guide.sample_posterior(data[:t], num_samples=1).items()}
+            traced = poutine.trace(poutine.condition(model, data=drawn)).get_trace(data[:t])
             x, h = net.begin()
             for i in range(t):
-                h = net.step(i, data[i].graph, x, replayed.nodes[f"z_{i}"]["value"], h)
+                h = net.step(i, data[i].graph, x, traced.nodes[f"z_{i}"]["value"], h)
             z[t] = net.prior(h)[0]
-    return {"prediction": judge_predictions(z, adjacency, args.seeds), "prediction minutes": minutes}
+    return judge_predictions(z, adjacency, args.seeds), minutes
 
 
-def cells(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Column to values over seeds."""
-    out = {}
-    if "prediction" in found:
-        out |= dict(zip(COLUMNS[:4], found["prediction"].T, strict=True))
-    if "detection" in found:
-        out |= dict(zip(COLUMNS[4:], found["detection"].T, strict=True))
-    return out
+def find(
+    kind: Kind, name: str, adjacency: Tensor, store: Store, args: argparse.Namespace
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A row: column to values over seeds, and minutes (wall, CPU) for all of it."""
+    out, spent = {}, np.zeros(2)
+    for task in args.tasks:
+        title = f"{name} {kind.name} {task}"
+        epochs = args.short_epochs if kind.short else args.epochs
+        key = f"{title}, {epochs} epochs, seeds {args.seeds}"
+        if not kind.short:
+            found = store.get(key, lambda task=task, title=title: by_guide(kind, adjacency, task, args, title))
+        elif task == "prediction":
+            found = store.get(key, lambda title=title: by_short_runs(kind, adjacency, args, title))
+        else:
+            continue
+        columns = COLUMNS[4:] if task == "detection" else COLUMNS[:4]
+        out |= dict(zip(columns, np.array(found["values"]).T, strict=True))
+        spent += found["minutes"]
+    return out, spent
 
 
 def show(value: tuple[float, float | None] | None) -> str:
@@ -263,7 +296,7 @@ def main(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if args.data is None and args.sets != ["generated"]:
         raise SystemExit("pass --data DIR with enron10.npz and dblp.npz (or --smoke)")
-    lines, raw = [], {}
+    lines, store = [], Store(folder / "results.json")
     for name in args.sets:
         adjacency = load(args.data, name)
         head = [
@@ -275,17 +308,11 @@ def main(args: argparse.Namespace) -> None:
         lines += head
         found: dict[str, dict[str, np.ndarray]] = {}
         for kind in (k for k in KINDS if args.models is None or k.name in args.models):
-            result = (by_short_runs if kind.short else by_guide)(kind, adjacency, args, f"{name} {kind.name}")
-            found[kind.name] = cells(result)
-            spent = sum(v for k, v in result.items() if k.endswith("minutes"))
-            values = [
-                (found[kind.name][c].mean(), found[kind.name][c].std(ddof=1)) if c in found[kind.name] else None
-                for c in COLUMNS
-            ]
+            found[kind.name], spent = find(kind, name, adjacency, store, args)
+            columns = (found[kind.name].get(c) for c in COLUMNS)
+            values = [None if v is None else (float(v.mean()), float(v.std(ddof=1))) for v in columns]
             lines.append(row(kind.name, values, f"{spent[0]:.1f} ({spent[1]:.1f})"))
             print(lines[-1], flush=True)
-            raw[f"{name} {kind.name}"] = {k: v.tolist() for k, v in found[kind.name].items()}
-            (folder / "results.json").write_text(json.dumps(raw, indent=1))
         tail = [row(k, v) for k, v in PUBLISHED.get(name, {}).items()]
         first = next(iter(found))
         for other in list(found)[1:]:
