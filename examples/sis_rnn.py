@@ -53,7 +53,7 @@ def double_well(sequences: int, steps: int, seed: int) -> Tensor:
     s = torch.randn(sequences, generator=rng)
     out = []
     for _ in range(steps):
-        s = s + 0.2 * (s - s**3) + 0.35 * torch.randn(sequences, generator=rng)
+        s = (s + 0.2 * (s - s**3) + 0.35 * torch.randn(sequences, generator=rng)).clamp(-2, 2)
         out.append(s**2 + 0.1 * torch.randn(sequences, generator=rng))
     return torch.stack(out, 1)
 
@@ -161,9 +161,7 @@ def make(name: str, net: VRNN, args: argparse.Namespace) -> tuple[Callable, Call
         sites = {f"z_{t}": LocScaleReparam(0.0) for t in range(args.steps)}  # one step size for all time steps
         model = poutine.reparam(model, config=sites)
         step = StepSize(args.step_size, learnable=False)
-        guide = ShortRunGuide(
-            model, num_steps=args.run, dynamics=Langevin(step), tune_every=10**9, compile=args.compile
-        )
+        guide = ShortRunGuide(model, num_steps=args.run, dynamics=Langevin(step), tune_every=10**9)
         return model, guide, Trace_ELBO()
     guide = Inference(net, noisy=name == "semi-implicit")
     return model, guide, SemiImplicit_ELBO(args.num_mixtures) if guide.noisy else Trace_ELBO()
@@ -206,7 +204,7 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     pyro.enable_validation(False)
     if args.smoke:
-        args.updates, args.steps, args.sequences, args.particles, args.run, args.compile = 2, 4, 20, 20, 2, False
+        args.updates, args.steps, args.sequences, args.particles, args.run = 2, 4, 20, 20, 2
         args.batch = 8
     train, test = (double_well(args.sequences, args.steps, args.seed + i) for i in (0, 1))
     folder = Path(args.output)
@@ -231,8 +229,8 @@ def main(args: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--sequences", type=int, default=400)
-    out.add_argument("--steps", type=int, default=16, help="length of a sequence")
-    out.add_argument("--updates", type=int, default=1000)
+    out.add_argument("--steps", type=int, default=12, help="length of a sequence")
+    out.add_argument("--updates", type=int, default=600)
     out.add_argument("--batch", type=int, default=64)
     out.add_argument("--hidden", type=int, default=16)
     out.add_argument("--num-mixtures", type=int, default=10, help="K in training")
@@ -241,7 +239,6 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--step-size", type=float, default=0.1, help="eta of a short run, in units of the prior's variance"
     )
-    out.add_argument("--no-compile", dest="compile", action="store_false")
     out.add_argument("--particles", type=int, default=1000, help="of the particle filter")
     out.add_argument("--seed", type=int, default=0)
     out.add_argument("--output", default="sis-rnn-output")

@@ -243,7 +243,8 @@ def check_apart(mixing: Callable[[Tensor], Any], eps: Tensor, dims: int) -> None
         if not isinstance(total, Tensor):
             return
         (grad,) = torch.autograd.grad(total, leaf, allow_unused=True)
-    if grad is not None and bool((grad[~ours] != 0).any()):
+    others = None if grad is None else grad[~ours]
+    if others is not None and bool(((others != 0) & others.isfinite()).any()):  # NaN has another cause
         raise ValueError(
             "the mixing network of a SemiImplicit site lets elements of its batch (plates, or mixing draws) share "
             "noise: the sum over mixing draws, taken for each element by itself, would be no bound on log p(x). Put "

@@ -303,6 +303,7 @@ def test_rows_that_share_noise_make_no_bound_and_are_refused():
         (lambda eps: eps.tanh(), True),
         (lambda eps: (eps.tanh(), eps.exp()), True),
         (lambda eps: torch.zeros(3, 5, 2), True),
+        (lambda eps: eps * torch.nan, True),
         (lambda eps: eps - eps.mean(1, keepdim=True), False),
         (lambda eps: eps - eps.mean(0, keepdim=True), False),
         (lambda eps: (eps, eps.roll(1, 1)), False),
