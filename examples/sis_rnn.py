@@ -3,22 +3,28 @@
     python examples/sis_rnn.py             # about five minutes
     python examples/sis_rnn.py --smoke     # seconds, to see that it runs
 
-The sequences come from a known system, a particle with noise in a double well of which only the squared position is
-seen, with noise: x_t = s_t^2 + 0.1 eps. The sign of s_t is not in the data, and where the particle is near zero it may
-change, so that posteriors of latents have two modes that time ties together. The model is a VRNN,
+The sequences come from a known system, a particle in a double well of which only the squared position is seen, with
+noise:
 
-    z_t ~ N(mu(h_{t-1}), sigma(h_{t-1})^2),   x_t ~ N(f(z_t, h_{t-1}), s^2),   h_t = GRU([x_t, z_t], h_{t-1}),
+    s_t = d(s_{t-1}) + 0.35 eps,   d(s) = s + 0.2 (s - s^3),   x_t = s_t^2 + 0.1 eps'
 
-as a Pyro program with one site for each time step in a plate over sequences. All guides train the same model by SVI:
+The sign of s_t is not in the data, and where the particle is near zero it may change, so the posterior has two modes
+that time ties together. Two models, both Pyro programs with one latent site for each time step, in a plate over
+sequences:
+
+    known          the system itself, nothing to learn but the guide
+    VRNN           z_t ~ N(mu(h_{t-1}), sigma(h_{t-1})^2), x_t ~ N(f(z_t, h_{t-1}), s^2), h_t = GRU([x_t, z_t], h_{t-1})
+
+and three guides, by SVI:
 
     Gaussian       N(loc, scale^2) of a network of (x_t, h_{t-1}): the VRNN's own
     semi-implicit  the same network is fed with noise as well, and its output is the mean of a Gaussian: SIS-RNN; one
                    sum over mixing draws for each sequence and time step
-    short run      no network: Langevin steps on all z_1, ..., z_T of a sequence, from the prior
+    short run      no network: Langevin steps on all latents of a sequence, from the prior
 
-The judge is the same for all: log p(x) of held-out sequences by a bootstrap particle filter in the trained model. The
-bound of a guide on the same sequences says how far it is from the posterior of its own model. Writes table.txt and a
-picture of draws of sequences from each model.
+The judge is the same for all: log p(x) of held-out sequences by a bootstrap particle filter in the model. The bound of
+a guide on the same sequences says how far it is from the posterior. Writes table.txt and a picture of sequences that
+each VRNN generates.
 
 Hajiramezanali, Hasanzadeh, Duffield, Narayanan, Zhou, Qian: Semi-Implicit Stochastic Recurrent Neural Networks,
 ICASSP 2020; Chung et al.: A Recurrent Latent Variable Model for Sequential Data, NeurIPS 2015 (VRNN).
@@ -30,6 +36,7 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -44,29 +51,52 @@ from tqdm import tqdm
 from pyro_shortrun import Langevin, SemiImplicit, SemiImplicit_ELBO, ShortRunGuide, StepSize
 from pyro_shortrun.mixing import MixingNetwork
 
-LATENT, NOISE = 2, 8
+NOISE = 8
+
+
+def drift(s: Tensor) -> Tensor:
+    s = s.clamp(-2, 2)
+    return s + 0.2 * (s - s**3)
 
 
 def double_well(sequences: int, steps: int, seed: int) -> Tensor:
-    """``x_t = s_t^2 + 0.1 eps``, ``(sequences, steps)``."""
+    """``(sequences, steps)``."""
     rng = torch.Generator().manual_seed(seed)
-    s = torch.randn(sequences, generator=rng)
-    out = []
+    s, out = torch.randn(sequences, generator=rng), []
     for _ in range(steps):
-        s = (s + 0.2 * (s - s**3) + 0.35 * torch.randn(sequences, generator=rng)).clamp(-2, 2)
         out.append(s**2 + 0.1 * torch.randn(sequences, generator=rng))
+        s = drift(s) + 0.35 * torch.randn(sequences, generator=rng)
     return torch.stack(out, 1)
 
 
-class VRNN(nn.Module):
-    """The networks of the model."""
+class DoubleWell(nn.Module):
+    """The system itself; its state is ``(s, whether anything was drawn)``."""
 
-    def __init__(self, hidden: int) -> None:
+    latent, hidden = 1, 2
+
+    def first(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(*shape, 2)
+
+    def prior(self, h: Tensor) -> dist.TorchDistribution:
+        s, begun = h[..., :1], h[..., 1:]
+        return dist.Normal(begun * drift(s), 1 - 0.65 * begun).to_event(1)
+
+    def emission(self, z: Tensor, h: Tensor) -> dist.TorchDistribution:
+        return dist.Normal(z.squeeze(-1) ** 2, 0.1)
+
+    def step(self, x: Tensor, z: Tensor, h: Tensor) -> Tensor:
+        return torch.cat([z, torch.ones_like(z)], -1)
+
+
+class VRNN(nn.Module):
+    """The networks of the VRNN."""
+
+    def __init__(self, hidden: int, latent: int = 2) -> None:
         super().__init__()
-        self.hidden = hidden
-        self.prior_net = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 2 * LATENT))
-        self.emit_net = nn.Sequential(nn.Linear(LATENT + hidden, 2 * hidden), nn.Tanh(), nn.Linear(2 * hidden, 1))
-        self.cell = nn.GRUCell(1 + LATENT, hidden)
+        self.hidden, self.latent = hidden, latent
+        self.prior_net = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 2 * latent))
+        self.emit_net = nn.Sequential(nn.Linear(latent + hidden, 2 * hidden), nn.Tanh(), nn.Linear(2 * hidden, 1))
+        self.cell = nn.GRUCell(1 + latent, hidden)
         self.log_scale = nn.Parameter(torch.tensor(-1.0))
 
     def first(self, shape: tuple[int, ...]) -> Tensor:
@@ -84,14 +114,14 @@ class VRNN(nn.Module):
         x = x.unsqueeze(-1).expand(*z.shape[:-1], 1)
         shape = h.shape
         out = self.cell(
-            torch.cat([x, z], -1).reshape(-1, 1 + LATENT), h.expand(*z.shape[:-1], -1).reshape(-1, shape[-1])
+            torch.cat([x, z], -1).reshape(-1, 1 + self.latent), h.expand(*z.shape[:-1], -1).reshape(-1, shape[-1])
         )
         return out.reshape(*z.shape[:-1], shape[-1])
 
 
-def model_of(net: VRNN) -> Callable:
+def model_of(net: Any) -> Callable:
     def model(x: Tensor) -> None:
-        pyro.module("vrnn", net)
+        pyro.module("system", net)
         h = net.first((len(x),))
         with pyro.plate("sequences", len(x)):
             for t in pyro.markov(range(x.shape[1])):
@@ -105,13 +135,12 @@ def model_of(net: VRNN) -> Callable:
 class Inference(nn.Module):
     """A guide for every time step from ``(x_t, h_{t-1})``; with noise a semi-implicit one."""
 
-    def __init__(self, net: VRNN, noisy: bool) -> None:
+    def __init__(self, net: Any, noisy: bool) -> None:
         super().__init__()
         self.model, self.noisy = (net,), noisy
-        width = net.hidden
-        self.scale = nn.Sequential(nn.Linear(1 + width, width), nn.Tanh(), nn.Linear(width, LATENT))
-        # same network, with and without noise
-        self.loc = MixingNetwork(NOISE, LATENT, (2 * width, 2 * width), context=1 + width)
+        context = 1 + net.hidden
+        self.scale = nn.Sequential(nn.Linear(context, 16), nn.Tanh(), nn.Linear(16, net.latent))
+        self.loc = MixingNetwork(NOISE, net.latent, (32, 32), context=context)  # the same with and without noise
 
     def law(self, c: Tensor) -> dist.TorchDistribution:
         scale = softplus(self.scale(c)) + 0.01
@@ -131,7 +160,7 @@ class Inference(nn.Module):
 
 
 @torch.no_grad()
-def particle_filter(net: VRNN, x: Tensor, particles: int) -> Tensor:
+def particle_filter(net: Any, x: Tensor, particles: int) -> Tensor:
     """``log p(x)`` of each sequence, in nats: unbiased in p, by a bootstrap filter that resamples every step."""
     h, total = net.first((particles, len(x))), torch.zeros(len(x))
     for t in range(x.shape[1]):
@@ -145,7 +174,7 @@ def particle_filter(net: VRNN, x: Tensor, particles: int) -> Tensor:
 
 
 @torch.no_grad()
-def generate(net: VRNN, sequences: int, steps: int) -> Tensor:
+def generate(net: Any, sequences: int, steps: int) -> Tensor:
     h, out = net.first((sequences,)), []
     for _ in range(steps):
         z = net.prior(h).sample()
@@ -154,7 +183,7 @@ def generate(net: VRNN, sequences: int, steps: int) -> Tensor:
     return torch.stack(out, 1)
 
 
-def make(name: str, net: VRNN, args: argparse.Namespace) -> tuple[Callable, Callable, Trace_ELBO]:
+def make(name: str, net: Any, args: argparse.Namespace) -> tuple[Callable, Callable, Trace_ELBO]:
     """Model, guide and loss."""
     model = model_of(net)
     if name == "short run":
@@ -177,15 +206,15 @@ def bound(name: str, model: Callable, guide: Callable, loss: Trace_ELBO, x: Tens
         return -sum(loss.loss(model, guide, x) for _ in range(5)) / 5 / x.numel()
 
 
-def run(name: str, train: Tensor, test: Tensor, args: argparse.Namespace) -> tuple[str, Tensor]:
+def run(system: str, name: str, train: Tensor, test: Tensor, args: argparse.Namespace) -> tuple[str, Tensor]:
     """A row of the table, and generated sequences."""
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
-    net = VRNN(args.hidden)
+    net = VRNN(args.hidden) if system == "VRNN" else DoubleWell()
     model, guide, loss = make(name, net, args)
     svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 3e-3, "lrd": 0.1 ** (1 / args.updates)}), loss)
     began = time.perf_counter()
-    with tqdm(range(args.updates), desc=name, mininterval=2) as bar:
+    with tqdm(range(args.updates), desc=f"{system}, {name}", mininterval=2) as bar:
         for _ in bar:
             batch = train[torch.randperm(len(train))[: args.batch]]
             value = svi.step(batch) / batch.numel()
@@ -194,7 +223,7 @@ def run(name: str, train: Tensor, test: Tensor, args: argparse.Namespace) -> tup
     judged = particle_filter(net, test, args.particles) / test.shape[1]
     error = judged.std().item() / len(judged) ** 0.5
     own = bound(name, model, guide, loss, test, args)
-    row = f"{name:<15}{judged.mean().item():>10.3f} +- {error:.3f}{own:>10.3f}{seconds:>10.1f}"
+    row = f"{system:<8}{name:<15}{judged.mean().item():>10.3f} +- {error:.3f}{own:>10.3f}{seconds:>10.1f}"
     return row, generate(net, 6, args.steps)
 
 
@@ -209,14 +238,18 @@ def main(args: argparse.Namespace) -> None:
     train, test = (double_well(args.sequences, args.steps, args.seed + i) for i in (0, 1))
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{'guide':<15}{'log p(x) / step, test':>19}{'bound':>10}{'seconds':>10}"]
+    lines = [f"{'model':<8}{'guide':<15}{'log p(x) / step, test':>19}{'bound':>10}{'seconds':>10}"]
     print(lines[0])
     names = ["Gaussian", "semi-implicit", "short run"]
     figure, axes = plt.subplots(1, 1 + len(names), figsize=(12, 3), sharey=True)
     axes[0].plot(test[:6].T, lw=1)
     axes[0].set_title("data")
+    for name in names[:2]:
+        row, _ = run("known", name, train, test, args)
+        print(row, flush=True)
+        lines.append(row)
     for axis, name in zip(axes[1:], names, strict=True):
-        row, drawn = run(name, train, test, args)
+        row, drawn = run("VRNN", name, train, test, args)
         print(row, flush=True)
         lines.append(row)
         axis.plot(drawn.T, lw=1)

@@ -250,6 +250,8 @@ def find(
         title = f"{name} {kind.name} {task}"
         epochs = args.short_epochs if kind.short else args.epochs
         key = f"{title}, {epochs} epochs, seeds {args.seeds}"
+        if args.show and key not in store.known:
+            continue
         if not kind.short:
             found = store.get(key, lambda task=task, title=title: by_guide(kind, adjacency, task, args, title))
         elif task == "prediction":
@@ -309,6 +311,8 @@ def main(args: argparse.Namespace) -> None:
         found: dict[str, dict[str, np.ndarray]] = {}
         for kind in (k for k in KINDS if args.models is None or k.name in args.models):
             found[kind.name], spent = find(kind, name, adjacency, store, args)
+            if not found[kind.name]:
+                continue
             columns = (found[kind.name].get(c) for c in COLUMNS)
             values = [None if v is None else (float(v.mean()), float(v.std(ddof=1))) for v in columns]
             lines.append(row(kind.name, values, f"{spent[0]:.1f} ({spent[1]:.1f})"))
@@ -336,6 +340,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--judge-run", type=int, default=100, help="steps from the prior, for the test snapshots")
     out.add_argument("--step-size", type=float, default=0.005, help="eta, in units of the prior's variance")
     out.add_argument("--output", default="links-output")
+    out.add_argument("--show", action="store_true", help="the table of what results.json holds; runs nothing")
     out.add_argument("--quick", action="store_true", help="three seeds, a quarter of the epochs")
     out.add_argument("--smoke", action="store_true", help="tiny settings, to see that it runs")
     return out
