@@ -143,7 +143,7 @@ class Inference(nn.Module):
         self.loc = MixingNetwork(NOISE, net.latent, (32, 32), context=context)  # the same with and without noise
 
     def law(self, c: Tensor) -> dist.TorchDistribution:
-        scale = softplus(self.scale(c)) + 0.01
+        scale = softplus(self.scale(c) - 2) + 0.01  # small at first: a wide one fits Gaussians, and stays
         if not self.noisy:
             return dist.Normal(self.loc(c.new_zeros(NOISE), c), scale).to_event(1)
         return SemiImplicit(lambda eps: self.loc(eps, c), lambda psi: dist.Normal(psi, scale).to_event(1), noise=NOISE)
@@ -266,7 +266,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--updates", type=int, default=600)
     out.add_argument("--batch", type=int, default=64)
     out.add_argument("--hidden", type=int, default=16)
-    out.add_argument("--num-mixtures", type=int, default=10, help="K in training")
+    out.add_argument("--num-mixtures", type=int, default=20, help="K in training")
     out.add_argument("--judge-mixtures", type=int, default=500, help="K of the printed bound")
     out.add_argument("--run", type=int, default=10, help="steps of a short run")
     out.add_argument(
