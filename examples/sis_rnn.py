@@ -141,6 +141,8 @@ class Inference(nn.Module):
         context = 1 + net.hidden
         self.scale = nn.Sequential(nn.Linear(context, 16), nn.Tanh(), nn.Linear(16, net.latent))
         self.loc = MixingNetwork(NOISE, net.latent, (32, 32), context=context)  # the same with and without noise
+        with torch.no_grad():
+            self.loc.noise.weight.mul_(0.1)  # begins near a Gaussian
 
     def law(self, c: Tensor) -> dist.TorchDistribution:
         scale = softplus(self.scale(c) - 2) + 0.01  # small at first: a wide one fits Gaussians, and stays
