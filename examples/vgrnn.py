@@ -348,7 +348,7 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{'guide':<12}{'AUC':>8}{'AP':>8}   (prediction of the last two snapshots)")
-    last = None
+    last = torch.zeros(0)
     for name, family in (("Gaussian", Gaussian()), ("semi-impl.", NoiseFed())):
         pyro.clear_param_store()
         pyro.set_rng_seed(args.seed)
@@ -361,9 +361,7 @@ def main(args: argparse.Namespace) -> None:
             found.append(scores(prior[t, 0], edges, non_edges(adjacency[t], len(edges), rng)))
         print(f"{name:<12}{np.mean(found, 0)[0]:>8.3f}{np.mean(found, 0)[1]:>8.3f}", flush=True)
         last = prior[-1, 0]
-    order = (
-        (last @ last.T).sigmoid().sum(-1).argsort() if last is None else torch.pca_lowrank(last, 2)[0][:, 0].argsort()
-    )
+    order = torch.pca_lowrank(last, 2)[0][:, 0].argsort()  # so that communities stand together
     figure, axes = plt.subplots(1, 2, figsize=(8, 4))
     for axis, image, title in zip(
         axes, (adjacency[-1], (last @ last.T).sigmoid()), ("last snapshot", "predicted from those before"), strict=True
