@@ -231,15 +231,15 @@ def check_apart(mixing: Callable[[Tensor], Any], eps: Tensor, dims: int) -> None
     """
     if not eps.is_floating_point():
         return
-    draw = torch.Generator().manual_seed(0)  # no draw of the user's
-    ours = (torch.rand(eps.shape[:dims], generator=draw) < 0.5).to(eps.device)
+    draw = torch.Generator("cpu").manual_seed(0)  # no draw of the user's
+    ours = (torch.rand(eps.shape[:dims], generator=draw, device="cpu") < 0.5).to(eps.device)
     with torch.enable_grad():
         leaf = eps.detach().clone().requires_grad_()
         psi = mixing(leaf)
         parts = [psi] if isinstance(psi, Tensor) else [p for p in psi if isinstance(p, Tensor)]
         chosen = [p[ours] for p in parts if p.requires_grad and p.shape[:dims] == ours.shape]
         # random weights: a normalisation over the batch has no gradient in a plain sum
-        total = sum((torch.rand(c.shape, generator=draw).to(c) * c).sum() for c in chosen)
+        total = sum((torch.rand(c.shape, generator=draw, device="cpu").to(c) * c).sum() for c in chosen)
         if not isinstance(total, Tensor):
             return
         (grad,) = torch.autograd.grad(total, leaf, allow_unused=True)

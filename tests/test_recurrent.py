@@ -20,6 +20,12 @@ import sis_rnn  # noqa: E402
 import vgrnn  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def on_cpu(device) -> None:
+    if device.type != "cpu":
+        pytest.skip("the examples draw with generators of the CPU")
+
+
 @pytest.fixture
 def adjacency() -> torch.Tensor:
     return vgrnn.communities(12, 3, 3, seed=0).to(torch.get_default_dtype())
