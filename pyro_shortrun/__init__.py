@@ -21,12 +21,14 @@ from .kernel import ShortRunLangevin
 from .linear_chain import Span, Whitened
 from .linearized import Linearized
 from .logdet import Exact, Lanczos
+from .mixing import SemiImplicit
 from .mixture import Mixture
 from .objective import Objective, PathDensity
 from .predictive import EnergyPredictive, sample_prior
 from .refiner import Refiner
 from .replay import Replay
 from .saving import load_state, save_state
+from .semi_implicit import SemiImplicit_ELBO, SemiImplicitGuide
 from .start import Init, Persistent, Prior
 from .step_size import StepSize
 from .streaming import stream_posterior
@@ -64,6 +66,9 @@ __all__ = [
     "Prior",
     "Refiner",
     "Replay",
+    "SemiImplicit",
+    "SemiImplicitGuide",
+    "SemiImplicit_ELBO",
     "ShortRunELBO",
     "ShortRunGuide",
     "ShortRunLangevin",

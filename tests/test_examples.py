@@ -19,8 +19,8 @@ LAYERS = (
     "arguments saving rows layout transforms vectorize log_einsum step_size logdet program structure potential density "
     "tracing compiled dynamics base bridge objective steps reverse annealed plain mixture linearized noise chain "
     "isolate start replay validation interop weights density_guide guide elbo grid tilted energy predictive ancestral "
-    "refiner teaching ais anomaly linear_chain amortized target adaptation sampler session kernel vectorized "
-    "evaluation diagnostics streaming"
+    "refiner teaching ais anomaly linear_chain amortized target adaptation sampler session kernel vectorized mixing "
+    "evaluation semi_implicit diagnostics streaming"
 ).split()
 
 
@@ -41,6 +41,9 @@ EXPECTED = {
     "lae": ("-log p(x)", {"lae.txt", "lae.json"}),
     "coopnets": ("taught by regression", {"coopnets.txt", "samples.png", "chains.png"}),
     "variational_teaching": ("dual", {"teaching.txt", "samples.png", "chains.png"}),
+    "sis_rnn": ("log p(x) / step", {"table.txt", "sequences.png"}),
+    "vgrnn": ("AUC", {"vgrnn.png"}),
+    "link_prediction": ("no claim", {"links.txt", "results.json"}),
     "anomaly": ("base rate", {"anomaly.txt"}),
     "chains": ("ESS/s", {"chains.txt"}),
     "posteriordb": ("R-hat", {"table.txt"}),
