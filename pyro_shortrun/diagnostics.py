@@ -72,7 +72,7 @@ def to_arviz(
     works. Its ``sample_stats`` hold ``log_q``, the log density of each draw as its objective accounts for it (given the
     noise path for :class:`PathDensity`), and ``log_p``, the model's log joint there, both over the sites themselves in
     nats: importance weights are ``exp(log_p - log_q)``, for ``az.psislw`` and ``loo_approximate_posterior``. A start
-    without a density (:class:`Persistent`) has neither, nor have :class:`Mixture` and :class:`Linearized`. Those of a
+    without a density (:class:`Persistent`) has neither, nor has :class:`Linearized`. Those of a
     :class:`LangevinEncoderGuide` are Markov chains on these data, each from the guide's map after 200 transitions.
 
     A chain's ``sample_stats`` hold ``lp`` (log density in unconstrained space), ``acceptance_rate``, ``grad_norm``,

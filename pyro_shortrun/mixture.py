@@ -56,8 +56,9 @@ class Mixture(Objective):
 
     in nats, one value per row. ``E[log pi(u_K) - log q(u_K)] <= log p(x)`` for every ``M >= 2`` (a semi-implicit bound:
     the draw's own run is among the components), tighter as ``M`` grows, and the ELBO of the run itself for ``M`` to
-    infinity. ``M`` has to grow exponentially with the number of latents of a row for that: loose beyond a few. The
-    weights are bounded in expectation only: ``E[exp(log w)]`` is not ``p(x)``, so no importance weights.
+    infinity. ``M`` has to grow exponentially with the number of latents of a row for that: loose beyond a few.
+    Since the draw's own run is exchangeable with the others, ``E[exp(log w)] = p(x)`` for every ``M >= 2``, so that the
+    weights are importance weights.
 
     Cost: ``M`` runs per draw, one Hessian product per step on the way back.
 
@@ -67,7 +68,7 @@ class Mixture(Objective):
     :raises ValueError: for less than two runs.
     """
 
-    carries = weighs = takes_masks = False
+    carries = takes_masks = False
 
     def __init__(self, num_runs: int = 16) -> None:
         check_count("num_runs", num_runs)
