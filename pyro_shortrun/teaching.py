@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from .ancestral import AncestralSampler
 from .program import Site
-from .refiner import Refined, Refiner, of_rows
+from .refiner import Refined, Refiner, evaluating, of_rows
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class MCMCTeaching:
         losses = {"energy": self._learn(x, context, refined, given)}
         losses["student"] = self._each(self.student, refined.end, given)
         if self.dual:
+            self.sampler.keep(None)  # its latents are not those of the observed data
             losses["dual"] = self._each(self.dual, x, context)
         self.iteration += 1
         return losses
@@ -164,7 +166,7 @@ class MCMCTeaching:
     def setup(self, x: Tensor, *context: Any) -> None:
         """Create every parameter and buffer now, for :meth:`state_dict` and :meth:`load_state_dict`."""
         _check_rows(x, context)
-        refined = self._refine(x, context, num_steps=1)
+        refined = self._noted(self.refiner(self.sampler.propose(x, *context), *context, num_steps=1))
         given = tuple(of_rows(c, refined.rows) for c in context)
         for svis, data, c in ((self.student, refined.end, given), (self.dual, x, context)):
             for svi in svis:
@@ -172,7 +174,7 @@ class MCMCTeaching:
                     svi.evaluate_loss(data, *c)
 
     def sample(self, x: Tensor, *context: Any, num_steps: int | None = None) -> Refined:
-        """The generator's draws and what runs make of them, as many as ``x`` has rows.
+        """The generator's draws and what runs from there make of them, as many as ``x`` has rows.
 
         :param x: data of the wanted shape; values do not matter.
         :param num_steps: instead of those of the current iteration.
@@ -223,24 +225,27 @@ class MCMCTeaching:
         if self.refiner.replay is not None:
             self.refiner.replay.load_state_dict(state["replay"])
 
-    def _refine(self, x: Tensor, context: tuple, num_steps: int | None = None) -> Refined:
+    def _refine(self, x: Tensor, context: tuple) -> Refined:
         proposed = self.sampler.propose(x, *context)
-        refined = self.refiner(proposed, *context, iteration=self.iteration, num_steps=num_steps)
+        return self._noted(self.refiner.go_on(proposed, *context, iteration=self.iteration))
+
+    def _noted(self, refined: Refined) -> Refined:
+        """The sampler keeps the latents of these; runs that were dropped are warned about."""
         self.sampler.keep(refined.rows if self.refiner.replay is None else None)
         if refined.nonfinite and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{refined.nonfinite} of {len(x)} runs of the energy-based model met a non-finite density or gradient "
+                f"{refined.nonfinite} of {len(refined.rows)} runs of the energy-based model met a non-finite density or gradient "
                 "and are dropped (counted in MCMCTeaching.info.nonfinite; this warning is shown once). Lower the "
                 "energy's learning rate or the step_size.",
-                stacklevel=3,
+                stacklevel=4,
             )
         return refined
 
     def _learn(self, x: Tensor, context: tuple, refined: Refined, given: tuple) -> float:
         """The energy's own step, unless runs made no steps."""
         teaches = refined.run is not None and self.optim is not None
-        with torch.set_grad_enabled(teaches):
+        with torch.set_grad_enabled(teaches), nullcontext() if teaches else evaluating(self.energy):
             observed, samples = self.energy(x, *context), self.energy(refined.end, *given)
             loss = observed.mean() - samples.mean()
             if self.l2:

@@ -164,6 +164,25 @@ def test_no_steps_leave_the_energy_alone(kind):
     assert torch.equal(refined.end, x)
 
 
+@pytest.mark.parametrize("kind", ["no steps", "known"])
+def test_statistics_of_an_energy_that_does_not_learn(kind):
+    """Batch normalisation counts no batches where the energy is left as it is."""
+
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x).square().sum(-1)
+
+    energy = Normalised()
+    teaching = teach(energy, Linear(), num_steps=0 if kind == "no steps" else 2)
+    teaching.optim = None if kind == "known" else teaching.optim
+    teaching.step(torch.randn(5, 2) + 3)
+    assert not energy.norm.running_mean.any() and energy.norm.num_batches_tracked == 0 and energy.training
+
+
 # ---------------------------------------------------------------- where it converges to
 
 
@@ -285,13 +304,24 @@ def test_dual_teaching():
     assert set(losses) == {"energy", "student", "dual"}
     assert not torch.equal(model.b.data, torch.zeros(2))
     assert not torch.equal(encoder.net.weight, before.net.weight)
-    z = teaching.sampler._latents["z"]
+    sampler.propose(x)
+    z = sampler._latents["z"]
     pyro.clear_param_store()
     refined = torch.randn(6, 2)
     log_q = dist.Normal(encoder.net(refined), 0.5).log_prob(z).sum()
     prior = dist.Normal(model.loc, 1.0).log_prob(z).sum()
     found = Trace_ELBO().loss(encoder, sampler, refined)
     assert found == pytest.approx((prior - log_q).item())
+
+
+def test_latents_are_forgotten_after_the_student():
+    """A sampler that hides in another guide is found out too: its latents are not those of the observed data."""
+    model, x = Linear(), torch.randn(4, 2)
+    teaching = teach(Gaussian(), model)
+    hidden = SVI(model, lambda x: teaching.sampler(x), sgd(0.01), Trace_ELBO())
+    teaching.dual = (hidden,)
+    with pytest.raises(ValueError, match="no latents of these 4 rows"):
+        teaching.step(x)
 
 
 def test_known_energy_is_left_alone():
@@ -498,6 +528,22 @@ def test_replay_goes_on():
     assert gaps.max() < 1e-9
 
 
+def test_looking_at_samples_leaves_replay_alone():
+    """Samples, and refiner(x), begin at the generator's draws; neither they nor setup() write to the buffer."""
+    replay = Replay(10, refresh=0.0)
+    teaching = teach(Gaussian([1.0, 1.0]), Linear(), lambda s: Encoder(), lr=0.0, replay=replay, num_steps=2)
+    teaching.setup(torch.randn(4, 2))
+    assert replay.written == 0
+    teaching.step(torch.randn(4, 2))
+    store = replay.store.clone()
+    drawn = teaching.sample(torch.zeros(3, 2))
+    assert torch.cdist(drawn.start, store[:4]).min() > 1e-6
+    torch.testing.assert_close(drawn.end, drawn.start - 0.2)
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(teaching.refiner(x).start, x)
+    assert replay.written == 4 and torch.equal(replay.store, store)
+
+
 # ---------------------------------------------------------------- saving
 
 
@@ -605,7 +651,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "both": (lambda: Refiner(Gaussian(), step_size=0.1, dynamics=Langevin(0.1)), "or dynamics"),
     "reference": (lambda: Refiner(Gaussian(), reference=1.0), "reference must be"),
     "replay": (lambda: Refiner(Gaussian(), replay=10), "replay must be"),
-    "replay and context": (lambda: Refiner(Around(), replay=Replay())(X, X), "replay mixes the rows"),
+    "replay and context": (lambda: Refiner(Around(), replay=Replay()).go_on(X, X), "replay mixes the rows"),
     "replay and regression": (lambda: teach(Gaussian(), Linear(), replay=Replay()), "let the student have an encoder"),
     "dual and regression": (dual_regression, "not of the observed data"),
     "values": (lambda: Refiner(Flat())(X), "'energy' has shape"),
