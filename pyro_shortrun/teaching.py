@@ -235,9 +235,9 @@ class MCMCTeaching:
         if refined.nonfinite and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{refined.nonfinite} of {len(refined.rows)} runs of the energy-based model met a non-finite density or gradient "
-                "and are dropped (counted in MCMCTeaching.info.nonfinite; this warning is shown once). Lower the "
-                "energy's learning rate or the step_size.",
+                f"{refined.nonfinite} of {len(refined.rows)} runs of the energy-based model met a non-finite density "
+                "or gradient and are dropped (counted in MCMCTeaching.info.nonfinite; this warning is shown once). "
+                "Lower the energy's learning rate or the step_size.",
                 stacklevel=4,
             )
         return refined
