@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import pyro
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .arguments import check_count, check_kind
 from .chain import RunInfo
+from .density import LogDensity
 from .dynamics import Dynamics, Langevin
 from .energy import Replay
 from .interop import ordinary_autograd
@@ -122,7 +123,7 @@ class Refiner:
         self._scheduled = dynamics is None
         self.num_steps(0)
         self._dynamics = _Tempered(scheduled(self._schedules[1], 0)) if dynamics is None else dynamics
-        self._prior = TiltedPrior(self._model, compile)
+        self._compile, self._prior = compile, TiltedPrior(self._model, compile)
 
     def num_steps(self, iteration: int) -> int:
         """Steps of a run in this iteration."""
@@ -175,7 +176,7 @@ class Refiner:
     def _bind(self, x: Tensor, context: tuple) -> Call:
         call = self._prior.bind((x, *context), {})
         assert call is not None
-        return call
+        return call if self._compile else replace(call, density=_Direct(self, call, context))
 
     def _set(self, iteration: int, count: int, call: Call) -> None:
         """Step size and noise of this iteration."""
@@ -194,6 +195,21 @@ class Refiner:
             value = pyro.sample("x", _Proposed(x, self.reference))
             # A function, so that the parameters are no business of Pyro's store: another energy may be there.
             energy_prior("energy", lambda v: self.energy(v, *context), value)
+
+
+class _Direct(LogDensity):
+    """The density of one call, without Pyro, whose handlers take longer in a step than a small network does."""
+
+    def __init__(self, refiner: Refiner, call: Call, context: tuple) -> None:
+        super().__init__(call.program, call.density.structure, call.bind)
+        self._refiner, self._context, self._transform = refiner, context, call.reading.transforms["x"]
+
+    def __call__(self, u: Tensor) -> Tensor:
+        (one,) = u  # a single chain
+        state = self.layout.unpack(one)["x"]
+        x = self._transform(state)
+        value = self._refiner.log_density(x, *self._context) + self._transform.log_abs_det_jacobian(state, x)
+        return value.unsqueeze(0)
 
 
 class _Proposed(TorchDistribution):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_shortrun import AncestralSampler, Langevin, MCMCTeaching, Refiner, Replay, ShortRunGuide, StepSize
 from pyro_shortrun.compiled import Compiler, Untouched
+from pyro_shortrun.density import LogDensity
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -526,6 +527,25 @@ def test_replay_goes_on():
     teaching.step(torch.randn(4, 2))
     gaps = torch.cdist(replay.store + 0.2, ends).min(1).values  # each moved by -0.1 in both directions, twice
     assert gaps.max() < 1e-9
+
+
+@pytest.mark.parametrize("reference", ["flat", "normal", "uniform"])
+def test_steps_take_no_run_of_pyro(reference, monkeypatch):
+    """The density of a step is the one that Pyro gives, without asking it."""
+    kind = {"flat": None, "normal": dist.Normal(0.3, 0.7), "uniform": dist.Uniform(-1.0, 2.0)}[reference]
+    refiner, x, c = Refiner(Around(), step_size=0.01, reference=kind), 0.1 * torch.randn(4, 2), torch.randn(4, 2)
+    call = refiner._bind(x, (c,))
+    u = torch.randn(1, 4, 2)
+    by_pyro = LogDensity(call.program, call.density.structure, call.bind).value_and_grad(u)
+    for found, expected in zip(call.density.value_and_grad(u), by_pyro, strict=True):
+        torch.testing.assert_close(found, expected)
+    runs, counts, read = [], [], LogDensity.read
+    monkeypatch.setattr(LogDensity, "read", lambda d, u: runs.append(1) or read(d, u))
+    for steps in (2, 20):
+        runs.clear()
+        refiner(x, c, num_steps=steps)
+        counts.append(len(runs))
+    assert counts[0] == counts[1] <= 3
 
 
 def test_looking_at_samples_leaves_replay_alone():
