@@ -112,7 +112,7 @@ class MCMCTeaching:
     :param dual: an SVI, or several, that take a step on the observed data.
     :param l2: weight of the mean of squared energies of data and refined samples, which keeps the energy's level.
     :raises ValueError: for arguments out of range; at a step, where ``x`` is not finite, contexts have other rows, the
-        energy of the data is not finite, or no run stays finite.
+        energy of the data or its gradient is not finite, or no run stays finite.
     """
 
     def __init__(
@@ -255,10 +255,22 @@ class MCMCTeaching:
         if teaches and self.optim is not None:
             self.optim.zero_grad()
             loss.backward()
+            self._check_gradients()
             self.optim.step()
         means = observed.mean().item(), samples.mean().item()
         self.info = TeachingInfo(*means, refined.displacement, refined.nonfinite, refined.run)
         return loss.item()
+
+    def _check_gradients(self) -> None:
+        """Refuse a step that would lose the energy."""
+        grads = {k: p.grad for k, p in self.energy.named_parameters() if p.grad is not None}
+        finite = torch.stack([g.isfinite().all() for g in grads.values()])
+        if not finite.all():
+            name = list(grads)[int((~finite).nonzero()[0])]
+            raise ValueError(
+                f"the energy's gradient in parameter '{name}' is not finite (its parameters are as they were): it may "
+                "have diverged, or be a function without a derivative there. Lower its learning rate."
+            )
 
     def _each(self, svis: Sequence[SVI], x: Tensor, context: tuple) -> float:
         total = 0.0
@@ -285,6 +297,8 @@ class MCMCTeaching:
                 f"optim must be a torch optimiser of the energy, torch.optim.Adam(energy.parameters()), got "
                 f"{self.optim!r}."
             )
+        if not any(p.requires_grad for p in self.energy.parameters()):
+            raise ValueError("the energy has nothing to train: pass optim=None, which leaves it as it is.")
         held = {id(p) for group in self.optim.param_groups for p in group["params"]}
         lost = [k for k, p in self.energy.named_parameters() if p.requires_grad and id(p) not in held]
         if lost:

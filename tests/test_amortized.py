@@ -533,14 +533,14 @@ def test_global_latents_are_refused_by_name_and_the_remedy_works():
     x = torch.randn(6, 2)
     with pytest.raises(NotImplementedError, match="'loc' is not local"):
         LangevinEncoderGuide(with_global, net())(x)
-    guides = AutoGuideList(with_global)
+    guides = AutoGuideList(with_global, create_plates=lambda x: pyro.plate("data", len(x), dim=-1))
     guides.append(AutoNormal(poutine.block(with_global, expose=["loc"])))
     guides.append(LangevinEncoderGuide(poutine.block(with_global, hide=["loc"]), net()))
     svi = SVI(with_global, guides, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     nodes = poutine.trace(guides).get_trace(x).nodes
     assert {"loc", "z"} <= set(nodes) and nodes["z"]["value"].shape == (6,)
-    for _ in range(3):
-        assert math.isfinite(svi.step(x))
+    for batch in (x, x[:4], x):
+        assert math.isfinite(svi.step(batch))
     pyro.clear_param_store()
 
     def alone(x: Tensor) -> None:

@@ -645,6 +645,17 @@ def other_latents() -> None:
     guide(X)
 
 
+class Steep(nn.Module):
+    """A parameter at the edge of where it has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(-1) * self.w.sqrt()
+
+
 class Flat(nn.Module):
     """One value too few."""
 
@@ -694,6 +705,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "energy's parameter 'a'",
     ),
+    "optim of nothing": (
+        lambda: teach(Gaussian().requires_grad_(False), Linear()),
+        "nothing to train: pass optim=None",
+    ),
     "not finite": (lambda: teach(Gaussian(), Linear()).step(nan(X)), "x has values that are not finite"),
     "integers": (lambda: teach(Gaussian(), Linear()).step(X.long()), "floating-point"),
     "context rows": (lambda: teach(Around(), Linear()).step(X, X[:2]), "context 0 has 2 rows and x has 4"),
@@ -704,6 +719,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown rows": (lambda: AncestralSampler(Linear())(X), "has no latents of these 4 rows"),
     "latents of another model": (other_latents, "drew no latent 'z_decentered'"),
     "all broken": (lambda: teach(Broken(-100.0), Linear()).step(X), "every run of the energy-based model"),
+    "energy's gradient": (lambda: teach(Steep(), Linear()).step(X), "gradient in parameter 'w' is not finite"),
     "data's energy": (lambda: teach(Broken(5.0), Linear()).step(X + 100), "energy of the data is not finite"),
 }
 
