@@ -111,8 +111,8 @@ class MCMCTeaching:
         which the generator learns to draw from.
     :param dual: an SVI, or several, that take a step on the observed data.
     :param l2: weight of the mean of squared energies of data and refined samples, which keeps the energy's level.
-    :raises ValueError: for arguments out of range; at a step, where ``x`` is not finite, contexts have other rows, the
-        energy of the data or its gradient is not finite, or no run stays finite.
+    :raises ValueError: for arguments out of range; at a step, where ``x`` is not finite, contexts have other rows or
+        require gradients, the energy of the data or its gradient is not finite, or no run stays finite.
     """
 
     def __init__(
@@ -346,5 +346,10 @@ def _check_rows(x: Tensor, context: tuple) -> None:
     if not x.isfinite().all():
         raise ValueError("x has values that are not finite.")
     for i, c in enumerate(context):
+        if isinstance(c, Tensor) and c.requires_grad:
+            raise ValueError(
+                f"context {i} requires gradients, which the energy's step and the students' would both ask for: detach "
+                "it, or let model, guide and energy compute it themselves."
+            )
         if isinstance(c, Tensor) and c.dim() and len(c) != len(x):
             raise ValueError(f"context {i} has {len(c)} rows and x has {len(x)}.")

@@ -711,6 +711,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "not finite": (lambda: teach(Gaussian(), Linear()).step(nan(X)), "x has values that are not finite"),
     "integers": (lambda: teach(Gaussian(), Linear()).step(X.long()), "floating-point"),
+    "graph": (
+        lambda: teach(Around(), Linear()).step(X, X * nn.Parameter(torch.ones(2))),
+        "context 0 requires gradients",
+    ),
     "context rows": (lambda: teach(Around(), Linear()).step(X, X[:2]), "context 0 has 2 rows and x has 4"),
     "two sites": (lambda: AncestralSampler(two_observed).propose(X), "which one is x"),
     "site": (lambda: AncestralSampler(Linear(), site="y").propose(X), "'y' is not one of them"),
