@@ -564,6 +564,17 @@ def test_looking_at_samples_leaves_replay_alone():
     assert replay.written == 4 and torch.equal(replay.store, store)
 
 
+def test_replay_passes_over_states_that_the_energy_lost():
+    """Ends of earlier runs where the energy, which has learned since, is no number: their rows begin at the proposals."""
+    replay = Replay(10, refresh=0.0)
+    refiner = Refiner(Broken(1.0), 1, 0.1, noise=0.0, replay=replay)
+    x = -torch.ones(4, 2)
+    refiner.go_on(x)
+    replay.store.fill_(5.0)
+    assert refiner.go_on(x).start.tolist() == x.tolist()
+    assert (replay.store[4:8] < 1).all()
+
+
 # ---------------------------------------------------------------- saving
 
 
