@@ -565,7 +565,7 @@ def test_looking_at_samples_leaves_replay_alone():
 
 
 def test_replay_passes_over_states_that_the_energy_lost():
-    """Ends of earlier runs where the energy, which has learned since, is no number: their rows begin at the proposals."""
+    """Where the energy has learned since and is no number at the ends of earlier runs, rows begin at the proposals."""
     replay = Replay(10, refresh=0.0)
     refiner = Refiner(Broken(1.0), 1, 0.1, noise=0.0, replay=replay)
     x = -torch.ones(4, 2)
