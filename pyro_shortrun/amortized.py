@@ -16,6 +16,7 @@ from .density_guide import DensityGuide
 from .interop import emit, ordinary_autograd, outer_shape
 from .layout import Layout
 from .linear_chain import (
+    FOR_ONE_TARGET,
     AmortizedInfo,
     Basis,
     LinearChain,
@@ -98,7 +99,9 @@ class LangevinEncoderGuide(DensityGuide):
     :param step_size: ``eta``; with ``target_accept_prob`` a first guess.
     :param adjust: whether proposals are accepted or rejected. Without, nothing corrects the step's bias.
     :param target_accept_prob: training calls adapt the step size to this acceptance; None for a fixed one. (Without
-        ``adjust`` it always is fixed.)
+        ``adjust`` it always is fixed.) Every transition moves the codes of all other data as well, which is noise to
+        them, so that training with mini-batches wants a higher one than the 0.574 at which chains of one target go
+        farthest, and which :meth:`sample_posterior` uses.
     :param eval_steps: transitions of calls that do not train; ``10 * num_steps`` by default.
     :param basis: the directions of a transition: :class:`Span` keeps what no feature of the batch sees from walking at
         random; :class:`Whitened` moves all rows at one pace. All directions by default.
@@ -117,7 +120,7 @@ class LangevinEncoderGuide(DensityGuide):
         num_steps: int = 2,
         step_size: float = 0.1,
         adjust: bool = True,
-        target_accept_prob: float | None = 0.574,
+        target_accept_prob: float | None = 0.9,
         eval_steps: int | None = None,
         basis: Basis | None = None,
         init_scale: float = 1.0,
@@ -159,7 +162,8 @@ class LangevinEncoderGuide(DensityGuide):
             target = self._target(call, features)
             stores = trains and self.training
             steps = self.num_steps if stores else self.eval_steps
-            run = self.chain.run(target, self._start(call, target, outer.numel()), steps, adapts=stores)
+            wanted = self.chain.target_accept_prob if stores else None
+            run = self.chain.run(target, self._start(call, target, outer.numel()), steps, wanted=wanted)
             self.info = run.info
             if stores:
                 self.chain.store(run)
@@ -191,7 +195,8 @@ class LangevinEncoderGuide(DensityGuide):
 
         :param num_samples: draws per chain.
         :param num_chains: chains, each from the current map.
-        :param warmup_steps: transitions before the first draw; they adapt the step size, if training does.
+        :param warmup_steps: transitions before the first draw; they adapt the step size, if training does, but to an
+            acceptance of 0.574: one target wants longer steps than one batch after the other.
         :param thinning: transitions from one draw to the next.
         :return: dict from site to ``(num_chains, num_samples, *site shape)``.
         """
@@ -223,6 +228,8 @@ class LangevinEncoderGuide(DensityGuide):
         with torch.no_grad(), ordinary_autograd(), poutine.block():
             states, _ = self._states(self._bind(args, kwargs), num_samples, num_chains, warmup_steps, thinning)
         flat = states.flatten(0, 1)
+        if len(flat) < 2:
+            raise ValueError("a standard deviation takes at least two draws: num_samples * num_chains must be >= 2.")
         return flat.mean(0), flat.std(0)
 
     @torch.no_grad()
@@ -256,7 +263,8 @@ class LangevinEncoderGuide(DensityGuide):
             total = loc.new_zeros(len(loc))
             for done in range(0, num_samples, _DRAWS_AT_ONCE):
                 u = normal.sample(torch.Size([min(_DRAWS_AT_ONCE, num_samples - done)]))
-                joint = call.density.eager(u).detach() / _weight(call.density.layout)
+                with torch.no_grad():
+                    joint = call.density.eager(u) / _weight(call.density.layout)
                 total = total + (joint - normal.log_prob(u).sum(-1)).sum(0)
         return total / num_samples
 
@@ -282,15 +290,16 @@ class LangevinEncoderGuide(DensityGuide):
         features = self._features(call, False)
         self.chain.setup(call.density.layout.size, features)  # a loaded state may replace all of this
         rows = len(features)
-        if rows <= features.shape[-1]:
-            rank = int(torch.linalg.matrix_rank(features))
-            if rank < rows:
-                _LOGGER.warning(
-                    "features of the %d rows have rank %d: rows with equal (or linearly dependent) features share "
-                    "their latents, so their posteriors collapse.",
-                    rows,
-                    rank,
-                )
+        if rows > features.shape[-1]:  # no transition will be made on these
+            return
+        rank = int(torch.linalg.matrix_rank(features))
+        if rank < rows:
+            _LOGGER.warning(
+                "features of the %d rows have rank %d: rows with equal (or linearly dependent) features share their "
+                "latents, so their posteriors collapse.",
+                rows,
+                rank,
+            )
         target = self._target(call, features)
         self.chain.guess(target, self._start(call, target, 1))
 
@@ -340,10 +349,11 @@ class LangevinEncoderGuide(DensityGuide):
             if self._compiler is not None:
                 density.expect(u, density.eager(u))
             point = target.at(phi)
-        if not point.value.isfinite().all():
-            bad = int((~point.value.isfinite()).any(1).nonzero()[0])
+        finite = point.value.isfinite().all(-1) & point.pull.isfinite().flatten(1).all(-1)
+        if not finite.all():
+            bad = int((~finite).nonzero()[0])
             raise ValueError(
-                "the model's log density is not finite at the encoding of the data, first at "
+                "the model's log density, or its gradient, is not finite at the encoding of the data, first at "
                 f"{density.offender(u[bad])}: check the data for NaN and the observation's support, or use a smaller "
                 "init_scale or step_size."
             )
@@ -356,7 +366,8 @@ class LangevinEncoderGuide(DensityGuide):
         check_count("warmup_steps", warmup + 1)
         features = self._features(call, False, check=True)
         target = self._target(call, features)
-        begun = self.chain.run(target, self._start(call, target, chains), warmup, adapts=True)
+        wanted = FOR_ONE_TARGET if self.chain.adapts else None
+        begun = self.chain.run(target, self._start(call, target, chains), warmup, wanted=wanted)
         run = self.chain.run(target, begun.point, samples * thinning, log_step=begun.log_step, keep_every=thinning)
         self.info = run.info
         states = torch.stack([features @ phi.mT for phi, _ in run.kept], 1)
@@ -426,7 +437,7 @@ class AmortizedSampler(nn.Module):
         size: int,
         step_size: float = 0.1,
         adjust: bool = True,
-        target_accept_prob: float | None = 0.574,
+        target_accept_prob: float | None = FOR_ONE_TARGET,
         basis: Basis | None = None,
         init_scale: float = 1.0,
     ) -> None:
@@ -459,9 +470,12 @@ class AmortizedSampler(nn.Module):
         target = self.chain.target(self._gradient, features)
         with torch.no_grad():
             point = target.at(self.chain.starts(1))
-        if not point.value.isfinite().all():
-            raise ValueError("log_density is not finite at the sampler's draws: use a smaller init_scale.")
-        run: LinearRun = self.chain.run(target, point, num_steps, adapts=self.training)
+        if not (point.value.isfinite().all() and point.pull.isfinite().all()):
+            raise ValueError(
+                "log_density, or its gradient, is not finite at the sampler's draws: use a smaller init_scale."
+            )
+        wanted = self.chain.target_accept_prob if self.training else None
+        run: LinearRun = self.chain.run(target, point, num_steps, wanted=wanted)
         self.chain.store(run)
         self.info = run.info
         return features @ self.psi.mT

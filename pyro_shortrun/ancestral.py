@@ -23,7 +23,8 @@ class AncestralSampler(Start):
     :class:`MCMCTeaching` it becomes a refined sample, and the sampler remembers ``z`` for it:
 
     * as a guide, it gives back ``z`` at its prior density, so that the loss of ``Trace_ELBO`` is the regression
-      :math:`-\log p(\tilde x \mid z)`, that is :math:`\|\tilde x - g(z)\|^2 / 2\sigma^2` and a constant for a Normal;
+      :math:`-\log p(\tilde x \mid z)`, that is :math:`\|\tilde x - g(z)\|^2 / 2\sigma^2` and a constant for a Normal
+      (parameters of the prior get no gradient, but for latents without ``rsample`` that of the score function);
     * as ``start`` of a :class:`~pyro_shortrun.ShortRunGuide`, runs of the latents given :math:`\tilde x` begin at
       ``z``. Its density given :math:`\tilde x` is not known, so that the loss is no bound and step sizes stay.
 

@@ -144,19 +144,23 @@ def squared_mmd(a: Tensor, b: Tensor, width: float | None = None) -> float:
 
     :param a: ``(n, d)``, ``n >= 2``.
     :param b: ``(m, d)``; as the width depends on it alone, numbers that share it can be compared.
-    :param width: ``w``; by default the median distance within ``b``.
-    :raises ValueError: for other shapes, and where values are not finite.
+    :param width: ``w``; by default the median distance within ``b``. In float64.
+    :raises ValueError: for other shapes, where values are not finite, and for a width that is not positive, as it is
+        by default where most rows of ``b`` are equal.
     """
     _check_samples(a, b)
-    within = torch.cdist(b, b)
-    scale = torch.pdist(b).median() if width is None else torch.as_tensor(width)
+    a, b = a.double(), b.double()
+    scale = torch.pdist(b).median().item() if width is None else float(width)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"width must be a number > 0, got {scale}; where most rows of b are equal, it must be given.")
 
-    def kernel(distance: Tensor) -> Tensor:
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")  # by products, differences get lost
         return (-distance.square() / (2 * scale**2)).exp()
 
     n, m = len(a), len(b)
-    same = (kernel(torch.cdist(a, a)).sum() - n) / (n * (n - 1)) + (kernel(within).sum() - m) / (m * (m - 1))
-    return (same - 2 * kernel(torch.cdist(a, b)).mean()).item()
+    same = (kernel(a, a).sum() - n) / (n * (n - 1)) + (kernel(b, b).sum() - m) / (m * (m - 1))
+    return (same - 2 * kernel(a, b).mean()).item()
 
 
 def _check_samples(a: Tensor, b: Tensor) -> None:

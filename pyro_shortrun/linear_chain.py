@@ -29,6 +29,7 @@ from .arguments import check_between, check_kind
 _GAIN = 0.1  # of the step size's adaptation
 _HALVINGS_AT_MOST = 40
 _HARDLY = 0.1
+FOR_ONE_TARGET = 0.574  # the acceptance at which Langevin proposals go farthest
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ class Everywhere(Basis):
 class Span(Basis):
     r"""The directions that the batch's features see, by an orthonormal basis of their span.
 
-    What no feature of the batch sees stays, instead of walking at random, so that ``|Phi|`` does not grow by it. The
-    law of the rows is that of :class:`Everywhere`, step by step.
+    What no feature of the batch sees stays, instead of walking at random, so that ``|Phi|`` does not grow by it (but
+    for as many directions as the features' rank lacks). The law of the rows is that of :class:`Everywhere`, step by
+    step.
     """
 
     def of(self, features: Tensor) -> Tensor | None:
@@ -98,7 +100,7 @@ class Whitened(Basis):
     and the map stays small.
 
     :param ridge: ``r`` as a multiple of the mean eigenvalue of K.
-    :raises ValueError: where it is not positive.
+    :raises ValueError: where it is not positive; in a call, where all features are zero.
     """
 
     def __init__(self, ridge: float = 0.01) -> None:
@@ -107,6 +109,8 @@ class Whitened(Basis):
 
     def of(self, features: Tensor) -> Tensor | None:
         gram = features @ features.mT
+        if not gram.any():
+            raise ValueError("the features of all rows are zero: check the features' net, which may have died.")
         ridge = self.ridge * gram.diagonal().mean() * torch.ones_like(gram[0])
         return torch.linalg.solve(gram + ridge.diag(), features).mT
 
@@ -180,7 +184,8 @@ class LinearTarget:
             s = point.pull + new.pull
             exponents = -eta / 4 * s.square().sum((-1, -2)) - (eta / 2).sqrt() * (s * noise).sum((-1, -2))
             log_ratio = (new.value - point.value).sum(-1) + exponents
-            log_ratio = torch.where(finite, log_ratio, torch.full_like(log_ratio, -torch.inf))
+            known = finite & ~log_ratio.isnan()  # squares of gradients may overflow
+            log_ratio = torch.where(known, log_ratio, torch.full_like(log_ratio, -torch.inf))
             accept, move = log_ratio.clamp(max=0).exp(), log_uniform < log_ratio
         kept = (_where(move, a, b) for a, b in zip(new, point, strict=True))
         return Moved(Point(*kept), accept, finite)
@@ -242,7 +247,7 @@ class LinearChain(nn.Module):
     @torch.no_grad()
     def guess(self, target: LinearTarget, point: Point) -> None:
         """Halve a first step size that adapts while proposals from here are hardly ever accepted."""
-        if self.target_accept_prob is None:
+        if not self.adapts:
             return
         for _ in range(_HALVINGS_AT_MOST):
             if self.run(target, point, 1).info.acceptance.item() > _HARDLY:
@@ -254,6 +259,11 @@ class LinearChain(nn.Module):
         """The density of the map for features that may be in a graph."""
         features = features.detach()
         return LinearTarget(gradient, features, self.basis.of(features))
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the step size is found by acceptance."""
+        return self.target_accept_prob is not None
 
     def starts(self, chains: int) -> Tensor:
         """The current map as the start of ``chains`` chains, ``(chains, size, width)``."""
@@ -271,7 +281,7 @@ class LinearChain(nn.Module):
         point: Point,
         num_steps: int,
         *,
-        adapts: bool = False,
+        wanted: float | None = None,
         log_step: Tensor | None = None,
         noise: Tensor | None = None,
         log_uniform: Tensor | None = None,
@@ -279,7 +289,7 @@ class LinearChain(nn.Module):
     ) -> LinearRun:
         """``num_steps`` transitions from ``point``.
 
-        :param adapts: whether each transition adapts the step size of the next.
+        :param wanted: acceptance to which each transition adapts the step size of the next.
         :param log_step: ``log eta``, the stored one by default.
         :param noise: ``(T, chains, size, m)``, drawn by default; zeros make gradient ascent.
         :param log_uniform: ``(T, chains)``, drawn by default.
@@ -288,7 +298,6 @@ class LinearChain(nn.Module):
         log_step = self.log_step if log_step is None else log_step
         assert log_step is not None
         rows = len(target.features)
-        wanted = self.target_accept_prob if adapts else None
         values, accepts, kept, frozen = [point.value.mean()], [], [], torch.zeros_like(point.value[:, 0])
         for k in range(num_steps):
             eps = target.noise(point.phi) if noise is None else noise[k]

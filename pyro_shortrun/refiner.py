@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import pyro
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from .arguments import check_count, check_kind
 from .chain import RunInfo
+from .density import LogDensity
 from .dynamics import Dynamics, Langevin
-from .energy import NegativeSampler
 from .interop import ordinary_autograd
 from .replay import Replay
-from .start import Call
+from .start import Call, Prior, Start
 from .step_size import StepSize
-from .tilted import TiltedPrior, energy_prior
+from .tilted import TiltedPrior, energy_prior, run_in
 
 _NO_LIMIT = 1e12  # of a scheduled step size
 
@@ -92,7 +92,8 @@ class Refiner:
     :param reference: ``p_0`` of one value of the data, such as ``Normal(0, s)``, on the device of the data, which is
         expanded to the data's shape. Flat by default. Its support is that of the runs, so that ``Uniform(0, 1)`` keeps
         them inside.
-    :param replay: runs that go on where earlier ones ended, some of them beginning at the proposals; without contexts.
+    :param replay: runs of training (:meth:`go_on`) begin where earlier ones ended, some of them at the proposals;
+        without contexts.
     :param compile: whether runs are compiled, as for :class:`~pyro_shortrun.ShortRunGuide`.
     :raises ValueError: for arguments out of range; at a call, where the energy is not one value per row, and where no
         run stays finite.
@@ -114,46 +115,58 @@ class Refiner:
             raise ValueError(f"energy must be an nn.Module from data to one value per row, got {energy!r}.")
         check_kind("reference", reference, TorchDistributionMixin, "pyro.distributions.Normal(0.0, 1.0)")
         check_kind("replay", replay, Replay, "Replay(10_000)")
+        check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
         if dynamics is not None and (step_size is not None or noise != 1.0):
             raise ValueError("pass step_size and noise, or dynamics: Langevin(step_size) is the default dynamics.")
         self.energy, self.reference, self.replay = energy, reference, replay
         self._schedules = num_steps, 0.1 if step_size is None else step_size, noise
         self._scheduled = dynamics is None
-        first = scheduled(num_steps, 0), scheduled(self._schedules[1], 0)
-        self._dynamics = _Tempered(first[1]) if dynamics is None else dynamics
-        self._sampler = NegativeSampler(_steps(first[0]) or 1, None, self._dynamics, replay)
-        self._prior = TiltedPrior(self._model, compile)
+        self.num_steps(0)
+        self._dynamics = _Tempered(scheduled(self._schedules[1], 0)) if dynamics is None else dynamics
+        self._compile, self._prior = compile, TiltedPrior(self._model, compile)
 
     def num_steps(self, iteration: int) -> int:
         """Steps of a run in this iteration."""
         return _steps(scheduled(self._schedules[0], iteration))
 
     def __call__(self, x: Tensor, *context: Any, iteration: int = 0, num_steps: int | None = None) -> Refined:
-        """Runs from ``x``, ``(n, *event)``.
+        """Runs from ``x``, ``(n, *event)``, whether there is a replay buffer or not.
 
         :param iteration: where the schedules are.
         :param num_steps: instead of the scheduled number.
         """
+        return self._run(Prior(), x, context, iteration, num_steps)
+
+    def go_on(self, x: Tensor, *context: Any, iteration: int = 0) -> Refined:
+        """The same in training: where there is a replay buffer, runs begin at its states or ``x`` and end in it.
+
+        :raises ValueError: for contexts and a replay buffer.
+        """
+        if self.replay is not None and context:
+            raise ValueError("replay mixes the rows of its buffer, which belong to contexts: use replay=None.")
+        return self._run(Prior() if self.replay is None else self.replay, x, context, iteration, None)
+
+    def _run(self, begin: Start, x: Tensor, context: tuple, iteration: int, num_steps: int | None) -> Refined:
         count = self.num_steps(iteration) if num_steps is None else _steps(num_steps)
         x, rows = x.detach(), torch.arange(len(x), device=x.device)
         if count == 0:
             return Refined(x, x, rows, 0, None)
-        if self.replay is not None and context:
-            raise ValueError("replay mixes the rows of its buffer, which belong to contexts: use replay=None.")
-        with ordinary_autograd(), torch.no_grad(), _evaluating(self.energy):
+        with ordinary_autograd(), torch.no_grad(), evaluating(self.energy):
             call = self._bind(x, context)
             bad = ~_finite(call)
             if bad.any():  # proposals that no run can start from
                 rows = _stand_ins(bad)
                 call = self._bind(x[rows], tuple(of_rows(c, rows) for c in context))
             self._set(iteration, count, call)
-            done = self._sampler.run(call, 1)
+            if self.replay is not None:
+                self.replay.setup(call.density)  # so that there is something to load a state into
+            done = run_in(call, begin, self._dynamics, count, 1)
             frozen = done.info.frozen[0]
             keep = _stand_ins(frozen)
-            self._sampler.start.finish(call, done.end[:, keep])
+            begin.finish(call, done.end[:, keep])
             layout, transform = call.density.layout, call.reading.transforms["x"]
             start, end = (transform(layout.unpack(u[0])["x"]) for u in (done.start, done.end))
-        nonfinite = int((bad | frozen[: len(bad)]).sum())
+        nonfinite = int((bad | frozen).sum())
         return Refined(start[keep], end[keep], rows[keep], nonfinite, done.info)
 
     def log_density(self, x: Tensor, *context: Any) -> Tensor:
@@ -164,11 +177,10 @@ class Refiner:
     def _bind(self, x: Tensor, context: tuple) -> Call:
         call = self._prior.bind((x, *context), {})
         assert call is not None
-        return call
+        return call if self._compile else replace(call, density=_Direct(self, call, context))
 
     def _set(self, iteration: int, count: int, call: Call) -> None:
-        """Steps, step size and noise of this iteration."""
-        self._sampler.num_steps = count
+        """Step size and noise of this iteration."""
         if not self._scheduled:
             return
         eta, noise = (scheduled(s, iteration) for s in self._schedules[1:])
@@ -184,6 +196,21 @@ class Refiner:
             value = pyro.sample("x", _Proposed(x, self.reference))
             # A function, so that the parameters are no business of Pyro's store: another energy may be there.
             energy_prior("energy", lambda v: self.energy(v, *context), value)
+
+
+class _Direct(LogDensity):
+    """The density of one call, without Pyro, whose handlers take longer in a step than a small network does."""
+
+    def __init__(self, refiner: Refiner, call: Call, context: tuple) -> None:
+        super().__init__(call.program, call.density.structure, call.bind)
+        self._refiner, self._context, self._transform = refiner, context, call.reading.transforms["x"]
+
+    def __call__(self, u: Tensor) -> Tensor:
+        (one,) = u  # a single chain
+        state = self.layout.unpack(one)["x"]
+        x = self._transform(state)
+        value = self._refiner.log_density(x, *self._context) + self._transform.log_abs_det_jacobian(state, x)
+        return value.unsqueeze(0)
 
 
 class _Proposed(TorchDistribution):
@@ -264,7 +291,7 @@ def of_rows(value: Any, rows: Tensor) -> Any:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Dropout and batch normalisation as in evaluation: a run is in one density, and rows do not mix."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()

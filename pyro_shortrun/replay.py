@@ -58,13 +58,17 @@ class Replay(nn.Module, Start):
             )
 
     def draw(self, call: Call, chains: int) -> Drawn:
-        u = call.prior(chains).detach()
+        u = fresh = call.prior(chains).detach()
         filled = min(int(self.written), self.size)
         if filled:
             index = torch.randint(filled, u.shape[:2], device=u.device)
             use = torch.rand(u.shape[:2], device=u.device) >= self.refresh
             u = torch.where(use.unsqueeze(-1), self.store[index], u)
         value = call.density.eager(u)
+        lost = ~value.isfinite()
+        if filled and lost.any():  # states that were fine for the energy as it was
+            u = torch.where(lost.unsqueeze(-1), fresh, u)
+            value = call.density.eager(u)
         return Drawn(u, torch.zeros_like(value), value)
 
     def finish(self, call: Call, end: Tensor) -> None:

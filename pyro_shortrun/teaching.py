@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from .ancestral import AncestralSampler
 from .program import Site
-from .refiner import Refined, Refiner, of_rows
+from .refiner import Refined, Refiner, evaluating, of_rows
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class MCMCTeaching:
         which the generator learns to draw from.
     :param dual: an SVI, or several, that take a step on the observed data.
     :param l2: weight of the mean of squared energies of data and refined samples, which keeps the energy's level.
-    :raises ValueError: for arguments out of range; at a step, where ``x`` is not finite, contexts have other rows, the
-        energy of the data is not finite, or no run stays finite.
+    :raises ValueError: for arguments out of range; at a step, where ``x`` is not finite, contexts have other rows or
+        require gradients, the energy of the data or its gradient is not finite, or no run stays finite.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class MCMCTeaching:
         losses = {"energy": self._learn(x, context, refined, given)}
         losses["student"] = self._each(self.student, refined.end, given)
         if self.dual:
+            self.sampler.keep(None)  # its latents are not those of the observed data
             losses["dual"] = self._each(self.dual, x, context)
         self.iteration += 1
         return losses
@@ -164,7 +166,7 @@ class MCMCTeaching:
     def setup(self, x: Tensor, *context: Any) -> None:
         """Create every parameter and buffer now, for :meth:`state_dict` and :meth:`load_state_dict`."""
         _check_rows(x, context)
-        refined = self._refine(x, context, num_steps=1)
+        refined = self._noted(self.refiner(self.sampler.propose(x, *context), *context, num_steps=1))
         given = tuple(of_rows(c, refined.rows) for c in context)
         for svis, data, c in ((self.student, refined.end, given), (self.dual, x, context)):
             for svi in svis:
@@ -172,7 +174,7 @@ class MCMCTeaching:
                     svi.evaluate_loss(data, *c)
 
     def sample(self, x: Tensor, *context: Any, num_steps: int | None = None) -> Refined:
-        """The generator's draws and what runs make of them, as many as ``x`` has rows.
+        """The generator's draws and what runs from there make of them, as many as ``x`` has rows.
 
         :param x: data of the wanted shape; values do not matter.
         :param num_steps: instead of those of the current iteration.
@@ -223,24 +225,27 @@ class MCMCTeaching:
         if self.refiner.replay is not None:
             self.refiner.replay.load_state_dict(state["replay"])
 
-    def _refine(self, x: Tensor, context: tuple, num_steps: int | None = None) -> Refined:
+    def _refine(self, x: Tensor, context: tuple) -> Refined:
         proposed = self.sampler.propose(x, *context)
-        refined = self.refiner(proposed, *context, iteration=self.iteration, num_steps=num_steps)
+        return self._noted(self.refiner.go_on(proposed, *context, iteration=self.iteration))
+
+    def _noted(self, refined: Refined) -> Refined:
+        """The sampler keeps the latents of these; runs that were dropped are warned about."""
         self.sampler.keep(refined.rows if self.refiner.replay is None else None)
         if refined.nonfinite and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{refined.nonfinite} of {len(x)} runs of the energy-based model met a non-finite density or gradient "
-                "and are dropped (counted in MCMCTeaching.info.nonfinite; this warning is shown once). Lower the "
-                "energy's learning rate or the step_size.",
-                stacklevel=3,
+                f"{refined.nonfinite} of {len(refined.rows)} runs of the energy-based model met a non-finite density "
+                "or gradient and are dropped (counted in MCMCTeaching.info.nonfinite; this warning is shown once). "
+                "Lower the energy's learning rate or the step_size.",
+                stacklevel=4,
             )
         return refined
 
     def _learn(self, x: Tensor, context: tuple, refined: Refined, given: tuple) -> float:
         """The energy's own step, unless runs made no steps."""
         teaches = refined.run is not None and self.optim is not None
-        with torch.set_grad_enabled(teaches):
+        with torch.set_grad_enabled(teaches), nullcontext() if teaches else evaluating(self.energy):
             observed, samples = self.energy(x, *context), self.energy(refined.end, *given)
             loss = observed.mean() - samples.mean()
             if self.l2:
@@ -250,10 +255,22 @@ class MCMCTeaching:
         if teaches and self.optim is not None:
             self.optim.zero_grad()
             loss.backward()
+            self._check_gradients()
             self.optim.step()
         means = observed.mean().item(), samples.mean().item()
         self.info = TeachingInfo(*means, refined.displacement, refined.nonfinite, refined.run)
         return loss.item()
+
+    def _check_gradients(self) -> None:
+        """Refuse a step that would lose the energy."""
+        grads = {k: p.grad for k, p in self.energy.named_parameters() if p.grad is not None}
+        finite = torch.stack([g.isfinite().all() for g in grads.values()])
+        if not finite.all():
+            name = list(grads)[int((~finite).nonzero()[0])]
+            raise ValueError(
+                f"the energy's gradient in parameter '{name}' is not finite (its parameters are as they were): it may "
+                "have diverged, or be a function without a derivative there. Lower its learning rate."
+            )
 
     def _each(self, svis: Sequence[SVI], x: Tensor, context: tuple) -> float:
         total = 0.0
@@ -280,6 +297,8 @@ class MCMCTeaching:
                 f"optim must be a torch optimiser of the energy, torch.optim.Adam(energy.parameters()), got "
                 f"{self.optim!r}."
             )
+        if not any(p.requires_grad for p in self.energy.parameters()):
+            raise ValueError("the energy has nothing to train: pass optim=None, which leaves it as it is.")
         held = {id(p) for group in self.optim.param_groups for p in group["params"]}
         lost = [k for k, p in self.energy.named_parameters() if p.requires_grad and id(p) not in held]
         if lost:
@@ -327,5 +346,10 @@ def _check_rows(x: Tensor, context: tuple) -> None:
     if not x.isfinite().all():
         raise ValueError("x has values that are not finite.")
     for i, c in enumerate(context):
+        if isinstance(c, Tensor) and c.requires_grad:
+            raise ValueError(
+                f"context {i} requires gradients, which the energy's step and the students' would both ask for: detach "
+                "it, or let model, guide and energy compute it themselves."
+            )
         if isinstance(c, Tensor) and c.dim() and len(c) != len(x):
             raise ValueError(f"context {i} has {len(c)} rows and x has {len(x)}.")

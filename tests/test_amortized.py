@@ -26,6 +26,7 @@ from pyro_shortrun import (
     to_arviz,
 )
 from pyro_shortrun.compiled import Compiler, Untouched
+from pyro_shortrun.density import LogDensity
 from pyro_shortrun.evaluation import importance_log_likelihood
 from pyro_shortrun.linear_chain import Basis, Everywhere, LinearChain, LinearTarget
 
@@ -171,6 +172,18 @@ def test_a_proposal_that_is_not_finite_is_not_made():
         assert moved.point.phi.isfinite().all() and torch.equal(moved.point.phi[1], point.phi[1])
 
 
+def test_an_acceptance_that_is_no_number_is_a_rejection():
+    """Gradients that are finite and too large to be squared: the step size's adaptation must not see NaN."""
+
+    def steep(u: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(u[..., 0]), 1.5e308 * torch.tensor([[1.0], [-1.0]]).expand_as(u)
+
+    goal = LinearTarget(steep, torch.eye(2))
+    noise = torch.tensor([[[3.0, 5.0]]])
+    moved = goal.move(goal.at(torch.zeros(1, 1, 2)), eta(1e-300), noise, torch.full((1,), -9.0))
+    assert moved.accept.item() == 0 and moved.point.phi.eq(0).all()
+
+
 # ---------------------------------------------------------------- laws
 
 
@@ -249,7 +262,7 @@ def test_fewer_features_than_rows_collapse():
     """With d < n draws stay in a space of d dimensions, so posteriors cannot all be right; guides refuse."""
     goal, moves = LinearTarget(skewed, torch.randn(6, 4)), chain()
     moves.setup(2, goal.features)
-    run = moves.run(goal, goal.at(moves.starts(1)), 200, adapts=True, keep_every=5)
+    run = moves.run(goal, goal.at(moves.starts(1)), 200, wanted=0.574, keep_every=5)
     draws = torch.stack([goal.features @ phi[0].mT for phi, _ in run.kept])  # (draws, rows, size)
     assert torch.linalg.matrix_rank(draws[..., 0].T.cov()) == 4
     guide = LangevinEncoderGuide(conjugate(), net(width=4))
@@ -372,6 +385,21 @@ def test_bound_and_importance_likelihood():
     torch.testing.assert_close(estimate.value, exact, rtol=0, atol=0.05)
 
 
+def test_what_needs_no_gradient_has_no_graph(monkeypatch):
+    """Nor does a first call on more rows than features, which may be all data, look at all pairs of them."""
+
+    class Never(Basis):
+        def of(self, features: Tensor) -> Tensor | None:
+            raise AssertionError
+
+    graphs, eager = [], LogDensity.eager
+    guide = LangevinEncoderGuide(conjugate(), net(), basis=Never())
+    guide.encode(torch.randn(50, 2))
+    monkeypatch.setattr(LogDensity, "eager", lambda d, u: graphs.append(torch.is_grad_enabled()) or eager(d, u))
+    guide.log_bound(torch.randn(50, 2), num_samples=3)
+    assert graphs == [False]
+
+
 # ---------------------------------------------------------------- state
 
 
@@ -409,7 +437,10 @@ def test_step_size_adapts_to_the_acceptance():
         guide(x)
         accept.append(guide.info.acceptance.mean())
     assert first > 1e-2
-    assert torch.stack(accept).mean().item() == pytest.approx(0.574, abs=0.1)
+    assert torch.stack(accept).mean().item() == pytest.approx(guide.chain.target_accept_prob, abs=0.1)
+    guide.sample_posterior(x, num_samples=200, num_chains=4)  # a target that stays has another optimum
+    assert guide.info.acceptance.mean().item() == pytest.approx(0.574, abs=0.1)
+    assert guide.chain.log_step.exp() < guide.info.step_size
     fixed = LangevinEncoderGuide(model, net(), step_size=1e-3, target_accept_prob=None)
     fixed(x)
     torch.testing.assert_close(fixed.info.step_size, torch.tensor(1e-3))
@@ -502,14 +533,14 @@ def test_global_latents_are_refused_by_name_and_the_remedy_works():
     x = torch.randn(6, 2)
     with pytest.raises(NotImplementedError, match="'loc' is not local"):
         LangevinEncoderGuide(with_global, net())(x)
-    guides = AutoGuideList(with_global)
+    guides = AutoGuideList(with_global, create_plates=lambda x: pyro.plate("data", len(x), dim=-1))
     guides.append(AutoNormal(poutine.block(with_global, expose=["loc"])))
     guides.append(LangevinEncoderGuide(poutine.block(with_global, hide=["loc"]), net()))
     svi = SVI(with_global, guides, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     nodes = poutine.trace(guides).get_trace(x).nodes
     assert {"loc", "z"} <= set(nodes) and nodes["z"]["value"].shape == (6,)
-    for _ in range(3):
-        assert math.isfinite(svi.step(x))
+    for batch in (x, x[:4], x):
+        assert math.isfinite(svi.step(batch))
     pyro.clear_param_store()
 
     def alone(x: Tensor) -> None:
@@ -605,11 +636,13 @@ def test_features(features, match):
 def test_other_bad_input():
     with pytest.raises(ValueError, match="features must be a module or function"):
         LangevinEncoderGuide(conjugate(), 3)
-    with pytest.raises(ValueError, match="not finite at the encoding.*site 'x'"):
+    with pytest.raises(ValueError, match="is not finite at the encoding.*site 'x'"):
         LangevinEncoderGuide(conjugate(), lambda x: net()(x.nan_to_num()))(torch.full((4, 2), torch.nan))
+    with pytest.raises(ValueError, match="gradient of the log density"):
+        LangevinEncoderGuide(corner, net())(torch.randn(4, 2))
     guide = LangevinEncoderGuide(conjugate(), waves)
     for _ in range(2):  # a refused first call leaves nothing half set up
-        with pytest.raises(ValueError, match="not finite at the encoding"):
+        with pytest.raises(ValueError, match="is not finite at the encoding"):
             guide(torch.full((4, 2), torch.inf).sub(torch.inf).nan_to_num(1e300))
     guide = LangevinEncoderGuide(conjugate(), lambda x: torch.ones(len(x), 4 + len(x)))
     guide(torch.randn(4, 2))
@@ -620,6 +653,24 @@ def test_other_bad_input():
             guide.sample_posterior(torch.randn(4, 2), **{name: 0})
     with pytest.raises(ValueError, match="scale must be a number"):
         guide.log_bound(torch.randn(4, 2), scale=0.0)
+    with pytest.raises(ValueError, match="at least two draws"):
+        guide.moments(torch.randn(4, 2), num_samples=1)
+
+
+def corner(x: Tensor) -> None:
+    """A density that is finite and has no gradient."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z + (0 * z).abs().sqrt(), 1.0).to_event(1), obs=x)
+
+
+def test_whitened_features_that_died():
+    last = nn.Linear(2, 12)
+    guide = LangevinEncoderGuide(conjugate(), nn.Sequential(last, nn.ReLU()), basis=Whitened())
+    guide(torch.randn(4, 2))
+    nn.init.constant_(last.bias, -100.0)
+    with pytest.raises(ValueError, match="features of all rows are zero"):
+        guide(torch.randn(4, 2))
 
 
 # ---------------------------------------------------------------- without data
@@ -680,5 +731,7 @@ def test_sampler_refuses():
         AmortizedSampler(lambda z: z.sum(-1), net(), torch.randn(13, 2), size=1)
     with pytest.raises(ValueError, match="log_density must return shape"):
         AmortizedSampler(lambda z: z.sum(), net(), torch.randn(3, 2), size=1)()
+    with pytest.raises(ValueError, match="or its gradient, is not finite"):
+        AmortizedSampler(lambda z: (0 * z).abs().sqrt().sum(-1), net(), torch.randn(3, 2), size=1)()
     with pytest.raises(ValueError, match="not finite"):
         AmortizedSampler(lambda z: z.sum(-1) / 0, net(), torch.randn(3, 2), size=1)()

@@ -87,6 +87,16 @@ def test_squared_mmd():
     assert squared_mmd(torch.randn(1000, 2) + 1, torch.randn(1000, 2)) > 0.05
 
 
+def test_squared_mmd_far_from_zero():
+    """Distances are small against the points, in float32; a width of zero is refused."""
+    a, b = (torch.randn(100, 2).float().mul(64).round() / 64 for _ in range(2))  # so that the shift is exact
+    assert squared_mmd(a + 10_000, b + 10_000) == pytest.approx(squared_mmd(a, b), abs=1e-9)
+    with pytest.raises(ValueError, match="width"):
+        squared_mmd(a, torch.zeros(50, 2))
+    with pytest.raises(ValueError, match="width"):
+        squared_mmd(a, b, width=0.0)
+
+
 @pytest.mark.parametrize("measure", [frechet_distance, squared_mmd])
 def test_samples_that_cannot_be_compared(measure):
     with pytest.raises(ValueError, match="needs samples"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_shortrun import AncestralSampler, Langevin, MCMCTeaching, Refiner, Replay, ShortRunGuide, StepSize
 from pyro_shortrun.compiled import Compiler, Untouched
+from pyro_shortrun.density import LogDensity
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -164,6 +165,25 @@ def test_no_steps_leave_the_energy_alone(kind):
     assert torch.equal(refined.end, x)
 
 
+@pytest.mark.parametrize("kind", ["no steps", "known"])
+def test_statistics_of_an_energy_that_does_not_learn(kind):
+    """Batch normalisation counts no batches where the energy is left as it is."""
+
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x).square().sum(-1)
+
+    energy = Normalised()
+    teaching = teach(energy, Linear(), num_steps=0 if kind == "no steps" else 2)
+    teaching.optim = None if kind == "known" else teaching.optim
+    teaching.step(torch.randn(5, 2) + 3)
+    assert not energy.norm.running_mean.any() and energy.norm.num_batches_tracked == 0 and energy.training
+
+
 # ---------------------------------------------------------------- where it converges to
 
 
@@ -285,13 +305,24 @@ def test_dual_teaching():
     assert set(losses) == {"energy", "student", "dual"}
     assert not torch.equal(model.b.data, torch.zeros(2))
     assert not torch.equal(encoder.net.weight, before.net.weight)
-    z = teaching.sampler._latents["z"]
+    sampler.propose(x)
+    z = sampler._latents["z"]
     pyro.clear_param_store()
     refined = torch.randn(6, 2)
     log_q = dist.Normal(encoder.net(refined), 0.5).log_prob(z).sum()
     prior = dist.Normal(model.loc, 1.0).log_prob(z).sum()
     found = Trace_ELBO().loss(encoder, sampler, refined)
     assert found == pytest.approx((prior - log_q).item())
+
+
+def test_latents_are_forgotten_after_the_student():
+    """A sampler that hides in another guide is found out too: its latents are not those of the observed data."""
+    model, x = Linear(), torch.randn(4, 2)
+    teaching = teach(Gaussian(), model)
+    hidden = SVI(model, lambda x: teaching.sampler(x), sgd(0.01), Trace_ELBO())
+    teaching.dual = (hidden,)
+    with pytest.raises(ValueError, match="no latents of these 4 rows"):
+        teaching.step(x)
 
 
 def test_known_energy_is_left_alone():
@@ -498,6 +529,52 @@ def test_replay_goes_on():
     assert gaps.max() < 1e-9
 
 
+@pytest.mark.parametrize("reference", ["flat", "normal", "uniform"])
+def test_steps_take_no_run_of_pyro(reference, monkeypatch):
+    """The density of a step is the one that Pyro gives, without asking it."""
+    kind = {"flat": None, "normal": dist.Normal(0.3, 0.7), "uniform": dist.Uniform(-1.0, 2.0)}[reference]
+    refiner, x, c = Refiner(Around(), step_size=0.01, reference=kind), 0.1 * torch.randn(4, 2), torch.randn(4, 2)
+    call = refiner._bind(x, (c,))
+    u = torch.randn(1, 4, 2)
+    by_pyro = LogDensity(call.program, call.density.structure, call.bind).value_and_grad(u)
+    for found, expected in zip(call.density.value_and_grad(u), by_pyro, strict=True):
+        torch.testing.assert_close(found, expected)
+    runs, counts, read = [], [], LogDensity.read
+    monkeypatch.setattr(LogDensity, "read", lambda d, u: runs.append(1) or read(d, u))
+    for steps in (2, 20):
+        runs.clear()
+        refiner(x, c, num_steps=steps)
+        counts.append(len(runs))
+    assert counts[0] == counts[1] <= 3
+
+
+def test_looking_at_samples_leaves_replay_alone():
+    """Samples, and refiner(x), begin at the generator's draws; neither they nor setup() write to the buffer."""
+    replay = Replay(10, refresh=0.0)
+    teaching = teach(Gaussian([1.0, 1.0]), Linear(), lambda s: Encoder(), lr=0.0, replay=replay, num_steps=2)
+    teaching.setup(torch.randn(4, 2))
+    assert replay.written == 0
+    teaching.step(torch.randn(4, 2))
+    store = replay.store.clone()
+    drawn = teaching.sample(torch.zeros(3, 2))
+    assert torch.cdist(drawn.start, store[:4]).min() > 1e-6
+    torch.testing.assert_close(drawn.end, drawn.start - 0.2)
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(teaching.refiner(x).start, x)
+    assert replay.written == 4 and torch.equal(replay.store, store)
+
+
+def test_replay_passes_over_states_that_the_energy_lost():
+    """Where the energy has learned since and is no number at the ends of earlier runs, rows begin at the proposals."""
+    replay = Replay(10, refresh=0.0)
+    refiner = Refiner(Broken(1.0), 1, 0.1, noise=0.0, replay=replay)
+    x = -torch.ones(4, 2)
+    refiner.go_on(x)
+    replay.store.fill_(5.0)
+    assert refiner.go_on(x).start.tolist() == x.tolist()
+    assert (replay.store[4:8] < 1).all()
+
+
 # ---------------------------------------------------------------- saving
 
 
@@ -579,6 +656,17 @@ def other_latents() -> None:
     guide(X)
 
 
+class Steep(nn.Module):
+    """A parameter at the edge of where it has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(-1) * self.w.sqrt()
+
+
 class Flat(nn.Module):
     """One value too few."""
 
@@ -605,7 +693,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "both": (lambda: Refiner(Gaussian(), step_size=0.1, dynamics=Langevin(0.1)), "or dynamics"),
     "reference": (lambda: Refiner(Gaussian(), reference=1.0), "reference must be"),
     "replay": (lambda: Refiner(Gaussian(), replay=10), "replay must be"),
-    "replay and context": (lambda: Refiner(Around(), replay=Replay())(X, X), "replay mixes the rows"),
+    "replay and context": (lambda: Refiner(Around(), replay=Replay()).go_on(X, X), "replay mixes the rows"),
     "replay and regression": (lambda: teach(Gaussian(), Linear(), replay=Replay()), "let the student have an encoder"),
     "dual and regression": (dual_regression, "not of the observed data"),
     "values": (lambda: Refiner(Flat())(X), "'energy' has shape"),
@@ -628,8 +716,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "energy's parameter 'a'",
     ),
+    "optim of nothing": (
+        lambda: teach(Gaussian().requires_grad_(False), Linear()),
+        "nothing to train: pass optim=None",
+    ),
     "not finite": (lambda: teach(Gaussian(), Linear()).step(nan(X)), "x has values that are not finite"),
     "integers": (lambda: teach(Gaussian(), Linear()).step(X.long()), "floating-point"),
+    "graph": (
+        lambda: teach(Around(), Linear()).step(X, X * nn.Parameter(torch.ones(2))),
+        "context 0 requires gradients",
+    ),
     "context rows": (lambda: teach(Around(), Linear()).step(X, X[:2]), "context 0 has 2 rows and x has 4"),
     "two sites": (lambda: AncestralSampler(two_observed).propose(X), "which one is x"),
     "site": (lambda: AncestralSampler(Linear(), site="y").propose(X), "'y' is not one of them"),
@@ -638,6 +734,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown rows": (lambda: AncestralSampler(Linear())(X), "has no latents of these 4 rows"),
     "latents of another model": (other_latents, "drew no latent 'z_decentered'"),
     "all broken": (lambda: teach(Broken(-100.0), Linear()).step(X), "every run of the energy-based model"),
+    "energy's gradient": (lambda: teach(Steep(), Linear()).step(X), "gradient in parameter 'w' is not finite"),
     "data's energy": (lambda: teach(Broken(5.0), Linear()).step(X + 100), "energy of the data is not finite"),
 }
 
