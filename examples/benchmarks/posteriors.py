@@ -17,8 +17,8 @@ and of AutoDAIS is trained by itself for a quarter of the budget, then with the 
 
 The output folder keeps what was measured: a call that was cut off goes on, and other `--methods` or `--only` add rows
 to a table of the same settings. With `--jax-python`, a Python that has NumPyro, AutoDAIS takes part (base distribution:
-diagonal or full Gaussian). `distance.png` shows SW along training, a geometric mean over posteriors; a method keeps its
-last value where the clock stopped it.
+diagonal or full Gaussian). `distance.png` shows SW along training, a geometric mean over the posteriors that all
+methods were run on; a method keeps its last value where the clock stopped it.
 """
 
 from __future__ import annotations
@@ -367,14 +367,18 @@ def draw_distances(rows: list[Row], references: list[Reference], path: Path) -> 
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    for method in dict.fromkeys(r.method for r in rows):
+    methods = list(dict.fromkeys(r.method for r in rows))
+    ran = {m: {r.posterior for r in rows if r.method == m} for m in methods}
+    common = set.intersection(*ran.values())
+    rows = [r for r in rows if r.posterior in common]
+    for method in methods:
         marks, values = average_curve([r for r in rows if r.method == method])
         if marks:
             axes.plot(marks, values, marker="o", linewidth=2.5 if method == RECOMMENDED else 1, label=method)
     if references:
         axes.axhline(math.exp(np.mean([np.log(floor(r)) for r in references])), color="grey", linestyle=":")
     axes.set(xscale="log", yscale="log", xlabel="gradient evaluations", ylabel="sliced Wasserstein-1 distance")
-    axes.set_title("Geometric mean over posteriors; dotted: exact draws")
+    axes.set_title(f"Geometric mean over the {len(common)} posteriors that all were run on; dotted: exact draws")
     if axes.get_legend_handles_labels()[1]:
         axes.legend()
     figure.savefig(path)
