@@ -243,10 +243,9 @@ class LangevinEncoderGuide(DensityGuide):
     ) -> Tensor:
         r"""A lower bound on ``log p(x)`` per row, in expectation, ``(rows,)``, by a Gaussian around the encoding:
 
-        .. math:: \log\pi(u) - \log N(u; \Phi g(x), s^2 I) , \qquad u \sim N(\Phi g(x), s^2 I) , \quad s =
-        \mathrm{scale} ,
+        .. math:: \log\pi(u) - \log N(u; \Phi g(x), s^2 I) , \qquad u \sim N(\Phi g(x), s^2 I) ,
 
-        averaged over ``num_samples``. With ``scale = 0.05`` it is the paper's test metric. A fixed scale that is
+        with ``s = scale``, averaged over ``num_samples``. With ``scale = 0.05`` it is the paper's test metric. A fixed scale that is
         smaller than the posterior's pays for it; that of :meth:`moments` does not.
 
         :param loc: another centre, ``(rows, size)``.
