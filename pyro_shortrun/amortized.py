@@ -245,8 +245,8 @@ class LangevinEncoderGuide(DensityGuide):
 
         .. math:: \log\pi(u) - \log N(u; \Phi g(x), s^2 I) , \qquad u \sim N(\Phi g(x), s^2 I) ,
 
-        with ``s = scale``, averaged over ``num_samples``. With ``scale = 0.05`` it is the paper's test metric. A fixed scale that is
-        smaller than the posterior's pays for it; that of :meth:`moments` does not.
+        with ``s = scale``, averaged over ``num_samples``. With ``scale = 0.05`` it is the paper's test metric. A fixed
+        scale that is smaller than the posterior's pays for it; that of :meth:`moments` does not.
 
         :param loc: another centre, ``(rows, size)``.
         :param scale: in unconstrained space; a number, or ``(rows, size)``.
