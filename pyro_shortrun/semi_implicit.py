@@ -301,8 +301,8 @@ class _Rows(nn.Module):
         """Codes are of certain rows, so other data need other codes."""
         if rows != len(self.loc):
             raise ValueError(
-                f"SemiImplicitGuide has learned codes for {len(self.loc)} rows of the model's plates, and this call has "
-                f"{rows}: use pyro.plate(..., subsample_size=) for minibatches, or pass mixing=, a network of the data."
+                f"SemiImplicitGuide has learned codes for {len(self.loc)} rows of the model's plates, and this call "
+                f"has {rows}: use pyro.plate(..., subsample_size=) for minibatches, or pass mixing=, a network of the data."
             )
 
     def forward(self, eps: Tensor, index: Tensor) -> Tensor:

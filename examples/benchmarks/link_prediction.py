@@ -9,9 +9,10 @@ Protocol (Hajiramezanali et al., NeurIPS 2019): the last three snapshots are for
 of the prior means of z_t, which know the snapshots before t, on all edges of snapshot t and as many pairs without an
 edge. *New links*: the same on edges that the snapshot before does not have. *Detection*: a model whose networks see
 graphs without 15 % of the edges of every snapshot (the likelihood of the training snapshots has them all, as in the
-authors' code); inner products of the guide's means on the hidden edges that are for testing, 10 % of all. Area under the ROC curve (AUC) and average precision (AP) in percent, means over the three snapshots,
-then mean and standard deviation over seeds. The last epoch counts, there is no selection on the test snapshots: the
-best test epoch, as some reports have it, is worth more than any difference in the table.
+authors' code); inner products of the guide's means on the hidden edges that are for testing, 10 % of all. Area under
+the ROC curve (AUC) and average precision (AP) in percent, means over the three snapshots, then mean and standard
+deviation over seeds. The last epoch counts, there is no selection on the test snapshots: the best test epoch, as some
+reports have it, is worth more than any difference in the table.
 
     VGRNN                Gaussian guide; the graph GRU stays as it was drawn, as in the authors' released code
     SI-VGRNN             the same with a guide network that is fed with noise (see examples/vgrnn.py)
