@@ -256,9 +256,8 @@ def check_apart(mixing: Callable[[Tensor], Any], eps: Tensor, dims: int) -> None
         raise ValueError(
             "the mixing network or the conditional of a SemiImplicit site lets elements of its batch (plates, or "
             "mixing draws) share noise: the sum over mixing draws, taken for each element by itself, would be no bound "
-            "on log p(x). Put what joins elements (graph convolution, batch normalisation, attention) before the noise, or "
-            "make the "
-            "whole batch one element by an event of more dims."
+            "on log p(x). Put what joins elements (graph convolution, batch normalisation, attention) before the "
+            "noise, or make the whole batch one element by an event of more dims."
         )
 
 

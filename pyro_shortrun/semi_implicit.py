@@ -302,7 +302,8 @@ class _Rows(nn.Module):
         if rows != len(self.loc):
             raise ValueError(
                 f"SemiImplicitGuide has learned codes for {len(self.loc)} rows of the model's plates, and this call "
-                f"has {rows}: use pyro.plate(..., subsample_size=) for minibatches, or pass mixing=, a network of the data."
+                f"has {rows}: use pyro.plate(..., subsample_size=) for minibatches, or pass mixing=, a network of the "
+                "data."
             )
 
     def forward(self, eps: Tensor, index: Tensor) -> Tensor:
