@@ -181,12 +181,18 @@ class VGRNN(nn.Module):
                 drawn = getattr(self, name).detach()
                 delattr(self, name)
                 self.register_buffer(name, drawn)
-        self.memory: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
+        self.memory: dict[Any, tuple] | None = None
 
     def begin(self) -> tuple[Tensor, Tensor]:
-        """Features of the nodes, and the first state."""
+        """Features of the nodes, and the first state; the model takes the guide's, or no later state would be its."""
+        stamp = (torch.is_grad_enabled(), *(p._version for p in self.parameters()))
+        if self.memory and self.memory["stamp"] == stamp:
+            return self.memory["begin"]
         x = (self.x + self.bias["x"]).relu()
-        return x, x.new_zeros(x.shape)
+        first = x, x.new_zeros(x.shape)
+        if self.memory is not None:
+            self.memory = {"stamp": stamp, "begin": first}
+        return first
 
     def prior(self, h: Tensor) -> tuple[Tensor, Tensor]:
         e = (h @ self.prior_hidden + self.bias["prior_hidden"]).relu()
@@ -238,6 +244,7 @@ def model_of(net: VGRNN, scale: float | None = None) -> Callable:
                     z = pyro.sample(f"z_{t}", dist.Normal(loc, scale, validate_args=False).to_event(1))
                 pyro.sample(f"A_{t}", Edges(z, now), obs=now.adjacency)
                 h = net.step(t, now.graph, x, z, h)
+        net.memory = None
 
     return model
 
@@ -262,8 +269,8 @@ class NoiseFed:
 def guide_of(net: VGRNN, family: Callable) -> Callable:
     def guide(data: Sequence[Snapshot]) -> None:
         pyro.module("vgrnn", net)
-        x, h = net.begin()
         net.memory = {}
+        x, h = net.begin()
         nodes = pyro.plate("nodes", net.nodes, dim=-1)
         with poutine.scale(scale=1 / net.nodes**2), pyro.plate("seeds", net.seeds, dim=-2):
             for t, now in pyro.markov(enumerate(data)):

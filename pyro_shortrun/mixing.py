@@ -89,7 +89,8 @@ class SemiImplicit(TorchDistribution):
         that begins with ``(K + 1, *batch_shape)``.
     :param conditional: from ``psi`` to a reparameterisable distribution with batch shape ``(K + 1, *batch_shape)``; it
         is also called with the first component alone, ``(*batch_shape,)``.
-    :param noise: law of ``eps``, without batch shape; a number stands for as many standard Normals.
+    :param noise: law of ``eps``, without batch shape; a number stands for as many standard Normals, on the device and
+        in the dtype of ``mixing`` if it is a Module, and of torch's defaults if it is a function.
     :param num_mixtures: K, where no :class:`SemiImplicit_ELBO` says otherwise.
     :param batch_shape: as in any Pyro distribution; left out inside plates, which expand it.
     :raises ValueError: for ``K < 1``; at the first draw for shapes that do not fit and a conditional without
@@ -151,13 +152,13 @@ class SemiImplicit(TorchDistribution):
         psi = self.mixing(eps)
         if scope is not None:
             scope.draws += 1
-            if scope.checks:
-                check_apart(self.mixing, eps, 1 + len(shape))
         self.components = self.conditional(psi)
         own = self.conditional(_first(psi))
         self._check(own, count, shape)
         self._event = torch.Size(own.event_shape)
         self._value = own.rsample()
+        if scope is not None and scope.checks:
+            check_apart(self._all_that_sees_noise, eps, 1 + len(shape))
         return self._value
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -170,6 +171,13 @@ class SemiImplicit(TorchDistribution):
             )
         each = self.components.log_prob(value)
         return each.logsumexp(0) - math.log(len(each))
+
+    def _all_that_sees_noise(self, eps: Tensor) -> tuple[Any, ...]:
+        """``psi``, and densities of the last draw, which show what the conditional joins."""
+        assert self._value is not None
+        psi = self.mixing(eps)
+        parts = (psi,) if isinstance(psi, Tensor) else tuple(psi)
+        return (*parts, self.conditional(psi).log_prob(self._value.detach()))
 
     def _eps(self, count: int, shape: torch.Size) -> Tensor:
         return self.noise.sample(torch.Size([count]) + shape)
@@ -223,7 +231,7 @@ def _first(psi: Any) -> Any:
 
 
 def check_apart(mixing: Callable[[Tensor], Any], eps: Tensor, dims: int) -> None:
-    """Refuse a mixing network in which elements or components share noise: the surrogate would be no bound.
+    """Refuse a function of noise in which elements or components share it: the surrogate would be no bound.
 
     Differentiates a random half of all ``psi`` in the noise of the other half, which must have no part in it.
 
@@ -246,10 +254,10 @@ def check_apart(mixing: Callable[[Tensor], Any], eps: Tensor, dims: int) -> None
     others = None if grad is None else grad[~ours]
     if others is not None and bool(((others != 0) & others.isfinite()).any()):  # NaN has another cause
         raise ValueError(
-            "the mixing network of a SemiImplicit site lets elements of its batch (plates, or mixing draws) share "
-            "noise: the sum over mixing draws, taken for each element by itself, would be no bound on log p(x). Put "
-            "what joins elements (graph convolution, batch normalisation, attention) before the noise, or make the "
-            "whole batch one element by an event of more dims."
+            "the mixing network or the conditional of a SemiImplicit site lets elements of its batch (plates, or "
+            "mixing draws) share noise: the sum over mixing draws, taken for each element by itself, would be no bound "
+            "on log p(x). Put what joins elements (graph convolution, batch normalisation, attention) before the "
+            "noise, or make the whole batch one element by an event of more dims."
         )
 
 

@@ -76,7 +76,7 @@ class SemiImplicit_ELBO(Trace_ELBO):
                 "the guide has no semi-implicit site, so num_mixtures means nothing: use Trace_ELBO, or give the guide "
                 "a SemiImplicit distribution (or use SemiImplicitGuide)."
             )
-        self._checked = True
+        self._checked = self._checked or scope.checks
 
     @torch.no_grad()
     def log_likelihood(
@@ -101,13 +101,15 @@ class SemiImplicit_ELBO(Trace_ELBO):
         """
         check_count("num_samples", num_samples)
         check_count("at_once", at_once)
+        if not self._checked:  # vmap below cannot look
+            with poutine.block(), self._mixing() as scope:
+                guide(*args, **kwargs)
+            self._require(scope)
         call, start, parts = Call.of(model, args, kwargs), FromGuide(guide), []
         for begin in tqdm(range(0, num_samples, at_once), disable=not progress, unit="part"):
-            with self._mixing() as scope:
-                scope.checks = False  # vmap cannot look
+            with self._mixing():
                 drawn = start.draw(call, min(at_once, num_samples - begin))
             parts.append(drawn.log_density - drawn.log_q)
-        self._require(scope)
         log_w = torch.cat(parts)
         ess = 1 / log_w.softmax(0).square().sum(0)
         error = (1 / ess - 1 / num_samples).clamp(min=0).sqrt()
@@ -159,8 +161,8 @@ class SemiImplicitGuide(DensityGuide):
     :param num_mixtures: K, where no :class:`SemiImplicit_ELBO` says otherwise.
     :param init_scale: the default conditional's ``s`` at the beginning.
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
-    :raises ValueError: for arguments out of range, and at the first call for models without continuous latents and
-        where shapes do not fit.
+    :raises ValueError: for arguments out of range, at the first call for models without continuous latents and where
+        shapes do not fit, and without ``mixing`` at a call with more or fewer rows than the first.
     :raises NotImplementedError: for masked latents, and for latents inside and outside a subsampled plate together.
     """
 
@@ -228,7 +230,10 @@ class SemiImplicitGuide(DensityGuide):
         """The distribution of the rows."""
         layout, network = call.density.layout, self.mixing
         assert network is not None
-        given = ((_row_index(call),), {}) if isinstance(network, _Rows) else (call.bind.args, call.bind.kwargs)
+        given: tuple[tuple, dict] = (call.bind.args, call.bind.kwargs)
+        if isinstance(network, _Rows):
+            network.check(1 if layout.is_arrow else math.prod(plate.full_size for plate in layout.row_plates))
+            given = (_row_index(call),), {}
         return SemiImplicit(
             lambda eps: network(eps, *given[0], **given[1]),
             self.conditional or self._normal,
@@ -291,6 +296,15 @@ class _Rows(nn.Module):
         self.network = network
         self.loc = nn.Parameter(torch.zeros(rows, network.size))
         self.code = None if network.context is None else nn.Parameter(torch.randn(rows, network.context.in_features))
+
+    def check(self, rows: int) -> None:
+        """Codes are of certain rows, so other data need other codes."""
+        if rows != len(self.loc):
+            raise ValueError(
+                f"SemiImplicitGuide has learned codes for {len(self.loc)} rows of the model's plates, and this call "
+                f"has {rows}: use pyro.plate(..., subsample_size=) for minibatches, or pass mixing=, a network of the "
+                "data."
+            )
 
     def forward(self, eps: Tensor, index: Tensor) -> Tensor:
         return self.loc[index] + self.network(eps, None if self.code is None else self.code[index])

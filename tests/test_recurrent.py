@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -85,6 +86,54 @@ def test_state_taken_from_the_guide_is_the_state(adjacency):
         pyro.set_rng_seed(0)
         losses.append(TraceMeanField_ELBO().loss(model, one, data))
     assert losses[0] == pytest.approx(losses[1])
+
+
+def test_state_is_computed_once(adjacency, monkeypatch):
+    """The GRU's two convolutions of a step are most of the model's work."""
+    net, data, count = vgrnn.VGRNN(12, [0]), [vgrnn.Snapshot(a, 1) for a in adjacency], []
+    multiply = vgrnn.Graph.__matmul__
+    monkeypatch.setattr(vgrnn.Graph, "__matmul__", lambda graph, x: count.append(1) or multiply(graph, x))
+    guide = vgrnn.guide_of(net, vgrnn.Gaussian())
+    for _ in range(2):  # with the guide's state of the call before at hand, too
+        count.clear()
+        TraceMeanField_ELBO().loss_and_grads(vgrnn.model_of(net), guide, data)
+        assert len(count) == 4 * len(data)  # two of the guide's encoder, two of the GRU
+
+
+def test_state_of_other_weights_is_forgotten(adjacency):
+    net, data = vgrnn.VGRNN(12, [0]), [vgrnn.Snapshot(a, 1) for a in adjacency]
+    guide, optimiser = vgrnn.guide_of(net, vgrnn.Gaussian()), torch.optim.Adam(net.parameters(), lr=0.1)
+    vgrnn.guide_of(net, vgrnn.Gaussian())(data)
+    sum(p.square().sum() for p in net.parameters()).backward()
+    optimiser.step()
+    torch.testing.assert_close(net.begin()[0], (net.x + net.bias["x"]).relu())
+    with torch.no_grad():
+        guide(data)
+    assert net.begin()[0].requires_grad
+    vgrnn.model_of(net)(data)
+    assert net.memory is None  # or it would keep the graph of the last step
+
+
+@pytest.mark.parametrize("option", ["num_mixtures", "run", "step_size", "judge_run", "epochs", "seeds", "short_epochs"])
+def test_kept_results_are_those_of_the_settings(tmp_path, monkeypatch, adjacency, option):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+    import link_prediction
+
+    ran, kinds = [], [link_prediction.KINDS[1], link_prediction.KINDS[3]]
+
+    def compute(*given):
+        ran.append(given)
+        return np.zeros((2, 4)), (0.0, 0.0)
+
+    monkeypatch.setattr(link_prediction, "by_guide", compute)
+    monkeypatch.setattr(link_prediction, "by_short_runs", compute)
+    args = link_prediction.parser().parse_args(["--tasks", "prediction"])
+    for changed in (False, False, True):
+        if changed:
+            setattr(args, option, [7, 8] if option == "seeds" else 17)
+        for kind in kinds:
+            link_prediction.find(kind, "set", adjacency, link_prediction.Store(tmp_path / "r.json"), args)
+        assert len(ran) == 2 if not changed else len(ran) > 2
 
 
 def test_noise_through_the_graph_is_refused(adjacency):

@@ -32,6 +32,7 @@ X = 0.9
 EVIDENCE = dist.Normal(0.0, math.sqrt(1.5)).log_prob(torch.tensor(X, dtype=torch.float64)).item()
 A, B = math.sqrt(1 / 3 - 0.04), 0.2  # psi ~ N(m, A^2), z | psi ~ N(psi, B^2), so that q = N(m, 1/3)
 WIDE = (0.5, 0.6)  # B wide enough for weights of finite variance
+EVEN = (math.sqrt(1 / 3 - 0.2), math.sqrt(0.2))  # as A and B, and wide enough: B^2 > 1/6
 
 
 def conjugate(x: Tensor) -> None:
@@ -45,10 +46,14 @@ def normal(loc: Tensor, a: float = A, b: float = B) -> SemiImplicit:
     return SemiImplicit(lambda eps: loc + a * eps.squeeze(-1), lambda psi: dist.Normal(psi, b), noise=1)
 
 
-def exact(x: Tensor) -> None:
+def exact(x: Tensor, a: float = A, b: float = B) -> None:
     """The posterior itself, as a semi-implicit distribution."""
     with pyro.plate("data", len(x)):
-        pyro.sample("z", normal(2 * x / 3))
+        pyro.sample("z", normal(2 * x / 3, a, b))
+
+
+def even(x: Tensor) -> None:
+    exact(x, *EVEN)
 
 
 def log_weights(model: Callable, guide: Callable, *args, num_mixtures: int, particles: int = 4000) -> Tensor:
@@ -297,6 +302,36 @@ def test_rows_that_share_noise_make_no_bound_and_are_refused():
         SemiImplicit_ELBO(2).loss(model, guide, x)
 
 
+def noise_of_the_first(eps: Tensor) -> Tensor:
+    return eps[:, :1, 0].expand(eps.shape[:-1])
+
+
+def own_noise(eps: Tensor) -> Tensor:
+    return eps[..., 0]
+
+
+@pytest.mark.parametrize(
+    "mixing, joined",
+    [(noise_of_the_first, False), (own_noise, True)],
+    ids=["in the network", "in the conditional"],
+)
+def test_sharing_is_refused_wherever_it_is(mixing: Callable, joined: bool):
+    """By every method that needs a bound, whichever is called first."""
+    x = torch.tensor([X, -0.2, 0.4])
+
+    def guide(x: Tensor) -> None:
+        def conditional(psi: Tensor) -> dist.TorchDistribution:
+            return dist.Normal(psi - psi.mean(-1, keepdim=True) if joined else psi, 0.3)
+
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", SemiImplicit(mixing, conditional, noise=1))
+
+    elbo = SemiImplicit_ELBO(3)
+    for method in (elbo.log_likelihood, elbo.loss, elbo.log_likelihood):
+        with pytest.raises(ValueError, match="share"):
+            method(conjugate, guide, x)
+
+
 @pytest.mark.parametrize(
     "mixing, fine",
     [
@@ -360,6 +395,10 @@ def test_refusals():
         SemiImplicitGuide(conjugate, init_scale=0.0)
     with pytest.raises(ValueError, match=r"must make \(1,\)"):
         SemiImplicitGuide(conjugate, lambda eps, x: eps)(torch.ones(3))
+    guide = SemiImplicitGuide(conjugate).setup(torch.ones(3))
+    for rows in (2, 4):  # the first two codes are of other data
+        with pytest.raises(ValueError, match="codes for 3 rows"):
+            guide(torch.ones(rows))
 
 
 # ---------------------------------------------------------------- the guide
@@ -399,14 +438,16 @@ def subsampled(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, math.sqrt(0.5)), obs=x[i])
 
 
-@pytest.mark.parametrize("model, mixing, noise", [(subsampled, None, 8), (conjugate, Encoder, 2)])
-def test_guide_learns_the_posterior(model: Callable, mixing: Callable | None, noise: int):
+@pytest.mark.parametrize(
+    "model, mixing, noise, steps, lr", [(subsampled, None, 8, 250, 0.05), (conjugate, Encoder, 2, 125, 0.08)]
+)
+def test_guide_learns_the_posterior(model: Callable, mixing: Callable | None, noise: int, steps: int, lr: float):
     """Codes of rows in random subsamples, and an amortised network: the gap to the evidence closes."""
     x = torch.linspace(-2, 2, 8)
     evidence = dist.Normal(0.0, math.sqrt(1.5)).log_prob(x).sum().item()
     guide = SemiImplicitGuide(model, mixing and mixing(), noise=noise).setup(x)
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.99}), SemiImplicit_ELBO(20))
-    losses = [svi.step(x) for _ in range(250)]
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": lr, "lrd": 0.08 ** (1 / steps)}), SemiImplicit_ELBO(20))
+    losses = [svi.step(x) for _ in range(steps)]
     judge = SemiImplicit_ELBO(50, num_particles=50, vectorize_particles=True, max_plate_nesting=1)
     with torch.no_grad():
         value = np.mean([judge.loss(model, guide, x) for _ in range(20)])
@@ -473,15 +514,15 @@ def test_start_sees_the_subsample_of_the_run():
 def test_importance_samples_reach_the_evidence():
     x = torch.tensor([X, -0.2])
     truth = dist.Normal(0.0, math.sqrt(1.5)).log_prob(x)
-    found = SemiImplicit_ELBO(50).log_likelihood(conjugate, exact, x, num_samples=2000, at_once=500)
+    found = SemiImplicit_ELBO(50).log_likelihood(conjugate, even, x, num_samples=2000, at_once=500)
     assert found.value.shape == (2,)
-    assert ((found.value - truth).abs() < 5 * found.error + 1e-3).all() and (found.ess > 1000).all()
+    assert ((found.value - truth).abs() < 5 * found.error + 1e-3).all() and (found.ess > 1900).all()
 
 
 def test_other_losses():
     x = torch.tensor([X])
     renyi = RenyiELBO(alpha=0, num_particles=2000, vectorize_particles=True, max_plate_nesting=1)
-    assert abs(renyi.loss(conjugate, exact, x) + EVIDENCE) < 0.02
+    assert abs(renyi.loss(conjugate, even, x) + EVIDENCE) < 0.02
     net = torch.nn.Linear(1, 1)
 
     def tilted(x: Tensor) -> None:
@@ -517,7 +558,7 @@ def targets() -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-def divergence(log_p: Callable[[Tensor], Tensor], num_mixtures: int, steps: int = 500) -> float:
+def divergence(log_p: Callable[[Tensor], Tensor], num_mixtures: int, steps: int = 250) -> float:
     """``KL(q || p)`` in nats after training with K mixing draws: evaluated with K = 500."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -535,7 +576,7 @@ def divergence(log_p: Callable[[Tensor], Tensor], num_mixtures: int, steps: int 
         pyro.sample("z", SemiImplicit(net, lambda psi: dist.Normal(psi, scale).to_event(1), noise=4))
 
     elbo = SemiImplicit_ELBO(num_mixtures, num_particles=24, vectorize_particles=True, max_plate_nesting=0)
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.997}), elbo)
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.994}), elbo)
     for _ in range(steps):
         svi.step()
     judge = SemiImplicit_ELBO(200, num_particles=500, vectorize_particles=True, max_plate_nesting=0)
@@ -546,4 +587,5 @@ def divergence(log_p: Callable[[Tensor], Tensor], num_mixtures: int, steps: int 
 @pytest.mark.parametrize("name, below", [("banana", 0.15), ("x_shape", 0.3), ("two_modes", 0.1)])
 def test_divergence_falls_with_mixtures(name: str, below: float):
     one, many = (divergence(targets()[name], k) for k in (1, 50))
+    print(f"{name}: KL(q || p) {one:.2f} with K = 1, {many:.2f} with K = 50")  # the table of docs/semi_implicit.md
     assert many < min(below, 0.6 * one)

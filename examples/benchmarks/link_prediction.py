@@ -7,11 +7,12 @@
 
 Protocol (Hajiramezanali et al., NeurIPS 2019): the last three snapshots are for testing. *Prediction*: inner products
 of the prior means of z_t, which know the snapshots before t, on all edges of snapshot t and as many pairs without an
-edge. *New links*: the same on edges that the snapshot before does not have. *Detection*: a model trained on graphs in
-which 15 % of the edges of every snapshot are not seen; inner products of the guide's means on the 10 % of them that
-are for testing. Area under the ROC curve (AUC) and average precision (AP) in percent, means over the three snapshots,
-then mean and standard deviation over seeds. The last epoch counts, there is no selection on the test snapshots: the
-best test epoch, as some reports have it, is worth more than any difference in the table.
+edge. *New links*: the same on edges that the snapshot before does not have. *Detection*: a model whose networks see
+graphs without 15 % of the edges of every snapshot (the likelihood of the training snapshots has them all, as in the
+authors' code); inner products of the guide's means on the hidden edges that are for testing, 10 % of all. Area under
+the ROC curve (AUC) and average precision (AP) in percent, means over the three snapshots, then mean and standard
+deviation over seeds. The last epoch counts, there is no selection on the test snapshots: the best test epoch, as some
+reports have it, is worth more than any difference in the table.
 
     VGRNN                Gaussian guide; the graph GRU stays as it was drawn, as in the authors' released code
     SI-VGRNN             the same with a guide network that is fed with noise (see examples/vgrnn.py)
@@ -241,6 +242,13 @@ def by_short_runs(
     return judge_predictions(z, adjacency, args.seeds), minutes
 
 
+def settings(kind: Kind, args: argparse.Namespace) -> str:
+    """What else a row depends on."""
+    if kind.short:
+        return f", run {args.run} of {args.step_size}, judged after {args.judge_run}"
+    return f", K {args.num_mixtures}" if kind.noisy else ""
+
+
 def find(
     kind: Kind, name: str, adjacency: Tensor, store: Store, args: argparse.Namespace
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -249,7 +257,7 @@ def find(
     for task in args.tasks:
         title = f"{name} {kind.name} {task}"
         epochs = args.short_epochs if kind.short else args.epochs
-        key = f"{title}, {epochs} epochs, seeds {args.seeds}"
+        key = f"{title}, {epochs} epochs, seeds {args.seeds}{settings(kind, args)}"
         if args.show and key not in store.known:
             continue
         if not kind.short:
