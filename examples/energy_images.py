@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_shortrun import EnergyELBO, sample_prior
+from pyro_shortrun.evaluation import squared_mmd
 
 KINDS = (
     Kind("1 layer, maximum likelihood", (16,), False, True),
@@ -51,15 +52,8 @@ def flat(sites: dict[str, Tensor], kind: Kind) -> Tensor:
 
 
 def mmd(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy; Gaussian kernel, width by the median of distances."""
-    width = torch.cdist(a, b).median()
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (-torch.cdist(x, y).square() / (2 * width**2)).exp()
-
-    n, m = len(a), len(b)
-    same = (kernel(a, a).sum() - n) / (n * (n - 1)) + (kernel(b, b).sum() - m) / (m * (m - 1))
-    return (same - 2 * kernel(a, b).mean()).item()
+    """Unbiased squared maximum mean discrepancy; Gaussian kernel, width by the median of distances between the two."""
+    return squared_mmd(a, b, torch.cdist(a, b).median().item())
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_shortrun import EnergyELBO, Langevin, ShortRunGuide, StepSize, energy_prior, sample_prior
+from pyro_shortrun.evaluation import squared_mmd
 
 NOISE, PIXELS = 0.1, 6
 SCHEMES = ("maximum likelihood", "variational")
@@ -121,14 +122,7 @@ def make_guide(scheme: str, layers: int, model: Callable, args: argparse.Namespa
 
 def mmd(a: Tensor, b: Tensor) -> float:
     """Unbiased squared maximum mean discrepancy, Gaussian kernels of five widths."""
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        square = torch.cdist(x, y).square()
-        return sum((-square / (2 * width**2)).exp() for width in (0.1, 0.2, 0.5, 1.0, 2.0))  # type: ignore[return-value]
-
-    n, m = len(a), len(b)
-    same = (kernel(a, a).sum() - 5 * n) / (n * (n - 1)) + (kernel(b, b).sum() - 5 * m) / (m * (m - 1))
-    return (same - 2 * kernel(a, b).mean()).item()
+    return sum(squared_mmd(a, b, width) for width in (0.1, 0.2, 0.5, 1.0, 2.0))
 
 
 def prior_draws(model: Callable, args: argparse.Namespace) -> Tensor:
