@@ -7,7 +7,8 @@ can be tuned variationally. See :class:`ShortRunGuide`.
 
 from .adaptation import Dense, Diagonal, Identity
 from .ais import ais
-from .amortized import AmortizedSampler, LangevinEncoderGuide
+from .amortized import LangevinEncoderGuide
+from .amortized_sampler import AmortizedSampler
 from .ancestral import AncestralSampler
 from .annealed import Annealed, GaussianReverse
 from .anomaly import anomaly_score
