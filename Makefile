@@ -17,7 +17,7 @@ demo: $(VENV)/.stamp-demo ## Run examples/quickstart.py; results go to demo-outp
 	MPLBACKEND=Agg $(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.stamp-dev ## Run all tests (options for pytest: ARGS="-k name")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## Check style, formatting and types
 	$(BIN)/ruff check .
@@ -40,7 +40,7 @@ $(VENV)/.stamp-torch: constraints.txt
 	@touch $@
 
 $(VENV)/.stamp-demo: EXTRAS := examples
-$(VENV)/.stamp-dev:  EXTRAS := test,examples,dev
+$(VENV)/.stamp-dev:  EXTRAS := test,dev
 $(VENV)/.stamp-docs: EXTRAS := docs
 
 $(VENV)/.stamp-demo $(VENV)/.stamp-dev $(VENV)/.stamp-docs: $(VENV)/.stamp-torch pyproject.toml constraints.txt
