@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .arguments import check_between, check_count
 from .density_guide import DensityGuide
+from .devices import of_arguments, of_module, one_device
 from .interop import emit, ordinary_autograd, outer_shape
 from .layout import Layout
 from .linear_chain import (
@@ -306,8 +307,10 @@ class LangevinEncoderGuide(DensityGuide):
 
         :param check: whether there must be as many features as rows.
         """
-        with torch.set_grad_enabled(trains):
-            features = self.features(*call.bind.args, **call.bind.kwargs)
+        args, kwargs = call.bind.args, call.bind.kwargs
+        told = one_device(lambda: {**of_arguments(args, kwargs), **of_module("the features'", self.features)})
+        with torch.set_grad_enabled(trains), told:
+            features = self.features(*args, **kwargs)
         structure, plates = call.density.structure, call.density.layout.row_plates
         like = torch.empty((), dtype=structure.dtype, device=structure.device)
         check_features(features, like, tuple(p.size for p in plates))

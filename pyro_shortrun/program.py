@@ -30,6 +30,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to
 
+from .devices import of_arguments, of_trace, one_device
 from .layout import Plate
 
 Site = Any  # a trace node: Pyro types it as a TypedDict whose entries may all be None
@@ -228,10 +229,11 @@ class Reading:
 
     @property
     def signature(self) -> tuple:
-        """Everything that decides the structure of the density: names, shapes, plates, roles."""
+        """Everything that decides the structure of the density: names, shapes, plates, roles, devices."""
+        free = {k: (tuple(v.shape), v.dtype) for k, v in self.unconstrained.items()}
         return tuple(
-            (name, bool(s["is_observed"]), tuple(s["fn"].batch_shape), plates_of(s))
-            + ((tuple(self.unconstrained[name].shape),) if name in self.unconstrained else ())
+            (name, bool(s["is_observed"]), tuple(s["fn"].batch_shape), plates_of(s), free.get(name))
+            + (getattr(s["value"], "device", None),)
             for name, s in self.trace.nodes.items()
             if s["type"] == "sample" and not site_is_subsample(s)
         )
@@ -381,7 +383,8 @@ class Program:
         shown = poutine.block(hide_types=["sample", "observe"]) if self._shows else poutine.block()
         enumerate_ = nullcontext() if enum_dim is None else _Enumerate(first_available_dim=enum_dim)
         model = self._model if init is None else _continuous_init(init)(self._model)
-        with _own_dims(), shown, tracer, _no_empty_plates(), enumerate_, reader:
+        told = one_device(lambda: {**of_arguments(args, kwargs), **of_trace(tracer.trace)})
+        with told, _own_dims(), shown, tracer, _no_empty_plates(), enumerate_, reader:
             model(*args, **kwargs)
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .arguments import check_count, check_kind
 from .chain import RunInfo
 from .density import LogDensity
+from .devices import of_module, one_device
 from .dynamics import Dynamics, Langevin
 from .interop import ordinary_autograd
 from .replay import Replay
@@ -195,7 +196,8 @@ class Refiner:
         with pyro.plate("rows", len(x), dim=-1):
             value = pyro.sample("x", _Proposed(x, self.reference))
             # A function, so that the parameters are no business of Pyro's store: another energy may be there.
-            energy_prior("energy", lambda v: self.energy(v, *context), value)
+            with one_device(lambda: {"x": x, **of_module("the energy's", self.energy)}):
+                energy_prior("energy", lambda v: self.energy(v, *context), value)
 
 
 class _Direct(LogDensity):

@@ -11,6 +11,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from .devices import of_arguments, of_trace, one_device
 from .layout import LatentSite, Layout, Plate
 from .program import Binding, Program, Reading, is_data, plates_of
 
@@ -42,7 +43,8 @@ def read_structure(program: Program, reading: Reading, bind: Binding) -> Structu
     _check_dtypes(leaves)
     with torch.enable_grad(), pyro.validation_enabled(False):
         probe = program.run(bind, leaves)
-        probe.trace.compute_log_prob()
+        with one_device(lambda: {**of_arguments(bind.args, bind.kwargs), **of_trace(probe.trace)}):
+            probe.trace.compute_log_prob()
         rows = _row_plates(sites, probe, leaves)
     first = next(iter(leaves.values()))
     return Structure(

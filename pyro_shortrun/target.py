@@ -60,7 +60,7 @@ class Target(ABC):
         :raises ValueError: where a site is missing or has another shape.
         """
         layout = self.density.layout
-        check_params(params, {s.name: tuple(s.shape) for s in layout.sites})
+        check_params(params, {s.name: tuple(s.shape) for s in layout.sites}, self.density.structure.device)
         return layout.pack(params)
 
 
@@ -104,7 +104,7 @@ class ModelTarget(Target):
             return super().states(params)
         shapes = {s["name"]: tuple(s["value"].shape) for s in self.call.reading.latents if s["name"] in self._moving}
         free = {k: tuple(v.shape) for k, v in self.call.reading.unconstrained.items()}
-        check_params(params, {**free, **shapes})
+        check_params(params, {**free, **shapes}, self.density.structure.device)
         values = {k: self._transforms[k].inv(v) if k in self._transforms else v for k, v in params.items()}
         chains = [dict(zip(values, one, strict=True)) for one in zip(*values.values(), strict=True)]
         return torch.stack([self.call.density.unconstrain(one) for one in chains])
@@ -167,8 +167,8 @@ def _with_true_rows(call: Call, start: Start) -> Call:
     return call.jointly()
 
 
-def check_params(params: Mapping[str, Tensor], shapes: Mapping[str, tuple]) -> None:
-    """Refuse initial params that are not ``(chains, *shape)`` floating-point tensors of just these sites."""
+def check_params(params: Mapping[str, Tensor], shapes: Mapping[str, tuple], device: torch.device) -> None:
+    """Refuse initial params that are not ``(chains, *shape)`` floating-point tensors of just these sites there."""
     unknown = sorted(set(params) - set(shapes))
     if unknown:
         raise ValueError(f"initial_params name '{unknown[0]}', which is not one of the sites {sorted(shapes)}.")
@@ -181,6 +181,11 @@ def check_params(params: Mapping[str, Tensor], shapes: Mapping[str, tuple]) -> N
             raise ValueError(
                 f"initial_params['{name}'] has shape {tuple(params[name].shape)} but must be "
                 f"(num_chains, *{shape}), in unconstrained space."
+            )
+        if params[name].device != device:
+            raise ValueError(
+                f"initial_params['{name}'] is on {params[name].device} and the model's latents are on {device}: "
+                "move it there."
             )
 
 

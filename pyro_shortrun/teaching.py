@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .ancestral import AncestralSampler
+from .devices import of_arguments, of_module, one_device
 from .program import Site
 from .refiner import Refined, Refiner, evaluating, of_rows
 
@@ -152,10 +153,11 @@ class MCMCTeaching:
         :return: losses: ``energy`` (mean energy of data minus that of refined samples, and ``l2``'s part), ``student``
             and, if there are, ``dual`` (sums over their SVIs).
         """
-        _check_rows(x, context)
-        refined = self._refine(x, context)
-        given = tuple(of_rows(c, refined.rows) for c in context)
-        losses = {"energy": self._learn(x, context, refined, given)}
+        with self._one_device(x, context):
+            _check_rows(x, context)
+            refined = self._refine(x, context)
+            given = tuple(of_rows(c, refined.rows) for c in context)
+            losses = {"energy": self._learn(x, context, refined, given)}
         losses["student"] = self._each(self.student, refined.end, given)
         if self.dual:
             self.sampler.keep(None)  # its latents are not those of the observed data
@@ -224,6 +226,9 @@ class MCMCTeaching:
             optim.set_state(dict(saved))
         if self.refiner.replay is not None:
             self.refiner.replay.load_state_dict(state["replay"])
+
+    def _one_device(self, x: Tensor, context: tuple) -> AbstractContextManager[None]:
+        return one_device(lambda: {"x": x, **of_arguments(context, {}), **of_module("the energy's", self.energy)})
 
     def _refine(self, x: Tensor, context: tuple) -> Refined:
         proposed = self.sampler.propose(x, *context)
