@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .arguments import check_between, check_count
 from .density_guide import DensityGuide
-from .devices import of_arguments, of_module, one_device
 from .interop import emit, ordinary_autograd, outer_shape
+from .kinds import of_arguments, of_module, one_kind
 from .layout import Layout
 from .linear_chain import (
     FOR_ONE_TARGET,
@@ -308,7 +308,7 @@ class LangevinEncoderGuide(DensityGuide):
         :param check: whether there must be as many features as rows.
         """
         args, kwargs = call.bind.args, call.bind.kwargs
-        told = one_device(lambda: {**of_arguments(args, kwargs), **of_module("the features'", self.features)})
+        told = one_kind(lambda: {**of_arguments(args, kwargs), **of_module("the features'", self.features)})
         with torch.set_grad_enabled(trains), told:
             features = self.features(*args, **kwargs)
         structure, plates = call.density.structure, call.density.layout.row_plates

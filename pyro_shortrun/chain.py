@@ -271,11 +271,16 @@ class _Walk:
         """Rows whose log q is not valid, ``(chains, rows)``."""
         return self.singular | ~self.arrived
 
+    def _without_gradient(self, back: Tensor) -> Tensor:
+        """Rows to leave out of the way back: invalid ones, and those that ended where the density is finite and has no
+        gradient, which no step has seen."""
+        return self.invalid | ~back.isfinite().all(-1)
+
     def backward(self, back: Tensor, back_total: Tensor) -> tuple[Tensor, ...]:
         """Cotangents of start and step sizes from those of ``u_K`` and of the increments."""
-        invalid = self.invalid
+        invalid = self._without_gradient(back)
         pull = torch.where(invalid, back_total, torch.zeros_like(back_total)).sum()
-        back, back_total = back.contiguous(), back_total.contiguous()
+        back, back_total = where_rows(invalid, torch.zeros_like(back), back).contiguous(), back_total.contiguous()
         retreat, found, following = Backward(self.runner.rule), [], self.arrived.unsqueeze(0)
         for segment in reversed(self._segments):
             if not segment.tapes:
@@ -412,7 +417,7 @@ class _BridgeWalk(_Walk):
 
     def backward(self, *cotangents: Tensor) -> tuple[Tensor, ...]:
         """Cotangents of what :meth:`forward` was given from those of what it gave."""
-        valid = ~self.invalid
+        valid = ~self._without_gradient(cotangents[0])
         *back, back_total = cotangents
         if not self.bridge.ends_at_arrival:  # the end is the last proposal
             back = [torch.zeros_like(back[0]), back[0], *back[2:]]

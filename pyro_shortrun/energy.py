@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,8 +180,8 @@ class EnergyELBO(ELBO):
                 raise ValueError("the model has no energy_prior(...) statement: use the base ELBO without EnergyELBO.")
             done = self.sampler.run(call, self.num_chains)
             self._warn_once(done.info)
-            self._keep(call, done)
-            return _Negative.at(call, done.end, done.info, squared=self.l2 > 0)
+            negative = _Negative.at(call, done.end, done.info, squared=self.l2 > 0)
+            return replace(negative, keep=partial(self._keep, call, done))
 
     @torch.no_grad()
     def _keep(self, call: Call, done: ShortRun) -> None:
@@ -192,6 +193,7 @@ class EnergyELBO(ELBO):
 
     def _finish(self, negative: _Negative, watch: _Watch) -> Tensor:
         """The term whose gradient is to be added; keeps the statistics of the call."""
+        negative.keep()  # now that the base has had no fault with the call
         self.info = EnergyInfo(watch.means, negative.means, negative.info, negative.info.nonfinite)
         if not self.l2:
             return negative.surrogate
@@ -253,6 +255,7 @@ class _Negative:
     squares: Tensor | None
     means: dict[str, float]
     info: RunInfo
+    keep: Callable[[], None] = lambda: None
 
     @classmethod
     def at(cls, call: Call, end: Tensor, info: RunInfo, squared: bool = False) -> _Negative:

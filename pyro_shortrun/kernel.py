@@ -251,8 +251,9 @@ class ShortRunLangevin(MCMCKernel):
         init = None if isinstance(start, Prior) else init_uniform
         target = ModelTarget(Call.of(self.model, args, kwargs, init), start, self._compiler)
         if self.adjust and target.is_subsampled:
+            name = next(iter(target.call.reading.subsampled))
             raise ValueError(
-                "adjust=True would accept by the likelihood of a mini-batch, which is not exact: use the full plate, "
+                f"plate '{name}' shows a mini-batch, by whose likelihood adjust=True would accept: use the full plate, "
                 "or persistent=True, adjust=False with a decaying step size (SGLD)."
             )
         return target

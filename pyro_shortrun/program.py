@@ -30,7 +30,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to
 
-from .devices import of_arguments, of_trace, one_device
+from .kinds import of_arguments, of_trace, one_kind
 from .layout import Plate
 
 Site = Any  # a trace node: Pyro types it as a TypedDict whose entries may all be None
@@ -233,7 +233,7 @@ class Reading:
         free = {k: (tuple(v.shape), v.dtype) for k, v in self.unconstrained.items()}
         return tuple(
             (name, bool(s["is_observed"]), tuple(s["fn"].batch_shape), plates_of(s), free.get(name))
-            + (getattr(s["value"], "device", None),)
+            + (getattr(s["value"], "device", None), getattr(s["value"], "shape", None))
             for name, s in self.trace.nodes.items()
             if s["type"] == "sample" and not site_is_subsample(s)
         )
@@ -383,7 +383,7 @@ class Program:
         shown = poutine.block(hide_types=["sample", "observe"]) if self._shows else poutine.block()
         enumerate_ = nullcontext() if enum_dim is None else _Enumerate(first_available_dim=enum_dim)
         model = self._model if init is None else _continuous_init(init)(self._model)
-        told = one_device(lambda: {**of_arguments(args, kwargs), **of_trace(tracer.trace)})
+        told = one_kind(lambda: {**of_arguments(args, kwargs), **of_trace(tracer.trace)})
         with told, _own_dims(), shown, tracer, _no_empty_plates(), enumerate_, reader:
             model(*args, **kwargs)
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)

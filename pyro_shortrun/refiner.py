@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .arguments import check_count, check_kind
 from .chain import RunInfo
 from .density import LogDensity
-from .devices import of_module, one_device
 from .dynamics import Dynamics, Langevin
 from .interop import ordinary_autograd
+from .kinds import of_module, one_kind
 from .replay import Replay
 from .start import Call, Prior, Start
 from .step_size import StepSize
@@ -196,7 +196,7 @@ class Refiner:
         with pyro.plate("rows", len(x), dim=-1):
             value = pyro.sample("x", _Proposed(x, self.reference))
             # A function, so that the parameters are no business of Pyro's store: another energy may be there.
-            with one_device(lambda: {"x": x, **of_module("the energy's", self.energy)}):
+            with one_kind(lambda: {"x": x, **of_module("the energy's", self.energy)}):
                 energy_prior("energy", lambda v: self.energy(v, *context), value)
 
 

@@ -17,11 +17,13 @@ from .adaptation import Adaptation, Preconditioner
 from .chain import Gradients, Runner, run
 from .dynamics import Dynamics, back_off
 from .objective import Objective, PathDensity
+from .rows import where_rows
 from .start import Drawn
 from .target import Target
 
 _LR = 0.05
 _PILOT_ROWS = 16
+_TRIES = 100
 _MUCH_CLIPPED = 0.1  # share of coordinates
 
 Schedule = Callable[[int], float]
@@ -35,6 +37,14 @@ class State:
     u: Tensor
     log_density: Tensor
     grad: Tensor
+
+    def where(self, rows: Tensor, other: State) -> State:
+        """This state in these rows, ``(chains, rows)``, another one in the rest."""
+        return State(
+            where_rows(rows, self.u, other.u),
+            torch.where(rows, self.log_density, other.log_density),
+            where_rows(rows, self.grad, other.grad),
+        )
 
 
 class Sampler(ABC):
@@ -84,8 +94,15 @@ class Sampler(ABC):
         return x.split(self._at_once or max(x.shape[axis], 1), axis)
 
     def fresh(self, chains: int) -> State:
-        """States drawn from the start."""
-        return self.evaluate(self.target.start(chains).state)
+        """States drawn from the start; where the density has no gradient they are drawn again, as Pyro's kernels do."""
+        state = self.evaluate(self.target.start(chains).state)
+        for _ in range(_TRIES):
+            bad = ~state.grad.isfinite().all(-1)
+            if not bad.any():
+                break
+            again = self.evaluate(self.target.start(chains).state)
+            state = again.where(bad, state)
+        return state
 
 
 @torch.no_grad()
@@ -147,6 +164,18 @@ class Walk(Sampler):
         preconditioner = type(self.adaptation.preconditioner).__name__
         return f"{self.num_steps} {name} steps {start}, preconditioner {preconditioner}"
 
+    def fresh(self, chains: int) -> State:
+        """
+        :raises ValueError: where the density has no gradient wherever a chain starts: it would never move.
+        """
+        state = super().fresh(chains)
+        if not state.grad.isfinite().all():
+            raise ValueError(
+                "the gradient of the log density is not finite at the start of a chain: look for sqrt(0), 0 * inf and "
+                "the like in the model, or pass another start, such as start=Init(init_to_median)."
+            )
+        return state
+
     def step_size(self, k: int) -> Tensor:
         """Step size of the ``k``-th step of a draw, broadcastable to ``(rows, size)``."""
         if self.schedule is not None:
@@ -185,13 +214,7 @@ class Walk(Sampler):
             accept = log_ratio.clamp(max=0).exp()
         else:
             move, accept = finite, finite.to(state.u)
-        rows = move.unsqueeze(-1)
-        state = State(
-            torch.where(rows, new.u, state.u),
-            torch.where(move, new.log_density, state.log_density),
-            torch.where(rows, new.grad, state.grad),
-        )
-        return state, accept, finite
+        return new.where(move, state), accept, finite
 
     def fault(self, state: State, stats: Stats, warming: bool) -> str | None:
         if self.adjust:  # a rejected proposal is nothing to warn about

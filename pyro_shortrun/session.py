@@ -61,11 +61,11 @@ class Session:
     def move_to(self, params: Mapping[str, Tensor]) -> None:
         """Go on from other values.
 
-        :raises ValueError: where the log density is not finite there.
+        :raises ValueError: where the log density, or its gradient, is not finite there.
         """
         state = self.sampler.evaluate(self.target.states(params).detach())
-        if not state.log_density.isfinite().all():
-            raise ValueError("the log density is not finite at the initial_params given.")
+        if not (state.log_density.isfinite().all() and state.grad.isfinite().all()):
+            raise ValueError("the log density, or its gradient, is not finite at the initial_params given.")
         self.state = state
 
     def params(self) -> dict[str, Tensor]:
@@ -86,6 +86,11 @@ class Session:
         if not warming:
             self._stats.append(stats)
         self._last = stats
+
+    def forget_after(self, kept: int) -> None:
+        """Drop what was noted of draws beyond so many kept ones: an interrupt may come before a draw is kept."""
+        del self._stats[kept:]
+        self.done = min(self.done, self.warmup_steps + kept)
 
     def _warn_once(self, stats: Stats, warming: bool) -> None:
         fault = None if self._warned else self.sampler.fault(self.state, stats, warming)

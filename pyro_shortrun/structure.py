@@ -11,7 +11,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .devices import of_arguments, of_trace, one_device
+from .kinds import of_arguments, of_trace, one_kind
 from .layout import LatentSite, Layout, Plate
 from .program import Binding, Program, Reading, is_data, plates_of
 
@@ -43,8 +43,7 @@ def read_structure(program: Program, reading: Reading, bind: Binding) -> Structu
     _check_dtypes(leaves)
     with torch.enable_grad(), pyro.validation_enabled(False):
         probe = program.run(bind, leaves)
-        with one_device(lambda: {**of_arguments(bind.args, bind.kwargs), **of_trace(probe.trace)}):
-            probe.trace.compute_log_prob()
+        _compute_log_prob(probe.trace, bind)
         rows = _row_plates(sites, probe, leaves)
     first = next(iter(leaves.values()))
     return Structure(
@@ -54,6 +53,22 @@ def read_structure(program: Program, reading: Reading, bind: Binding) -> Structu
         dtype=first.dtype,
         device=first.device,
     )
+
+
+def _compute_log_prob(trace: Any, bind: Binding) -> None:
+    """Pyro's, naming what does not fit together."""
+    try:
+        with one_kind(lambda: {**of_arguments(bind.args, bind.kwargs), **of_trace(trace)}):
+            trace.compute_log_prob()
+    except RuntimeError as reason:
+        if "size of tensor" not in str(reason):
+            raise
+        name, site = next((k, s) for k, s in trace.nodes.items() if s["type"] == "sample" and "log_prob" not in s)
+        value, fn = torch.as_tensor(site["value"]), site["fn"]
+        raise ValueError(
+            f"site '{name}': a value of shape {tuple(value.shape)} does not fit a distribution with batch shape "
+            f"{tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}."
+        ) from reason
 
 
 def _check_dtypes(values: Mapping[str, Tensor]) -> None:

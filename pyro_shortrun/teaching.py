@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .ancestral import AncestralSampler
-from .devices import of_arguments, of_module, one_device
+from .kinds import of_arguments, of_module, one_kind
 from .program import Site
 from .refiner import Refined, Refiner, evaluating, of_rows
 
@@ -153,7 +153,7 @@ class MCMCTeaching:
         :return: losses: ``energy`` (mean energy of data minus that of refined samples, and ``l2``'s part), ``student``
             and, if there are, ``dual`` (sums over their SVIs).
         """
-        with self._one_device(x, context):
+        with self._one_kind(x, context):
             _check_rows(x, context)
             refined = self._refine(x, context)
             given = tuple(of_rows(c, refined.rows) for c in context)
@@ -227,8 +227,8 @@ class MCMCTeaching:
         if self.refiner.replay is not None:
             self.refiner.replay.load_state_dict(state["replay"])
 
-    def _one_device(self, x: Tensor, context: tuple) -> AbstractContextManager[None]:
-        return one_device(lambda: {"x": x, **of_arguments(context, {}), **of_module("the energy's", self.energy)})
+    def _one_kind(self, x: Tensor, context: tuple) -> AbstractContextManager[None]:
+        return one_kind(lambda: {"x": x, **of_arguments(context, {}), **of_module("the energy's", self.energy)})
 
     def _refine(self, x: Tensor, context: tuple) -> Refined:
         proposed = self.sampler.propose(x, *context)

@@ -120,6 +120,7 @@ class VectorizedMCMC:
                     while session.done < total:
                         self._advance(session, bar)
                 finally:  # as it was after the last draw, whatever else draws before the state is saved
+                    session.forget_after(len(self._states))
                     self._rng = _random_state(session.state.u.device)
 
     def _advance(self, session: Session, bar: Any) -> None:

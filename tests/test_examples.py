@@ -16,7 +16,7 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 # From the bottom up: a module may import those before it.
 LAYERS = (
-    "arguments saving rows devices layout transforms vectorize log_einsum step_size logdet program structure "
+    "arguments saving rows kinds layout transforms vectorize log_einsum step_size logdet program structure "
     "potential density tracing compiled dynamics base bridge objective steps reverse annealed plain mixture "
     "linearized noise chain isolate start replay validation interop weights density_guide guide elbo grid tilted "
     "energy predictive ancestral refiner teaching ais anomaly linear_chain amortized amortized_sampler target "

@@ -1,7 +1,8 @@
 """Programs nobody thought of: sites, supports, plates, subsampling, hierarchy, enumeration, masks and scales at random.
 
 Each is a list of :class:`Site` that hypothesis draws and shrinks. On every one the log density equals that of Pyro's
-own trace, its gradient finite differences, the traced graph the eager one, and guide and kernel run.
+own trace, its gradient finite differences, the traced graph the eager one, guide and kernel run, and what Pyro's HMC can
+initialise the kernel can, too, or refuses by the name of a site.
 
     PROGRAMS=5 pytest tests/test_random_programs.py     # five times as many programs
 """
@@ -9,6 +10,7 @@ own trace, its gradient finite differences, the traced graph the eager one, and 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,10 +19,10 @@ import pyro
 import pyro.distributions as dist
 import test_density as laws
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from pyro import poutine
-from pyro.infer import ELBO, SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import ELBO, HMC, SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from test_compiled import short, traced
 from torch import Tensor
@@ -57,14 +59,15 @@ DATA: dict[str, tuple[Family, float]] = {
     "Poisson": (lambda x: dist.Poisson(torch.exp(torch.tanh(x))), 2.0),
     "Gamma": (lambda x: dist.Gamma(2.0, torch.exp(torch.tanh(x))), 1.5),
 }
+FAMILIES = {"latent": LATENT, "discrete": DISCRETE, "data": DATA}
 PLATES = {"inner": (-1, 3), "outer": (-2, 2)}
 
 
 @dataclass(frozen=True)
 class Site:
-    """A sample statement: its parents are earlier sites by number, its plates contain theirs."""
+    """A statement: its parents are earlier sites by number, its plates contain theirs."""
 
-    kind: str  # "latent", "discrete" or "data"
+    kind: str  # "latent", "discrete", "data", "holes" (data, some of them missing) or "factor"
     family: str
     parents: tuple[int, ...]
     plates: frozenset[str]
@@ -78,6 +81,7 @@ class RandomProgram:
 
     sites: tuple[Site, ...]
     batch: int | None
+    has_parameter: bool = False
 
     def __call__(self) -> None:
         plates = {
@@ -102,13 +106,24 @@ class RandomProgram:
     def names(self, kind: str) -> list[str]:
         return [f"{kind}{i}" for i, site in enumerate(self.sites) if site.kind == kind]
 
+    @property
+    def latents(self) -> list[str]:
+        """Names of what is to be inferred: what Pyro makes of missing data, too."""
+        return sorted([*self.names("latent"), *(f"{name}_unobserved" for name in self.names("holes"))])
+
     def _sample(self, name: str, site: Site, values: list[Tensor]) -> Tensor:
-        location = torch.zeros(())
+        location = pyro.param("location", torch.zeros(())) if self.has_parameter else torch.zeros(())
         for j in site.parents:
             location = location + self._scalar(self.sites[j], values[j])
+        if site.kind == "factor":
+            pyro.factor(name, torch.cos(location))
+            return pyro.deterministic(f"{name}_value", torch.sin(location))
         if site.kind == "data":
             family, observed = DATA[site.family]
             return pyro.sample(name, family(location), obs=torch.tensor(observed))
+        if site.kind == "holes":
+            family, observed = DATA["Normal"]
+            return pyro.sample(name, family(location), obs=torch.tensor(observed), obs_mask=_seen(site))
         return pyro.sample(name, (LATENT | DISCRETE)[site.family](location))
 
     @staticmethod
@@ -121,6 +136,11 @@ class RandomProgram:
         return torch.tanh(value.to(torch.get_default_dtype()))
 
 
+def _seen(site: Site) -> Tensor:
+    """Of an observation with holes: its second element of the plate "outer", or all of it."""
+    return torch.tensor([[False], [True]]) if "outer" in site.plates else torch.tensor(True)
+
+
 def _mask(site: Site) -> Tensor:
     """Takes out the first element of the innermost plate that keeps its size."""
     if site.plates != {"outer"}:
@@ -129,20 +149,20 @@ def _mask(site: Site) -> Tensor:
 
 
 @st.composite
-def programs(draw: st.DrawFn, kinds: str = "latent latent data") -> RandomProgram:
+def programs(draw: st.DrawFn, kinds: str = "latent latent latent data data factor holes") -> RandomProgram:
     batch = draw(st.sampled_from([None, None, 2]))
     sites: list[Site] = []
     for i in range(draw(st.integers(2, 5))):
         kind = "latent" if i == 0 else draw(st.sampled_from(kinds.split()))
-        family = draw(st.sampled_from(sorted({"latent": LATENT, "discrete": DISCRETE, "data": DATA}[kind])))
+        family = draw(st.sampled_from(sorted(FAMILIES.get(kind, {"Normal": None}))))
         parents = draw(st.sets(st.sampled_from(range(i)), max_size=2)) if i else set()
-        parents = {j for j in parents if sites[j].kind != "data"}
+        parents = {j for j in parents if sites[j].kind not in ("data", "holes")}
         needed = frozenset().union(*(sites[j].plates for j in parents))
         plates = needed | draw(st.frozensets(st.sampled_from(sorted(PLATES))))
         masked = kind == "data" and draw(st.integers(0, 4)) == 0
         scale = draw(st.sampled_from([1.0, 1.0, 1.0, 0.5])) if kind == "data" else 1.0
         sites.append(Site(kind, family, tuple(sorted(parents)), plates, masked, scale))
-    return RandomProgram(tuple(sites), batch)
+    return RandomProgram(tuple(sites), batch, draw(st.booleans()))
 
 
 def elbo_of(program: RandomProgram) -> ELBO:
@@ -189,7 +209,7 @@ def test_enumerated_programs(program: RandomProgram) -> None:
         laws.test_gradient(None, bound)
 
 
-@many(20)
+@many(60)
 @given(program=programs(kinds="latent latent discrete data"))
 def test_graph_is_the_eager_density(program: RandomProgram) -> None:
     assume_pyro_takes(program)
@@ -201,8 +221,8 @@ def test_graph_is_the_eager_density(program: RandomProgram) -> None:
     laws.close(grad, slope)
 
 
-@many(60)
-@given(program=programs(kinds="latent latent discrete data"))
+@many(200)
+@given(program=programs(kinds="latent latent discrete data factor holes"))
 def test_guide_trains_and_predicts(program: RandomProgram) -> None:
     assume_pyro_takes(program)
     pyro.clear_param_store()
@@ -212,23 +232,44 @@ def test_guide_trains_and_predicts(program: RandomProgram) -> None:
     try:
         losses = [svi.step() for _ in range(2)]
     except NotImplementedError as refusal:  # of a mini-batch whose log q cannot be scaled, by name
-        assert program.batch is not None and any(repr(name) in str(refusal) for name in program.names("latent"))
+        assert program.batch is not None and any(repr(name) in str(refusal) for name in program.latents)
         return
     assert torch.isfinite(torch.tensor(losses)).all()
     draws = guide.sample_posterior(num_samples=3)
-    assert sorted(draws) == sorted(program.names("latent"))
+    assert sorted(draws) == program.latents
     assert all(torch.isfinite(v).all() for v in draws.values())
 
 
-@many(40)
-@given(program=programs(kinds="latent latent discrete data"))
+@many(200)
+@given(program=programs(kinds="latent latent discrete data factor holes"))
 def test_chains_move(program: RandomProgram) -> None:
     """Of programs that show all their data: a mini-batch makes no chain of the whole posterior."""
     program = replace(program, batch=None)
     assume_pyro_takes(program)
     kernel = ShortRunLangevin(config_enumerate(program), 2, adjust=True)
-    mcmc = VectorizedMCMC(kernel, 3, 3, num_chains=2, disable_progbar=True)
+    mcmc = VectorizedMCMC(kernel, 2, 1, num_chains=2, disable_progbar=True)
     mcmc.run()
     draws = mcmc.get_samples()
-    assert sorted(draws) == sorted(program.names("latent"))
+    assert sorted(draws) == program.latents
     assert all(torch.isfinite(v).all() for v in draws.values())
+
+
+@many(200)
+@given(program=programs(kinds="latent latent latent discrete data data factor holes"))
+def test_what_pyros_hmc_can_initialise(program: RandomProgram) -> None:
+    """Works in the kernel, or is refused by the name of a site or plate."""
+    model = config_enumerate(program)
+    try:
+        HMC(model, max_plate_nesting=2).setup(0)
+    except Exception:  # whatever Pyro says of it
+        assume(False)
+    kernel = ShortRunLangevin(model, 1, adjust=True)
+    try:
+        kernel.setup(0)
+    except (NotImplementedError, ValueError) as refusal:
+        names = [*PLATES, *program.latents, *program.names("discrete"), *program.names("data")]
+        assert any(f"'{name}'" in str(refusal) for name in names), refusal
+        event("refused: " + re.sub(r"'\w+'|\d+", "...", str(refusal))[:60])
+        return
+    event("works")
+    assert all(torch.isfinite(v).all() for v in kernel.sample(kernel.initial_params).values())

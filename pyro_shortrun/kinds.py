@@ -1,4 +1,4 @@
-"""Tensors on several devices, told by name instead of by torch."""
+"""Tensors of several devices or dtypes, told by name instead of by torch."""
 
 from __future__ import annotations
 
@@ -10,30 +10,35 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-# What torch says of two devices; and of tensors without data, as modules built for loading have them.
-_SEVERAL = re.compile("same device|expected device|meta tensor")
+# What torch says of two devices (and of tensors without data, as modules built for loading have them), and of dtypes.
+_SAYINGS = {
+    "device": re.compile("same device|expected device|meta tensor"),
+    "dtype": re.compile("same dtype|expected scalar type"),
+}
 
 
 @contextmanager
-def one_device(named: Callable[[], Mapping[str, Tensor]]) -> Iterator[None]:
-    """Tell which tensors are on which device, where torch refuses to compute with those of two.
+def one_kind(named: Callable[[], Mapping[str, Tensor]]) -> Iterator[None]:
+    """Tell which tensors are of which device or dtype, where torch refuses to compute with those of two.
 
-    Nothing is checked beforehand: a model may move what it is given, and numbers may be anywhere.
+    Nothing is checked beforehand: a model may move what it is given, numbers may be anywhere, and sums are promoted.
 
     :param named: the tensors that are seen inside, by what a user calls them.
     :raises ValueError: in place of torch's RuntimeError.
     """
     try:
         yield
-    except (RuntimeError, NotImplementedError) as reason:
-        if not _SEVERAL.search(str(reason)):
+    except RuntimeError as reason:
+        kind = next((k for k, saying in _SAYINGS.items() if saying.search(str(reason))), None)
+        if kind is None:
             raise
-        places = {str(t.device): name for name, t in reversed(list(named().items()))}
-        found = ", ".join(f"{name} is on {device}" for device, name in sorted(places.items()))
+        real = [(k, t) for k, t in named().items() if kind == "device" or t.is_floating_point()]
+        places = {str(getattr(t, kind)): name for name, t in reversed(real)}
+        found = ", ".join(f"{name} is {place}" for place, name in sorted(places.items()))
         cause = str(reason).splitlines()[0].rstrip(".!")
         raise ValueError(
-            f"tensors on several devices: {found or 'nothing is known of them'} ({cause}). Move all data, modules and "
-            "constants to one device: x.to(device), module.to(device)."
+            f"tensors of several {kind}s: {found} ({cause}). Let all data, modules and constants have one: "
+            f"x.to({kind}), module.to({kind})."
         ) from reason
 
 
