@@ -1,8 +1,8 @@
 """Programs nobody thought of: sites, supports, plates, subsampling, hierarchy, enumeration, masks and scales at random.
 
 Each is a list of :class:`Site` that hypothesis draws and shrinks. On every one the log density equals that of Pyro's
-own trace, its gradient finite differences, the traced graph the eager one, guide and kernel run, and what Pyro's HMC can
-initialise the kernel can, too, or refuses by the name of a site.
+own trace, its gradient finite differences, the traced graph the eager one, guide and kernel run, and the kernel takes
+what Pyro's HMC can initialise, or refuses it by the name of a site.
 
     PROGRAMS=5 pytest tests/test_random_programs.py     # five times as many programs
 """
