@@ -12,10 +12,10 @@ from .amortized_sampler import AmortizedSampler
 from .ancestral import AncestralSampler
 from .annealed import Annealed, GaussianReverse
 from .anomaly import anomaly_score
-from .diagnostics import to_arviz
 from .dynamics import Dynamics, Hamiltonian, Langevin
 from .elbo import ShortRunELBO
 from .energy import EnergyELBO
+from .export import to_arviz
 from .grid import Grid, tune_on_grid
 from .guide import ShortRunGuide
 from .kernel import ShortRunLangevin
