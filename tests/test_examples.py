@@ -20,7 +20,8 @@ LAYERS = (
     "tracing compiled dynamics base bridge objective steps reverse annealed plain mixture linearized noise chain "
     "isolate start replay validation interop weights density_guide guide elbo grid tilted energy predictive ancestral "
     "refiner teaching ais anomaly linear_chain amortized amortized_sampler target adaptation sampler session kernel "
-    "vectorized mixing evaluation semi_implicit export streaming diagnostics"
+    "vectorized mixing evaluation semi_implicit export streaming ecdf importance nested simulation calibration "
+    "diagnostics"
 ).split()
 
 
