@@ -12,18 +12,21 @@ from .amortized_sampler import AmortizedSampler
 from .ancestral import AncestralSampler
 from .annealed import Annealed, GaussianReverse
 from .anomaly import anomaly_score
-from .diagnostics import to_arviz
+from .calibration import sbc
 from .dynamics import Dynamics, Hamiltonian, Langevin
 from .elbo import ShortRunELBO
 from .energy import EnergyELBO
+from .export import to_arviz
 from .grid import Grid, tune_on_grid
 from .guide import ShortRunGuide
+from .importance import psis
 from .kernel import ShortRunLangevin
 from .linear_chain import Span, Whitened
 from .linearized import Linearized
 from .logdet import Exact, Lanczos
 from .mixing import SemiImplicit
 from .mixture import Mixture
+from .nested import nested_rhat
 from .objective import Objective, PathDensity
 from .predictive import EnergyPredictive, sample_prior
 from .refiner import Refiner
@@ -81,8 +84,11 @@ __all__ = [
     "anomaly_score",
     "energy_prior",
     "load_state",
+    "nested_rhat",
+    "psis",
     "sample_prior",
     "save_state",
+    "sbc",
     "stream_posterior",
     "to_arviz",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .diagnostics import to_arviz
+from .export import to_arviz
 from .guide import ShortRunGuide
 from .saving import replacing
 

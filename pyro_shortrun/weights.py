@@ -19,7 +19,8 @@ class WeightedDraws:
 
     ``log_p`` is the model's log joint over the sites, ``log_q`` the run's density there as its objective has it,
     ``log_density`` the log joint in unconstrained space (None where they were not asked for); ``nonfinite`` is the
-    number of frozen rows.
+    number of frozen rows. ``end`` are the states in unconstrained space, ``(draws, rows, size)``, and ``row_log_q`` the
+    run's density there, ``(draws, rows)``.
     """
 
     values: dict[str, Tensor]
@@ -27,6 +28,8 @@ class WeightedDraws:
     log_q: Tensor | None
     log_density: Tensor | None
     nonfinite: Tensor
+    end: Tensor
+    row_log_q: Tensor | None
 
     @staticmethod
     def join(parts: Sequence[WeightedDraws]) -> WeightedDraws:
@@ -36,7 +39,7 @@ class WeightedDraws:
             values = [getattr(p, name) for p in parts]
             return None if values[0] is None else torch.cat(values)
 
-        totals = {k: cat(k) for k in ("log_p", "log_q", "log_density", "nonfinite")}
+        totals = {k: cat(k) for k in ("log_p", "log_q", "log_density", "nonfinite", "end", "row_log_q")}
         return WeightedDraws({k: torch.cat([p.values[k] for p in parts]) for k in parts[0].values}, **totals)  # type: ignore
 
 
@@ -47,8 +50,10 @@ def weigh(call: Call, drawn: Drawn, result: ShortRun, account: bool) -> Weighted
     values = {s.name: v.detach() for s, v in zip(layout.sites, found, strict=True)}
     frozen = result.info.frozen.sum(-1)
     if not account:
-        return WeightedDraws(values, None, None, None, frozen)
+        return WeightedDraws(values, None, None, None, frozen, result.end, None)
     # Rows of a subsampled plate stand for full_size / size rows each, in log q as in the model's log joint.
     weight = 1.0 if layout.is_arrow else math.prod(plate.scale for plate in layout.row_plates)
-    log_q = weight * (drawn.log_q - result.increment - jacobian).sum(-1)
-    return WeightedDraws(values, (density - weight * jacobian).sum(-1), log_q, density.sum(-1), frozen)
+    row_log_q = drawn.log_q - result.increment
+    log_q = weight * (row_log_q - jacobian).sum(-1)
+    log_p = (density - weight * jacobian).sum(-1)
+    return WeightedDraws(values, log_p, log_q, density.sum(-1), frozen, result.end, row_log_q)
