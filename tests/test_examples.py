@@ -18,9 +18,9 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 LAYERS = (
     "arguments saving rows layout transforms vectorize log_einsum step_size logdet program structure potential density "
     "tracing compiled dynamics base bridge objective steps reverse annealed plain mixture linearized noise chain "
-    "isolate start replay validation interop weights density_guide guide elbo grid sweep tilted energy predictive ancestral "
-    "refiner teaching ais anomaly linear_chain amortized amortized_sampler target adaptation sampler session kernel "
-    "vectorized mixing evaluation semi_implicit diagnostics streaming"
+    "isolate start replay validation interop weights density_guide guide elbo grid sweep tilted energy predictive "
+    "ancestral refiner teaching ais anomaly linear_chain amortized amortized_sampler target adaptation sampler session "
+    "kernel vectorized mixing evaluation semi_implicit comparison sufficiency plots diagnostics streaming"
 ).split()
 
 
