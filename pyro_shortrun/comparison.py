@@ -68,7 +68,7 @@ class Comparison:
 
     def summary(self) -> str:
         """A table, the worst coordinates first where there are many, and what follows from it."""
-        lines = [f"{'':<20}{'mean off by':>18}{'sd ratio':>16}{'W1':>8}{'noise':>8}{'R-hat':>8}{'ess':>8}  "]
+        lines = [f"{'':<20}{'mean off by':>18}{'sd ratio':>16}{'W1':>8}{'noise':>8}{'R-hat':>8}{'ess':>8}"]
         verdicts = self.verdicts
         order = list(range(len(self.names)))
         if len(self.names) > _SHOWN:
