@@ -84,7 +84,7 @@ def test_nuts_agrees_with_the_closed_form_and_finds_a_short_run():
 def test_every_source_and_reference():
     x = torch.tensor(X)
     reference = VectorizedMCMC(
-        ShortRunLangevin(model, num_steps=2, adjust=True), 100, 100, num_chains=16, disable_progbar=True
+        ShortRunLangevin(model, num_steps=2, adjust=True), 60, 60, num_chains=16, disable_progbar=True
     )
     with pytest.raises(ValueError, match="no draws yet"):
         compare_with_nuts(model, {"z": exact(10)}, x, reference=reference)
