@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from pyro_shortrun import EnergyELBO, sample_prior
 from pyro_shortrun.evaluation import squared_mmd
+from pyro_shortrun.plots import plot_images
 
 KINDS = (
     Kind("1 layer, maximum likelihood", (16,), False, True),
@@ -73,13 +74,6 @@ def vary(model: Callable, kind: Kind, x: Tensor, args: argparse.Namespace) -> li
     return [sites["image"].transpose(0, 1) for sites in found]
 
 
-def show(ax: plt.Axes, images: Tensor, columns: int) -> None:
-    side = round(images.shape[-1] ** 0.5)
-    grid = images.reshape(-1, columns, side, side).permute(0, 2, 1, 3).reshape(-1, columns * side)
-    ax.imshow(grid.detach(), cmap="gray_r", vmin=0, vmax=1)
-    ax.set_axis_off()
-
-
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     pyro.enable_validation(False)
@@ -106,16 +100,13 @@ def main(args: argparse.Namespace) -> None:
         plain, tilted = priors(model, test_x, args)
         before, after = (mmd(flat(sites, kind), posterior) for sites in (plain, tilted))
         lines.append(f"{kind.name:<30}{before:>18.4f}{after:>13.4f}{seconds:>9.0f}")
-        show(above, plain["image"][:64], 8)
-        show(below, tilted["image"][:64], 8)
-        above.set_title(f"{kind.name}: N(0, I)", fontsize=8)
-        below.set_title("with its energy", fontsize=8)
+        plot_images(plain["image"][:64], above, columns=8, title=f"{kind.name}: N(0, I)")
+        plot_images(tilted["image"][:64], below, columns=8, title="with its energy")
     figure.savefig(folder / "samples.png", dpi=150)
     layers = vary(model, kind, test_x[:6], args)
     figure, panels = plt.subplots(1, len(layers), figsize=(4 * len(layers), 3), layout="constrained")
     for i, (ax, images) in enumerate(zip(panels, layers, strict=True)):
-        show(ax, images, images.shape[1])
-        ax.set_title(f"only z{i + 1} drawn anew along a row", fontsize=8)
+        plot_images(images, ax, columns=images.shape[1], title=f"only z{i + 1} drawn anew along a row")
     figure.savefig(folder / "layers.png", dpi=150)
     plt.close("all")
     print("\n".join(lines))

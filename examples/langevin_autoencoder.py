@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from pyro_shortrun import LangevinEncoderGuide
 from pyro_shortrun.evaluation import importance_log_likelihood
+from pyro_shortrun.plots import plot_images
 
 History = dict[str, list[float]]
 
@@ -64,12 +65,8 @@ def langevin_autoencoder(x: Tensor, args: argparse.Namespace) -> tuple[LangevinE
     return guide, decoder, history
 
 
-def picture(ax: plt.Axes, images: Tensor, title: str, columns: int, **options: float) -> None:
-    side = round(images.shape[-1] ** 0.5)
-    grid = images.reshape(-1, columns, side, side).permute(0, 2, 1, 3).reshape(-1, columns * side)
-    ax.imshow(grid, cmap="gray_r", **(options or {"vmin": -1, "vmax": 1}))
-    ax.set_title(title, fontsize=8)
-    ax.set_axis_off()
+def picture(ax: plt.Axes, images: Tensor, title: str, columns: int, **options: float | None) -> None:
+    plot_images(images, ax, columns=columns, title=title, **{"vmin": -1, "vmax": 1, **options})
 
 
 def mean(decoder: nn.Module, z: Tensor) -> Tensor:
@@ -103,7 +100,7 @@ def pictures(
     figure, axes = plt.subplots(3, 1, figsize=(8, 2.2), layout="constrained")
     picture(axes[0], few, "test images", columns)
     picture(axes[1], decoded.mean(0), "mean over 100 posterior draws of a chain", columns)
-    picture(axes[2], decoded.std(0), "standard deviation", columns, vmin=0)
+    picture(axes[2], decoded.std(0), "standard deviation", columns, vmin=0, vmax=None)
     figure.savefig(folder / "posterior.png", dpi=150)
 
 

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from pyro_shortrun import Langevin, ShortRunGuide, StepSize
 from pyro_shortrun.evaluation import importance_log_likelihood
+from pyro_shortrun.plots import plot_images, plot_reconstructions
 
 TOP, BOTTOM = 4, 8  # latent dimensions of z2 and z1
 SIGMA = 0.15  # noise of a pixel, on images in [0, 1]
@@ -170,27 +171,17 @@ def evaluate(results: list[Result], x: Tensor, num_draws: int) -> str:
     return "\n".join(rows)
 
 
-def show(ax: plt.Axes, images: Tensor, side: int, columns: int) -> None:
-    grid = images.reshape(-1, columns, side, side).permute(0, 2, 1, 3).reshape(-1, columns * side)
-    ax.imshow(grid.detach().cpu(), cmap="gray_r", vmin=0, vmax=1)
-    ax.set_axis_off()
-
-
-def draw_pictures(results: list[Result], x: Tensor, side: int, folder: Path) -> None:
+def draw_pictures(results: list[Result], x: Tensor, folder: Path) -> None:
     some = x[:16]
-    figure, axes = plt.subplots(len(results) + 1, figsize=(9, 3.2), layout="constrained")
-    show(axes[0], some, side, len(some))
-    axes[0].set_title("test images", loc="left", fontsize=8)
-    for ax, result in zip(axes[1:], results, strict=True):
-        show(ax, reconstruct(result.model, result.draw(some, 1), some), side, len(some))
-        ax.set_title(f"reconstructed by {result.name}", loc="left", fontsize=8)
-    figure.savefig(folder / "reconstructions.png", dpi=150)
+    found = {f"reconstructed by {r.name}": reconstruct(r.model, r.draw(some, 1), some) for r in results}
+    axes = plot_reconstructions(some, found)
+    axes[0].figure.savefig(folder / "reconstructions.png", dpi=150)
 
     figure, axes = plt.subplots(1, len(results), figsize=(12, 4.4), layout="constrained")
     for ax, result in zip(np.atleast_1d(axes), results, strict=True):
         with torch.no_grad():
-            show(ax, result.model(x.new_zeros(64, x.shape[1])), side, 8)
-        ax.set_title(f"samples, model trained by {result.name}", fontsize=8)
+            images = result.model(x.new_zeros(64, x.shape[1]))
+        plot_images(images, ax, columns=8, title=f"samples, model trained by {result.name}")
     figure.savefig(folder / "samples.png", dpi=150)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
@@ -273,7 +264,7 @@ def main(args: argparse.Namespace) -> None:
     table = evaluate(results, test_x, num_draws=20 if args.smoke else 100)
     print(table)
     (folder / "table.txt").write_text(table + "\n")
-    draw_pictures(results, test_x, round(pixels**0.5), folder)
+    draw_pictures(results, test_x, folder)
     guide = results[1].guide
     assert isinstance(guide, ShortRunGuide)
     save_posterior(guide, test_x[:50], 10 if args.smoke else 250, folder / "posterior.nc")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_shortrun import MCMCTeaching, Refiner
 from pyro_shortrun.evaluation import frechet_distance
+from pyro_shortrun.plots import plot_images
 from pyro_shortrun.refiner import Refined
 
 SIGMA = 0.3  # noise of a pixel, on images in [-1, 1]
@@ -107,11 +107,7 @@ def chain(teaching: MCMCTeaching, args: argparse.Namespace, x: Tensor, *context:
 
 def show(ax: plt.Axes, x: Tensor, columns: int, title: str = "") -> None:
     """Images in a grid, row by row."""
-    side = math.isqrt(x.shape[-1])
-    grid = x.reshape(-1, columns, side, side).permute(0, 2, 1, 3).reshape(-1, columns * side)
-    ax.imshow(grid.detach(), cmap="gray_r", vmin=-1, vmax=1)
-    ax.set_axis_off()
-    ax.set_title(title, fontsize=8)
+    plot_images(x, ax, columns=columns, title=title, vmin=-1, vmax=1)
 
 
 def table(title: str, found: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:

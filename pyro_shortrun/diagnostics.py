@@ -1,9 +1,44 @@
-"""Diagnostics, under one name: whether draws, weights and chains can be trusted, and the way to ArviZ's own."""
+"""Diagnostics, under one name: whether draws, weights and chains can be trusted, pictures, and the way to ArviZ's own."""
 
 from .calibration import SBC, Chains, Trained, sbc
+from .comparison import Comparison, compare_with_nuts
 from .ecdf import plot_ecdf
 from .export import to_arviz
 from .importance import PSIS, psis
 from .nested import nested_rhat
+from .plots import (
+    plot_aggregate_posterior,
+    plot_hierarchy,
+    plot_images,
+    plot_reconstructions,
+    plot_step_sizes,
+    plot_trajectories,
+)
+from .sufficiency import EnergyGap, RunLength, energy_gap, run_length
+from .sweep import StepSweep, step_sweep
 
-__all__ = ["PSIS", "SBC", "Chains", "Trained", "nested_rhat", "plot_ecdf", "psis", "sbc", "to_arviz"]
+__all__ = [
+    "PSIS",
+    "SBC",
+    "Chains",
+    "Comparison",
+    "EnergyGap",
+    "RunLength",
+    "StepSweep",
+    "Trained",
+    "compare_with_nuts",
+    "energy_gap",
+    "nested_rhat",
+    "plot_aggregate_posterior",
+    "plot_ecdf",
+    "plot_hierarchy",
+    "plot_images",
+    "plot_reconstructions",
+    "plot_step_sizes",
+    "plot_trajectories",
+    "psis",
+    "run_length",
+    "sbc",
+    "step_sweep",
+    "to_arviz",
+]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from .arguments import check_count, check_kind
+from .chain import ShortRun
 from .guide import ShortRunGuide
+from .start import Call, Drawn
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _FACTORS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
@@ -27,6 +31,61 @@ class Grid(NamedTuple):
     bound: Tensor
     invalid: Tensor
     best: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Runs of a guide with some step sizes: the call they were made in, their starts, and what became of them."""
+
+    call: Call
+    drawn: Drawn
+    run: ShortRun
+
+    @cached_property
+    def _landed(self) -> tuple[Tensor, ...]:
+        return self.run.landed or self.call.density.land(self.run.end)
+
+    @property
+    def weight(self) -> float:
+        """How many rows each row of a subsampled plate stands for."""
+        layout = self.call.density.layout
+        return 1.0 if layout.is_arrow else math.prod(plate.scale for plate in layout.row_plates)
+
+    def log_joint(self) -> Tensor:
+        """``log p(x, z_K)``, ``(runs,)``."""
+        density, jacobian, *_ = self._landed
+        return (density - self.weight * jacobian).sum(-1)
+
+    def log_weights(self) -> Tensor:
+        """``log p(x, z_K) - log q(z_K)`` of single rows, ``(runs, rows)``."""
+        return self._landed[0] / self.weight - self.drawn.log_q + self.run.increment
+
+    def log_weight(self) -> Tensor:
+        """The same of all the data, ``(runs,)``, as :meth:`ShortRunGuide.log_weight` gives it."""
+        return self.weight * self.log_weights().sum(-1)
+
+    @property
+    def invalid(self) -> Tensor:
+        """Share of the rows that froze or took a step that was not invertible."""
+        return (self.run.info.frozen | self.run.info.singular).float().mean()
+
+
+class Trials:
+    """Runs of a guide at other step sizes and lengths, with the same randomness for each; the guide stays as it is.
+
+    :param count: runs for each.
+    :raises ValueError: where this is no ShortRunGuide.
+    """
+
+    def __init__(self, guide: ShortRunGuide, args: tuple, kwargs: dict, count: int) -> None:
+        check_kind("guide", guide, ShortRunGuide, "ShortRunGuide(model)")
+        guide.setup(*args, **kwargs)
+        self._guide, self._args, self._kwargs, self._count = guide, args, kwargs, count
+        self._random = get_rng_state()
+
+    def __call__(self, factor: float, num_steps: int | None = None) -> Trial:
+        set_rng_state(self._random)
+        return Trial(*self._guide.trial(self._args, self._kwargs, self._count, factor, num_steps))
 
 
 @torch.no_grad()
@@ -62,27 +121,22 @@ def tune_on_grid(
     >>> tune_on_grid(guide, torch.tensor(1.0)).best
     4.0
     """
-    check_kind("guide", guide, ShortRunGuide, "ShortRunGuide(model)")
     check_count("num_particles", num_particles)
     if not 0 <= max_invalid <= 1:
         raise ValueError(f"max_invalid is a share between 0 and 1, got {max_invalid!r}.")
     if not isinstance(factors, Sequence) or not all(isinstance(f, (int, float)) for f in factors):
         raise ValueError(f"factors must be a sequence of numbers, got {factors!r}.")
-    guide.setup(*args, **kwargs)
-    step_size, random = guide.dynamics.step_size, get_rng_state()
+    trials = Trials(guide, args, kwargs, num_particles)
+    if not guide.has_density:
+        raise NotImplementedError(f"{type(guide.start).__name__} starts have no density, and so there is no bound.")
+    step_size = guide.dynamics.step_size
     first = step_size.value.detach().clone()
     known = [f for f in factors if f > 0 and (first * f < step_size.max).all()]
     bounds, invalid = [], []
-    try:
-        for factor in known:
-            set_rng_state(random)
-            step_size.assign(first * factor)
-            with poutine.block():
-                bounds.append(guide.log_weight(*args, num_particles=num_particles, **kwargs).mean())
-            assert guide.info is not None
-            invalid.append((guide.info.frozen | guide.info.singular).float().mean())
-    finally:
-        step_size.assign(first)
+    for factor in known:
+        trial = trials(factor)
+        bounds.append(trial.log_weight().mean())
+        invalid.append(trial.invalid)
     good = [i for i, share in enumerate(invalid) if share <= max_invalid and bounds[i].isfinite()]
     if not good:
         raise ValueError(

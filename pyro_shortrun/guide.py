@@ -215,6 +215,23 @@ class ShortRunGuide(DensityGuide):
             call = self._bind(args, kwargs)
             return call, self._repeat(call, count, account=self._start.has_density and self.objective.weighs)
 
+    @torch.no_grad()
+    def trial(
+        self, args: tuple, kwargs: dict, count: int, factor: float = 1.0, num_steps: int | None = None
+    ) -> tuple[Call, Drawn, ShortRun]:
+        """Independent runs with other step sizes, or of another length, than the guide's; for comparisons.
+
+        They leave the guide, :attr:`info` included, as it is. Step sizes of single steps are stretched over the run.
+        """
+        steps = num_steps or self.num_steps
+        with ordinary_autograd(), poutine.block():
+            call = self._bind(args, kwargs)
+            own = self.dynamics.step_size(call.density.layout, self.num_steps).detach()
+            eta = factor * own[torch.arange(steps, device=own.device) * self.num_steps // steps]
+            account = self.has_density
+            objective = self._informed(call, eta, Gradients.NONE) if account else self.objective
+            return call, *self._simulate(call, count, eta, objective, account, Gradients.NONE)
+
     def _repeat(self, call: Call, count: int, account: bool) -> WeightedDraws:
         parts = []
         while count:
@@ -239,6 +256,11 @@ class ShortRunGuide(DensityGuide):
             values, _ = call.density.constrain(flat)
         shape = result.states.shape[:2]
         return {k: v.detach().unflatten(0, shape) for k, v in values.items()}
+
+    @property
+    def has_density(self) -> bool:
+        """Whether the density of the start is known, so that there is a bound."""
+        return self._start.has_density
 
     def step_sizes(self) -> Tensor | dict[str, Tensor]:
         """Current step sizes: a tensor (shared, per step) or a dict from site to values (per site, per dimension).
@@ -360,7 +382,7 @@ class ShortRunGuide(DensityGuide):
         copies = objective.copies if account else 1
         drawn = self._draw_start(replace(call, isolated=gradients is Gradients.GUIDE), chains * copies, gradients)
         call.density.expect(drawn.state, drawn.log_density)
-        beta = self.objective.temperatures(self.num_steps, drawn.state)
+        beta = self.objective.temperatures(len(step_size), drawn.state)
         runner = Runner(call.density, self.dynamics, objective, account, self.checkpoint, drawn.base, beta)
         result = run(runner, drawn.state, step_size, None, gradients, keep_states, drawn.log_q)
         return (drawn, result) if copies == 1 else (drawn.every(copies), result.every(copies))

@@ -269,6 +269,13 @@ def run_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chains:
 
     :raises ValueError: where a start is not finite, naming the site.
     """
+    state, eta = begin_in(call, start, dynamics, num_steps, chains)
+    return go_on(call, dynamics, state, eta)
+
+
+@torch.no_grad()
+def begin_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chains: int) -> tuple[Tensor, Tensor]:
+    """Where runs begin, ``(chains, rows, size)``, and their step sizes, ``(num_steps, size)``."""
     layout, like = call.density.layout, next(iter(call.reading.unconstrained.values()))
     with poutine.block():
         start.setup(call.density)
@@ -285,4 +292,11 @@ def run_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chains:
                 "rate, or set EnergyELBO(l2=...)."
             )
         call.density.expect(drawn.state, drawn.log_density)
-        return run(Runner(call.density, dynamics, _OBJECTIVE, account=False), drawn.state, eta)
+        return drawn.state, eta
+
+
+@torch.no_grad()
+def go_on(call: Call, dynamics: Dynamics, state: Tensor, eta: Tensor) -> ShortRun:
+    """A run from ``state`` with these step sizes."""
+    with poutine.block():
+        return run(Runner(call.density, dynamics, _OBJECTIVE, account=False), state, eta)
