@@ -127,3 +127,14 @@ assert before == after, (before, after)
 assert set(pyro_shortrun.__all__) <= set(dir(pyro_shortrun))
 """
     python("-c", code)
+
+
+def test_importing_leaves_plots_and_compilers_to_their_first_use():
+    code = """
+import sys, torch, pyro
+before = set(sys.modules)
+import pyro_shortrun
+early = {"arviz", "matplotlib", "pandas", "xarray", "torch._dynamo", "torch._inductor"} & (set(sys.modules) - before)
+assert not early, early
+"""
+    python("-c", code)
