@@ -1,12 +1,12 @@
-"""Data-parallel training with Lightning Fabric: the loss of ``distributed.py`` as a module, set up and launched by Fabric.
+"""Data-parallel training with Lightning Fabric: the loss of ``distributed.py``, set up and launched by Fabric.
 
     python examples/fabric.py --ranks 2                  # two processes on the CPU (gloo)
     python examples/fabric.py --accelerator cuda --ranks 8
     python examples/fabric.py --smoke                    # seconds, to see that it runs
 
-Fabric wraps any ``nn.Module``: here one whose ``forward`` is minus the bound per datum, of generator and guide together.
-First the gradient that Fabric averages over ranks is compared with that of one process on all data; then it trains, each
-rank with a random generator of its own, through a data loader that Fabric splits among the ranks.
+Fabric wraps any ``nn.Module``: here one whose ``forward`` is minus the bound per datum, of generator and guide
+together. First the gradient that Fabric averages over ranks is compared with that of one process on all data; then it
+trains, each rank with a random generator of its own, through a data loader that Fabric splits among the ranks.
 """
 
 from __future__ import annotations

@@ -10,9 +10,10 @@ factor pulls a latent of theirs over an edge behind which the density is NaN, so
 left out. At each one of a hundred marks the state is saved and draws are made from prior and posterior.
 
 Each line of the table is a tenth of the run: resident memory at its end, and its slope in MB per minute since the
-first tenth, by least squares on means of the hundred marks' intervals (standard error in parentheses); live Python objects;
-per 1000 rows that were planted, those that froze; per 1000 steps, non-finite rows besides (guide and prior runs);
-the mean gap of energies, the mean loss per datum, the step size that is tuned, and milliseconds of CPU time of a step.
+first tenth, by least squares on means of the intervals between marks (standard error in parentheses); live Python
+objects; per 1000 rows that were planted, those that froze; per 1000 steps, non-finite rows besides (guide and prior
+runs); the mean gap of energies, the mean loss per datum, the step size that is tuned, and milliseconds of CPU time of a
+step. Then the slopes over the last nine tenths, and over the second half: of memory by steps, of the share that froze.
 """
 
 from __future__ import annotations
@@ -203,9 +204,18 @@ def table(found: list[Interval]) -> str:
             f"{sum(i.loss for i in part) / sum(i.rows for i in part):7.2f} {last.step_size:7.4f} "
             f"{1000 * sum(i.seconds for i in part) / steps:8.1f}"
         )
-    shares = np.array([per([i], "frozen", "planted") for i in found])
-    drift = slope(minutes[tenth:], shares[tenth:])
-    return "\n".join([*lines, f"drift of frozen per 1000 planted rows: {drift[0]:.2f} ({drift[1]:.2f}) per minute"])
+    return "\n".join([*lines, *(slopes(found[first:]) for first in (tenth, len(found) // 2))])
+
+
+def slopes(found: list[Interval]) -> str:
+    """By steps: of memory, and of the share of planted rows that froze."""
+    steps = np.cumsum([i.steps for i in found]) / 1000
+    memory = slope(steps, np.array([np.mean(i.memory) for i in found]))
+    frozen = slope(steps, np.array([per([i], "frozen", "planted") for i in found]))
+    return (
+        f"last {len(found)} intervals, per 1000 steps: memory {memory[0]:.3f} ({memory[1]:.3f}) MB, "
+        f"drift of frozen {frozen[0]:.1f} ({frozen[1]:.1f}) per 1000 planted rows"
+    )
 
 
 def draw(found: list[Interval], path: Path) -> None:
