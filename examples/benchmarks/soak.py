@@ -52,7 +52,7 @@ from pyro_shortrun import (
     save_state,
 )
 
-LATENTS, EDGE, PULL, MARKS = 8, 5.5, 500, 100
+LATENTS, EDGE, PULL = 8, 5.5, 500
 
 
 def resident() -> float:
@@ -161,13 +161,13 @@ class Run:
         interval.step_size = float(self.guide.step_sizes())
 
 
-def soak(run: Run, minutes: float) -> Iterator[Interval]:
-    """A hundred intervals of one length."""
+def soak(run: Run, minutes: float, marks: int) -> Iterator[Interval]:
+    """Intervals of one length."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        for mark in tqdm(range(1, MARKS + 1), desc="soak", mininterval=5):
+        for mark in tqdm(range(1, marks + 1), desc="soak", mininterval=5):
             interval = Interval()
-            while not interval.steps or time.perf_counter() - begin < 60 * minutes * mark / MARKS:
+            while not interval.steps or time.perf_counter() - begin < 60 * minutes * mark / marks:
                 run.step(interval)
             run.mark(interval, Path(folder), (time.perf_counter() - begin) / 60)
             yield interval
@@ -238,14 +238,14 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds only")
     parser.add_argument("--output", type=Path, default=Path("soak-output"), help="folder for soak.txt, .json and .png")
     options = parser.parse_args()
-    options.hidden, options.steps, options.sizes = 64, 6, tuple(range(16, 49))
+    options.hidden, options.steps, options.sizes, options.marks = 64, 6, tuple(range(16, 49)), 100
     if options.compile:
         options.sizes = (16, 32, 48)
     if options.smoke:
-        options.minutes, options.hidden, options.steps, options.sizes = 0.02, 8, 2, (8, 9)
+        options.minutes, options.hidden, options.steps, options.sizes, options.marks = 0.0, 8, 2, (8, 9), 10
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "(?s).*met a non-finite")  # they are planted
-    found = list(soak(Run(options), options.minutes))
+    found = list(soak(Run(options), options.minutes, options.marks))
     text = table(found)
     print(text)
     options.output.mkdir(parents=True, exist_ok=True)
