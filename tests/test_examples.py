@@ -37,6 +37,7 @@ EXPECTED = {
     "quickstart": ("test MSE", {"reconstructions.png", "samples.png", "training.png", "trajectories.png"}),
     "energy_prior": ("MMD^2 before", {"mmd.txt", "prior.png"}),
     "distributed": ("gradient of 2 ranks", {"ranks-2.txt"}),
+    "fabric": ("gradient of 2 ranks", {"fabric.txt"}),
     "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
     "langevin_autoencoder": ("std of codes", {"reconstructions.png", "samples.png", "posterior.png", "training.png"}),
     "lae": ("-log p(x)", {"lae.txt", "lae.json"}),
@@ -49,6 +50,8 @@ EXPECTED = {
     "chains": ("ESS/s", {"chains.txt"}),
     "posteriordb": ("R-hat", {"table.txt"}),
     "posteriors": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
+    "scaling": ("SIMULATED", {"scaling.txt", "scaling.json"}),
+    "soak": ("drift of frozen", {"soak.txt", "soak.json", "soak.png"}),
     "speed": ("Peak memory", {"speed.txt"}),
     "tuning": ("s/best", {"tuning.txt"}),
 }

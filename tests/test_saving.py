@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import multiprocessing
 import os
 import random
 import signal
 import time
+import weakref
+from collections.abc import Sequence
 
 import arviz as az
 import numpy as np
@@ -31,6 +34,8 @@ from pyro_shortrun import (
     load_state,
     save_state,
     stream_posterior,
+    streaming,
+    to_arviz,
 )
 
 X = torch.tensor([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.8]], dtype=torch.float64)
@@ -295,6 +300,66 @@ def test_an_interrupted_stream_ends_with_the_same_draws(tmp_path):
     again = draws_of(stream_posterior(guide, x.split(3), tmp_path / "cut", **options))
     assert all((a == b).all() for a, b in zip(again, whole, strict=True))
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [f"part-0000{i}.nc" for i in range(3)]
+
+
+OPTIONS = {"num_samples": 4, "num_chains": 2, "num_prior": 0}
+
+
+def test_any_number_of_ranks_draws_the_same(tmp_path):
+    x = torch.arange(10, dtype=torch.float64).split(2)
+    guide = ShortRunGuide(rows, num_steps=2).setup(x[0])
+    whole = stream_posterior(guide, x, tmp_path / "whole", seed=7, **OPTIONS)
+    for batches in (x, iter(x)):  # with items by index, and without
+        folder = tmp_path / type(batches).__name__
+        second = stream_posterior(guide, batches, folder, seed=7, rank=1, ranks=2, **OPTIONS)
+        assert [p.name for p in second] == ["part-00001.nc", "part-00003.nc"]
+        for rank in range(3):  # the rest, by another number of ranks
+            stream_posterior(guide, x, folder, seed=7, rank=rank, ranks=3, **OPTIONS)
+        assert sorted(p.name for p in folder.iterdir()) == [p.name for p in whole]
+        assert all((a == b).all() for a, b in zip(draws_of(sorted(folder.iterdir())), draws_of(whole), strict=True))
+    with pytest.raises(ValueError, match="rank must be"):
+        stream_posterior(guide, x, tmp_path, rank=2, ranks=2)
+
+
+class Disk(Sequence):
+    """Batches that are made when they are asked for; ``alive`` counts those still held by anyone at that moment."""
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref] = []
+        self.alive: list[int] = []
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        gc.collect()
+        self.alive.append(sum(made() is not None for made in self.made))
+        batch = torch.full((3,), float(i), dtype=torch.float64)
+        self.made.append(weakref.ref(batch))
+        return batch
+
+
+def test_a_stream_holds_one_batch(tmp_path, monkeypatch):
+    """Neither batches nor draws of earlier parts are kept, and what needs no drawing is not read."""
+    exported, disk = [], Disk()
+
+    def export(*args, **kwargs):
+        gc.collect()
+        assert all(found() is None for found in exported)
+        found = to_arviz(*args, **kwargs)
+        exported.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(streaming, "to_arviz", export)
+    guide = ShortRunGuide(rows, num_steps=2).setup(torch.zeros(3, dtype=torch.float64))
+    for rank in range(2):
+        stream_posterior(guide, disk, tmp_path, rank=rank, ranks=2, **OPTIONS)
+    assert len(exported) == 6 and max(disk.alive) == 0
+    stream_posterior(guide, disk, tmp_path, **OPTIONS)
+    assert len(disk.made) == 6
+    disk.alive.clear()
+    stream_posterior(guide, (disk[i] for i in range(6)), tmp_path / "iterated", **OPTIONS)
+    assert max(disk.alive) <= 1  # the batch before, in the loop over the iterator
 
 
 def test_batches_are_tensors_or_tuples(tmp_path):
