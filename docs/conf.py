@@ -61,15 +61,20 @@ if os.environ.get("DOCS_INTERSPHINX") != "0":
     intersphinx_mapping = {name: (url, None) for name, url in SITES.items() if answers(url)}
 
 
-def as_pyro_documents_it(app: Sphinx, env: Any, node: Any, content: Any) -> None:
-    """Pyro documents classes under the modules that define them, but AutoGuides where they are exported."""
+def found_elsewhere(app: Sphinx, env: Any, node: Any, content: Any) -> Any:
+    """Pyro documents classes under the modules that define them, but AutoGuides where they are exported; short names in
+    our docstrings may be those of another of our modules."""
     target = node.get("reftarget") or ""
     module, _, name = target.rpartition(".")
     if module == "pyro.infer" and hasattr(pyro.infer, name):
         node["reftarget"] = f"{getattr(pyro.infer, name).__module__}.{name}"
     elif module == "pyro.infer.autoguide.guides":
         node["reftarget"] = f"pyro.infer.autoguide.{name}"
+    elif not module and node.get("refdomain") == "py" and node["reftype"] in ("class", "func"):
+        node["refspecific"] = True
+        return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, node["reftype"], name, node, content)
+    return None
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("missing-reference", as_pyro_documents_it, priority=400)  # before intersphinx looks
+    app.connect("missing-reference", found_elsewhere, priority=400)  # before intersphinx looks
