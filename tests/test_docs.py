@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pyro_shortrun
@@ -45,3 +48,28 @@ def test_page_of_benchmarks_is_what_the_script_makes():
     script = DOCS / "benchmarks.py"
     made = subprocess.run([sys.executable, str(script), "--print"], capture_output=True, text=True, check=True).stdout
     assert made == (DOCS / "benchmarks.md").read_text()
+
+
+def test_records_have_rows_as_printed_and_no_paths(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(DOCS.parent / "examples" / "benchmarks")
+    import record
+
+    table = record.Table("t", {"name": "6s", "value": "7.2f", "word": ">5s"}, [["a", np.float64(1.234), None]])
+    assert table.lines() == ["name     value  word", "a         1.23     -"]
+    table.rows.append(["b", math.inf, ""])
+    argv = [
+        "/home/me/tuning.py",
+        "--data",
+        "/data",
+        "--only",
+        "Annealed, AutoNormal",
+        f"--output={tmp_path}",
+        "--seed=1",
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    record.record(tmp_path, [table])
+    found = json.loads((tmp_path / "results.json").read_text())
+    command = "python examples/benchmarks/tuning.py --data DATA --only 'Annealed, AutoNormal' --seed=1"
+    assert found["command"] == command
+    assert found["tables"][0]["rows"] == [["a", 1.234, None], ["b", "inf", ""]]
+    assert {"python", "torch", "pyro", "pyro_shortrun"} <= set(found["versions"])
