@@ -1,7 +1,13 @@
 """Configuration of Sphinx."""
 
 import importlib.metadata
+import logging
 import os
+import urllib.request
+from typing import Any
+
+import pyro.infer
+from sphinx.application import Sphinx
 
 project = "pyro_shortrun"
 author = "the pyro_shortrun contributors"
@@ -11,26 +17,64 @@ release = importlib.metadata.version("pyro-shortrun")
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 
+autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
 nb_execution_mode = "off"
+
+# The tables of contents name some pages by a pattern, and a checkout without such pages is no fault. Sphinx gives this
+# warning no type to suppress it by.
+logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda record: "glob pattern" not in str(record.msg))
 
 html_theme = "furo"
 html_title = project
 
-# Links into other projects' documentation need the network: only with DOCS_INTERSPHINX=1.
-if os.environ.get("DOCS_INTERSPHINX") == "1":
-    extensions.append("sphinx.ext.intersphinx")
-    intersphinx_mapping = {
-        "pyro": ("https://docs.pyro.ai/en/stable/", None),
-        "python": ("https://docs.python.org/3/", None),
-        "torch": ("https://docs.pytorch.org/docs/stable/", None),
-    }
+# Links into the documentation of those that answer. Without the network the build is the same but for these.
+SITES = {
+    "arviz": "https://python.arviz.org/en/stable/",
+    "pyro": "https://docs.pyro.ai/en/stable/",
+    "python": "https://docs.python.org/3/",
+    "torch": "https://docs.pytorch.org/docs/stable/",
+}
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}objects.inv", timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+intersphinx_mapping = {}
+if os.environ.get("DOCS_INTERSPHINX") != "0":
+    intersphinx_mapping = {name: (url, None) for name, url in SITES.items() if answers(url)}
+
+
+def found_elsewhere(app: Sphinx, env: Any, node: Any, content: Any) -> Any:
+    """Pyro documents classes under the modules that define them, but AutoGuides where they are exported; short names in
+    our docstrings may be those of another of our modules."""
+    target = node.get("reftarget") or ""
+    module, _, name = target.rpartition(".")
+    if module == "pyro.infer" and hasattr(pyro.infer, name):
+        node["reftarget"] = f"{getattr(pyro.infer, name).__module__}.{name}"
+    elif module == "pyro.infer.autoguide.guides":
+        node["reftarget"] = f"pyro.infer.autoguide.{name}"
+    elif not module and node.get("refdomain") == "py" and node["reftype"] in ("class", "func"):
+        node["refspecific"] = True
+        return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, node["reftype"], name, node, content)
+    return None
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("missing-reference", found_elsewhere, priority=400)  # before intersphinx looks

@@ -40,23 +40,24 @@ EXPECTED = {
     "fabric": ("gradient of 2 ranks", {"fabric.txt"}),
     "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
     "langevin_autoencoder": ("std of codes", {"reconstructions.png", "samples.png", "posterior.png", "training.png"}),
-    "lae": ("-log p(x)", {"lae.txt", "lae.json"}),
+    "lae": ("-log p(x)", {"lae.txt", "lae.json", "results.json"}),
     "coopnets": ("taught by regression", {"coopnets.txt", "samples.png", "chains.png"}),
     "variational_teaching": ("dual", {"teaching.txt", "samples.png", "chains.png"}),
     "sis_rnn": ("log p(x) / step", {"table.txt", "sequences.png"}),
     "vgrnn": ("AUC", {"vgrnn.png"}),
     "link_prediction": ("no claim", {"links.txt", "results.json"}),
-    "anomaly": ("base rate", {"anomaly.txt"}),
-    "chains": ("ESS/s", {"chains.txt"}),
-    "posteriordb": ("R-hat", {"table.txt"}),
+    "anomaly": ("base rate", {"anomaly.txt", "results.json"}),
+    "chains": ("ESS/s", {"chains.txt", "results.json"}),
+    "posteriordb": ("R-hat", {"table.txt", "results.json"}),
     "posteriors": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
     "scaling": ("SIMULATED", {"scaling.txt", "scaling.json"}),
     "soak": ("drift of frozen", {"soak.txt", "soak.json", "soak.png"}),
-    "speed": ("Peak memory", {"speed.txt"}),
-    "tuning": ("s/best", {"tuning.txt"}),
+    "speed": ("Peak memory", {"speed.txt", "results.json"}),
+    "tuning": ("s/best", {"tuning.txt", "results.json"}),
 }
 # Imported by an example.
-MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "speed_models", "speed_jax", "teaching_images"}
+MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "record", "speed_models", "speed_jax"}
+MODULES |= {"teaching_images"}
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in MODULES], ids=lambda p: p.stem)

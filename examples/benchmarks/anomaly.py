@@ -36,6 +36,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from record import Table, record
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -266,17 +267,22 @@ def main(args: argparse.Namespace) -> None:
         HEAD,
     ]
     print("\n".join(lines))
+    forms = {name: f"{width}.{digits}f" for name, (width, digits) in COLUMNS.items()}
+    table = Table(f"AUPRC: {lines[0]}; {lines[1]}", {"digit": "6d", "model": "31s", **forms})
     for digit in args.digits:
         anomalous = test_y == digit
         train = train_x[train_y != digit]
         train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: args.images or None]]
         rate = anomalous.float().mean().item()
-        rows = [line(digit, "base rate", {"joint": rate})]
-        rows += [line(digit, kind.name, run(kind, train, test_x, anomalous, args)) for kind in kinds]
-        rows += [line(digit, name, {"joint": values[digit]}) for name, values in PUBLISHED.items() if digit in values]
+        found = {"base rate": {"joint": rate}}
+        found |= {kind.name: run(kind, train, test_x, anomalous, args) for kind in kinds}
+        found |= {name: {"joint": values[digit]} for name, values in PUBLISHED.items() if digit in values}
+        rows = [line(digit, name, values) for name, values in found.items()]
         print("\n".join(rows), flush=True)
         lines += rows
         (folder / "anomaly.txt").write_text("\n".join(lines) + "\n")
+        table.rows += [[digit, name, *(values.get(k, "") for k in COLUMNS)] for name, values in found.items()]
+        record(folder, [table])
 
 
 def parser() -> argparse.ArgumentParser:

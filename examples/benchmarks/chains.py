@@ -26,6 +26,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import MCMC, NUTS, config_enumerate
+from record import Table, Value, record
 from torch import Tensor
 from tqdm import tqdm
 
@@ -178,7 +179,7 @@ def transition_ms(model: Callable, args: tuple, chains: int, compile: bool, budg
     return float(np.median(np.diff(stamps))) / budget.steps * 1000
 
 
-def line(make: Callable[[], Made], budget: Budget) -> str:
+def line(make: Callable[[], Made], budget: Budget) -> list[Value]:
     """One row of the table."""
     pyro.set_rng_seed(0)
     model, args = make()
@@ -193,15 +194,16 @@ def line(make: Callable[[], Made], budget: Budget) -> str:
             mala(model, budget.chains, Dense(), budget),
         )
     ]
-    rates = " ".join(f"{rate:9.1f} {rhat:6.3f}" for rate, rhat in figures)
-    pairs = " ".join(f"{one:5.2f} {many:5.2f} {many / one:5.1f}" for one, many in (costs[:2], costs[2:]))
-    return f"{make.__name__:18s} {pairs} {rates}"
+    pairs = [(one, many, many / one) for one, many in (costs[:2], costs[2:])]
+    return [make.__name__, *(value for values in (*pairs, *figures) for value in values)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [make.__name__ for make in MODELS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some models")
     parser.add_argument("--smoke", action="store_true", help="seconds only")
-    parser.add_argument("--output", type=Path, help="folder for chains.txt")
+    parser.add_argument("--output", type=Path, help="folder for chains.txt and results.json")
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
@@ -210,14 +212,21 @@ def main() -> None:
     columns = ["NUTS", "dense x1", f"diagonal x{budget.chains}", f"dense x{budget.chains}"]
     head = f"{'':18s} {'ms/step, eager':>17s} {'ms/step, compiled':>17s}" + "".join(f" {c:>16s}" for c in columns)
     costs = 2 * f" {'x1':>5s} {f'x{budget.many}':>5s} {'ratio':>5s}"
-    names = f"{'model':18s}" + costs + 4 * f" {'ESS/s':>9s} {'R-hat':>6s}"
-    table = [head, names]
-    for make in tqdm(MODELS[:2] if options.smoke else MODELS, desc="models"):
-        table.append(line(make, budget))
-    print("\n".join(table))
+    heads = f"{'model':18s}" + costs + 4 * f" {'ESS/s':>9s} {'R-hat':>6s}"
+    forms = {"model": "18s"}
+    for mode in ("eager", "compiled"):
+        forms |= {f"ms/step, {mode}: x1": "5.2f", f"x{budget.many}, {mode}": "5.2f", f"ratio, {mode}": "5.1f"}
+    for column in columns:
+        forms |= {f"{column}: ESS/s": "9.1f", f"R-hat, {column}": "6.3f"}
+    table = Table("Transitions of MALA, and effective draws", forms)
+    models = MODELS[:2] if options.smoke else [make for make in MODELS if make.__name__ in options.only]
+    for make in tqdm(models, desc="models"):
+        table.rows.append(line(make, budget))
+    text = "\n".join([head, heads, *map(table.line, table.rows)])
+    print(text)
+    record(options.output, [table])
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "chains.txt").write_text("\n".join(table) + "\n")
+        (options.output / "chains.txt").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from record import Table, record
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm
@@ -372,6 +373,17 @@ def load(path: str | None) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
+# What is judged: its column in the table, and the format there.
+FIGURES = {
+    "bound": ("-ELBO", "9.4f"),
+    "few": ("on few", "9.4f"),
+    "refined": ("chains", "9.4f"),
+    "likelihood": ("-log p(x)", "9.4f"),
+    "error": ("+-", "7.4f"),
+    "ess": ("ess", "7.0f"),
+}
+
+
 def row(name: str, seed: str, r: dict[str, Any]) -> str:
     refined = f"{r['refined']:.4f}" if r["refined"] is not None else "-"
     likelihood = f"{r['likelihood']:.4f} +- {r['error']:.4f}"
@@ -413,6 +425,8 @@ def main(args: argparse.Namespace) -> None:
     ]
     print("\n".join(lines), flush=True)
     records: dict[str, list[dict[str, Any]]] = {}
+    forms = {"method": "15s", "seed": "5d", **dict(FIGURES.values()), "ms/iteration": "14.1f"}
+    table = Table(f"Nats per pixel: {lines[0]}; {lines[1]}", forms)
     for name in args.methods:
         for seed in args.seeds:
             pyro.clear_param_store()
@@ -420,12 +434,14 @@ def main(args: argparse.Namespace) -> None:
             method = METHODS[name](train_x.shape[1], args)
             curve, seconds = train(method, train_x, test_x, args, name)
             notes = method.notes()
-            record = {**judge(method, test_x, args), "seconds": seconds, "curve": curve, "notes": notes}
-            records.setdefault(name, []).append(record)
-            lines.append(row(name, str(seed), record))
+            judged = {**judge(method, test_x, args), "seconds": seconds, "curve": curve, "notes": notes}
+            records.setdefault(name, []).append(judged)
+            lines.append(row(name, str(seed), judged))
+            table.rows.append([name, seed, *(judged[key] for key in FIGURES), 1000 * seconds])
             print(lines[-1], f"  {notes}", flush=True)
             (folder / "lae.txt").write_text("\n".join(lines) + "\n")
             (folder / "lae.json").write_text(json.dumps(records, indent=1))
+            record(folder, [table])
     if len(args.seeds) > 1:
         lines += [summary(name, rows) for name, rows in records.items()]
         print("\n".join(lines[-len(records) :]))

@@ -23,7 +23,7 @@ reports have it, is worth more than any difference in the table.
 All seeds of a row train at once, as a batch dimension, so minutes are for all of them together. A row is compared with
 the first by a paired test (same seeds, so same initial networks, and same negative pairs).
 
-Results are kept in results.json of the output folder as they come; the same command goes on from there.
+Results are kept in cells.json of the output folder as they come; the same command goes on from there.
 
 The data files have `edges` (rows t, i, j; undirected), `num_steps` and `num_nodes`.
 """
@@ -45,6 +45,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.reparam import LocScaleReparam
+from record import Table, record
 from scipy.stats import ttest_rel
 from torch import Tensor
 from tqdm import tqdm
@@ -306,7 +307,8 @@ def main(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if args.data is None and args.sets != ["generated"]:
         raise SystemExit("pass --data DIR with enron10.npz and dblp.npz (or --smoke)")
-    lines, store = [], Store(folder / "results.json")
+    tables: list[Table] = []
+    lines, store = [], Store(folder / "cells.json")
     for name in args.sets:
         adjacency = load(args.data, name)
         head = [
@@ -316,6 +318,7 @@ def main(args: argparse.Namespace) -> None:
         ]
         print("\n".join(head), flush=True)
         lines += head
+        tables.append(Table(head[0], {"model": "20s", **dict.fromkeys(COLUMNS, ">16s"), "minutes": ">14s"}))
         found: dict[str, dict[str, np.ndarray]] = {}
         for kind in (k for k in KINDS if args.models is None or k.name in args.models):
             found[kind.name], spent = find(kind, name, adjacency, store, args)
@@ -323,7 +326,9 @@ def main(args: argparse.Namespace) -> None:
                 continue
             columns = (found[kind.name].get(c) for c in COLUMNS)
             values = [None if v is None else (float(v.mean()), float(v.std(ddof=1))) for v in columns]
-            lines.append(row(kind.name, values, f"{spent[0]:.1f} ({spent[1]:.1f})"))
+            minutes = f"{spent[0]:.1f} ({spent[1]:.1f})"
+            lines.append(row(kind.name, values, minutes))
+            tables[-1].rows.append([kind.name, *(show(v).strip() for v in values), minutes])
             print(lines[-1], flush=True)
         tail = [row(k, v) for k, v in PUBLISHED.get(name, {}).items()]
         first = next(iter(found))
@@ -332,6 +337,7 @@ def main(args: argparse.Namespace) -> None:
         print("\n".join([*tail, ""]), flush=True)
         lines += [*tail, ""]
         (folder / "links.txt").write_text("\n".join(lines) + "\n")
+        record(folder, tables)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -348,7 +354,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--judge-run", type=int, default=100, help="steps from the prior, for the test snapshots")
     out.add_argument("--step-size", type=float, default=0.005, help="eta, in units of the prior's variance")
     out.add_argument("--output", default="links-output")
-    out.add_argument("--show", action="store_true", help="the table of what results.json holds; runs nothing")
+    out.add_argument("--show", action="store_true", help="the table of what cells.json holds; runs nothing")
     out.add_argument("--quick", action="store_true", help="three seeds, a quarter of the epochs")
     out.add_argument("--smoke", action="store_true", help="tiny settings, to see that it runs")
     return out

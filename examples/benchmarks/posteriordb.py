@@ -23,6 +23,7 @@ import numpy as np
 import pyro
 import torch
 from posteriordb_models import POSTERIORS, Posterior
+from record import Table, Value, record
 from tqdm import tqdm
 
 from pyro_shortrun import Dense, Diagonal, ShortRunLangevin, VectorizedMCMC
@@ -65,17 +66,21 @@ def sample(posterior: Posterior, data: dict, budget: Budget, dense: bool) -> tup
     return {k: v.numpy() for k, v in draws.items()}, seconds
 
 
-def line(name: str, draws: Arrays, reference: Arrays | None, seconds: float) -> tuple[str, bool]:
+COLUMNS = {"posterior": "42s", "dim": "3d", "mean": "7.3f", "sd": "7.3f", "R-hat": "7.4f", "ESS": "7.0f"}
+COLUMNS |= {"seconds": "7.1f"}
+
+
+def line(name: str, draws: Arrays, reference: Arrays | None, seconds: float) -> tuple[list[Value], bool]:
     """One row of the table, and whether it is good."""
     dataset = az.convert_to_dataset(draws)
     rhat = max(float(v) for v in az.rhat(dataset).values())
     ess = min(float(v) for v in az.ess(dataset).values())
-    errors, good = "      -       -", False
+    mean, sd, good = None, None, False
     if reference is not None:
         mean = max(abs(draws[k].mean() - r.mean()) / r.std() for k, r in reference.items())
         sd = max(abs(draws[k].std() / r.std() - 1) for k, r in reference.items())
-        errors, good = f"{mean:7.3f} {sd:7.3f}", mean < 0.1 and sd < 0.15 and rhat < 1.01
-    return f"{name:42s} {len(draws):3d} {errors} {rhat:7.4f} {ess:7.0f} {seconds:7.1f}", good
+        good = mean < 0.1 and sd < 0.15 and rhat < 1.01
+    return [name, len(draws), mean, sd, rhat, ess, seconds], good
 
 
 def made_up() -> dict:
@@ -89,31 +94,32 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with load_data.py and posteriordb/")
     parser.add_argument("--only", nargs="*", help="names of posteriors (default: all)")
     parser.add_argument("--dense", action="store_true", help="dense instead of diagonal preconditioner")
-    parser.add_argument("--output", type=Path, help="folder for table.txt")
+    parser.add_argument("--output", type=Path, help="folder for table.txt and results.json")
     parser.add_argument("--smoke", action="store_true", help="seconds only, made-up data")
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    table = [f"{'posterior':42s} dim    mean      sd   R-hat     ESS seconds"]
+    table = Table(f"MALA, {'dense' if options.dense else 'diagonal'} preconditioner", COLUMNS)
+    good: list[bool] = []
     if options.smoke:
         posterior = POSTERIORS["sblri-blr"]
         draws, seconds = sample(posterior, made_up(), Budget(4, 20, 20, 2), options.dense)
-        table.append(line("made-up regression", draws, None, seconds)[0])
+        table.rows.append(line("made-up regression", draws, None, seconds)[0])
     elif options.data is None:
         parser.error("--data is needed: the folder with load_data.py and posteriordb/ (or --smoke)")
     else:
-        loader, good = load(options.data), []
+        loader = load(options.data)
         for name in tqdm(options.only or list(POSTERIORS), desc="posteriors"):
             known = loader.posterior(name)
             draws, seconds = sample(POSTERIORS[name], known["data"], Budget(), options.dense)
             row, is_good = line(name, draws, known["draws"], seconds)
-            table.append(row)
+            table.rows.append(row)
             good.append(is_good)
-        table.append(f"good: {sum(good)} of {len(good)}")
-    print("\n".join(table))
+    text = "\n".join([*table.lines(), *([f"good: {sum(good)} of {len(good)}"] if good else [])])
+    print(text)
+    record(options.output, [table])
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "table.txt").write_text("\n".join(table) + "\n")
+        (options.output / "table.txt").write_text(text + "\n")
 
 
 if __name__ == "__main__":

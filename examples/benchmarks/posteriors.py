@@ -56,6 +56,7 @@ from posteriors_rivals import (
 )
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from record import Table, record
 from tqdm import tqdm
 
 from pyro_shortrun import (
@@ -268,6 +269,12 @@ class Row:
         return f"{self.posterior:40s} {self.method:24s} {' '.join(figures)}".rstrip()
 
 
+# A table's columns in the order of these fields.
+FIELDS = ["posterior", "method", "bound", "error", "mean", "sd", "distance", "khat", "gradients", "seconds", "note"]
+FORMS = {"posterior": "40s", "method": "24s", "bound": "12.2f", "+-": "6.3f", "mean": "6.3f", "sd %": "6.1f"}
+FORMS |= {"SW": "6.3f", "k-hat": "5.2f", "gradients": "9d", "seconds": "7.1f", "note": "s"}
+
+
 def _number(value: float | None, width: int, digits: int) -> str:
     if value is None or not math.isfinite(value):
         return "-".rjust(width)
@@ -452,7 +459,7 @@ def main() -> None:
     settings = f"{budget.gradients} gradients or {budget.seconds:g} s a cell; K = {options.steps}; seed {options.seed}"
     options.output.mkdir(parents=True, exist_ok=True)
     known, methods = problems(options), chosen_methods(options)
-    results = Results(options.output / "results.json", settings)
+    results = Results(options.output / "cells.json", settings)
     print(f"{settings}; {NUM_DRAWS} draws\n{Row.HEAD}")
     for name, (bound, reference) in known.items():
         for method in tqdm(methods, desc=name, leave=False):
@@ -462,6 +469,7 @@ def main() -> None:
     lines = summary(results.rows)
     print("\n".join(["", *lines]))
     (options.output / "table.txt").write_text("\n".join([settings, Row.HEAD, *map(str, results.rows), "", *lines, ""]))
+    record(options.output, [Table(settings, FORMS, [[getattr(r, k) for k in FIELDS] for r in results.rows])])
     references = [reference for _, reference in known.values() if reference is not None]
     draw_distances(results.rows, references, options.output / "distance.png")
 

@@ -45,6 +45,7 @@ from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
+from record import Table, record
 from speed_jax import Jax
 from speed_models import (
     Case,
@@ -198,12 +199,13 @@ def ratio(rounds: Rounds, ours: str, other: str) -> str:
     return f"{np.median(rounds[ours] / rounds[other]):.2f}" if other in rounds and ours in rounds else "-"
 
 
-def render(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with aligned columns."""
+def aligned(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table whose columns are as wide as they need be."""
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-             for line in (head, *rows)]  # fmt: skip
-    return "\n".join([title, *(line.rstrip() for line in lines)])
+    forms = {
+        name: f">{width + 1}s" if i else f"{width}s" for i, (name, width) in enumerate(zip(head, widths, strict=True))
+    }
+    return Table(title, forms, [list(row) for row in rows])
 
 
 # ---------------------------------------------------------------- runs
@@ -282,11 +284,11 @@ def rows_of(known: dict[str, Make], wanted: Iterable[str], device: str, title: s
         yield name, known[name](device)
 
 
-def runs_table(budget: Budget, device: str, jax: Jax | None) -> list[str]:
+def runs_table(budget: Budget, device: str, jax: Jax | None) -> list[Table]:
     cases = rows_of(RUNS, budget.runs, device, "runs")
     rows = [run_row(name, case, budget, device, jax) for name, case in cases]
     head = ["model", "ours ms", *(f"/{other}" for other in OTHERS), *(f"1st s {c}" for c in COMPILED)]
-    return [render(f"Runs of {budget.steps} steps: ours (compiled) over others; seconds of first calls", head, rows)]
+    return [aligned(f"Runs of {budget.steps} steps: ours (compiled) over others; seconds of first calls", head, rows)]
 
 
 # ---------------------------------------------------------------- SVI
@@ -345,16 +347,24 @@ def training_row(name: str, case: Case, budget: Budget, device: str) -> list[str
     return cells
 
 
-def svi_tables(budget: Budget, device: str, jax: Jax | None) -> list[str]:
+def svi_tables(budget: Budget, device: str, jax: Jax | None) -> list[Table]:
     tuned = rows_of(TUNED, budget.tuned, device, "SVI")
     rows = [svi_row(name, case, budget, device, jax) for name, case in tuned]
-    head = ["model", "AutoDAIS ms", "1st s", *(h for c in CONFIGURATIONS for h in (f"{c} ms", "/AutoDAIS", "1st s"))]
-    first = render(f"SVI steps that tune (K = {budget.steps}): ours over AutoDAIS", head, rows)
+    head = [
+        "model",
+        "AutoDAIS ms",
+        "1st s",
+        *(h for c in CONFIGURATIONS for h in (f"{c} ms", f"{c} /AutoDAIS", f"{c} 1st s")),
+    ]
+    first = aligned(f"SVI steps that tune (K = {budget.steps}): ours over AutoDAIS", head, rows)
     trained = rows_of(TRAINED, budget.trained, device, "training")
     rows = [training_row(name, case, budget, device) for name, case in trained]
-    head = ["model", *(h for c in ("path density", "annealed") for h in (f"{c}: every 10th ms", "never ms", "ratio"))]
+    head = [
+        "model",
+        *(h for c in ("path density", "annealed") for h in (f"{c}: every 10th ms", f"{c}: never ms", f"{c}: ratio")),
+    ]
     title = f"Training steps, mean of {budget.consecutive} in a row: tuned in every tenth over never tuned"
-    return [first, render(title, head, rows)]
+    return [first, aligned(title, head, rows)]
 
 
 # ---------------------------------------------------------------- memory
@@ -404,7 +414,7 @@ def memory_cell(steps: int, batch: int, mode: str, threads: int, device: str) ->
         return "-"
 
 
-def memory_tables(budget: Budget, device: str, threads: int) -> list[str]:
+def memory_tables(budget: Budget, device: str, threads: int) -> list[Table]:
     wanted = [(mode, grid) for mode, grid in (("ours", budget.memory), ("PyTorch", budget.memory), ("tuned",
               budget.memory_tuned))]  # fmt: skip
     cells = [(k, batch, mode) for mode, (ks, batches) in wanted for batch in batches for k in ks]
@@ -418,14 +428,16 @@ def memory_tables(budget: Budget, device: str, threads: int) -> list[str]:
     for mode, (ks, batches) in wanted:
         what = {"ours": "a run, ours", "PyTorch": "a run, PyTorch by hand", "tuned": "an SVI step that tunes, d = 5"}
         rows = [[f"batch {batch}", *(found[k, batch, mode] for k in ks)] for batch in batches]
-        tables.append(render(f"Peak memory, MB above resident: mlp, {what[mode]}", ["", *(f"K={k}" for k in ks)], rows))
+        tables.append(
+            aligned(f"Peak memory, MB above resident: mlp, {what[mode]}", ["", *(f"K={k}" for k in ks)], rows)
+        )
     return tables
 
 
 # ---------------------------------------------------------------- growth
 
 
-def growth_table(budget: Budget, device: str) -> list[str]:
+def growth_table(budget: Budget, device: str) -> list[Table]:
     numbers, columns, steps = budget.growth
     n, d, k = numbers[0], columns[0], budget.steps
     series = [
@@ -452,7 +464,7 @@ def growth_table(budget: Budget, device: str) -> list[str]:
                 cells += [milliseconds(rounds, name), ratio(rounds, name, f"{before}{compile}")]
             lines.append(cells)
     title = f"Growth of a run, logistic regression (else N = {n}, d = {d}, K = {k}): ms, and over the line above"
-    return [render(title, ["", "eager ms", "ratio", "compiled ms", "ratio"], lines)]
+    return [aligned(title, ["", "eager ms", "eager ratio", "compiled ms", "compiled ratio"], lines)]
 
 
 # ---------------------------------------------------------------- all of it
@@ -468,11 +480,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch, and cores of JAX (default: 2)")
     parser.add_argument("--jax-python", default=sys.executable, help="a Python that has jax and numpyro")
-    parser.add_argument("--output", type=Path, help="folder for speed.txt")
+    parser.add_argument("--output", type=Path, help="folder for speed.txt and results.json")
     return parser.parse_args()
 
 
-def measure(options: argparse.Namespace, budget: Budget, jax: Jax | None) -> Iterable[str]:
+def measure(options: argparse.Namespace, budget: Budget, jax: Jax | None) -> Iterable[Table]:
     """The tables, one after another."""
     device = options.device
     if "runs" in options.tables:
@@ -503,16 +515,18 @@ def main() -> None:
             versions = f"jax {jax.versions['jax']}, numpyro {jax.versions['numpyro']} ({jax.versions['device']})"
         except (RuntimeError, OSError) as reason:
             versions = f"without JAX ({reason})"
-        tables = [f"torch {torch.__version__}, pyro {pyro.__version__}, {versions}; {options.threads} threads"]
-        print(tables[0])
+        lines = [f"torch {torch.__version__}, pyro {pyro.__version__}, {versions}; {options.threads} threads"]
+        print(lines[0])
+        tables = []
         for table in measure(options, budget, jax):
-            print("\n" + table, flush=True)
+            lines += ["", table.title, *table.lines()]
+            print("\n".join(["", table.title, *table.lines()]), flush=True)
             tables.append(table)
         if jax is not None:
             jax.close()
+    record(options.output, tables, None if jax is None else {k: jax.versions[k] for k in ("jax", "numpyro")})
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "speed.txt").write_text("\n\n".join(tables) + "\n")
+        (options.output / "speed.txt").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

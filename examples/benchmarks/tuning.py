@@ -27,6 +27,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from record import Table, record
 from torch import Tensor
 from tqdm import tqdm
 
@@ -165,37 +166,39 @@ def tune(model: Model, way: Way, step: StepSize, budget: Budget) -> tuple[ShortR
     return guide, weights.mean().item(), (weights.std() / len(weights) ** 0.5).item()
 
 
-def gaussian_rows(budget: Budget, targets: list, names: list[str]) -> list[str]:
-    rows = [f"{'precisions':>12s} {'objective':26s} {'s/best':>7s} {'KL':>8s} {'bound':>9s} {'+-':>7s}"]
+def gaussian_table(budget: Budget, targets: list, names: list[str]) -> Table:
+    forms = {"precisions": ">12s", "objective": "26s", "s/best": "7.3f", "KL": "8.4f", "bound": "9.4f", "+-": "7.4f"}
+    table = Table(f"Gaussian posteriors, K = {STEPS}", forms)
     for precisions in targets:
         model, evidence = gaussian(precisions)
         best = min(np.linspace(0.02, 0.4, 4000).tolist(), key=lambda s: kl(s, precisions))
         label = ", ".join(f"{p:g}" for p in precisions)
-        rows.append(f"{label:>12s} {'(exact)':26s} {1:7.3f} {kl(best, precisions):8.4f}")
+        table.rows.append([label, "(exact)", 1.0, kl(best, precisions), "", ""])
         for name in tqdm(names, desc=label):
             step = StepSize(best**2 / 4, max=2 * best**2)
             guide, bound, error = tune(model, WAYS[name], step, budget)
             s = math.sqrt(2 * guide.step_sizes().item())
             tempers = guide.objective.tempers
             exact = evidence - (0.0 if tempers else kl(s, precisions))
-            value = f"{'-':>8s}" if tempers else f"{kl(s, precisions):8.4f}"
-            rows.append(f"{label:>12s} {name:26s} {s / best:7.3f} {value} {exact - bound:9.4f} {error:7.4f}")
-    return rows
+            value = None if tempers else kl(s, precisions)
+            table.rows.append([label, name, s / best, value, exact - bound, error])
+    return table
 
 
-def logistic_rows(budget: Budget, ways: dict[str, Way]) -> list[str]:
+def logistic_table(budget: Budget, ways: dict[str, Way]) -> Table:
     model, evidence = logistic()
-    rows = [f"logistic regression, log Z = {evidence:.3f}", f"{'objective':50s} {'gap':>7s} {'+-':>7s}"]
+    title = f"logistic regression, log Z = {evidence:.3f}"
+    table = Table(title, {"objective": "50s", "gap": "7.3f", "+-": "7.3f"})
     for name, way in tqdm(ways.items(), desc="logistic"):
         _, bound, error = tune(model, way, StepSize(0.01), budget)
-        rows.append(f"{name:50s} {evidence - bound:7.3f} {error:7.3f}")
-    return rows
+        table.rows.append([name, evidence - bound, error])
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="names of objectives (default: all)")
-    parser.add_argument("--output", type=Path, help="folder for tuning.txt")
+    parser.add_argument("--output", type=Path, help="folder for tuning.txt and results.json")
     parser.add_argument("--smoke", action="store_true", help="seconds only")
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
@@ -203,12 +206,13 @@ def main() -> None:
     budget = Budget(2, 8, 2000) if options.smoke else Budget()
     names = options.only or (["PathDensity", "GaussianReverse"] if options.smoke else list(WAYS))
     ways = {k: w for k, w in {**WAYS, **LEARNED}.items() if k in names or not (options.only or options.smoke)}
-    rows = gaussian_rows(budget, TARGETS[1:2] if options.smoke else TARGETS, [n for n in names if n in WAYS])
-    table = "\n".join([*rows, "", *logistic_rows(budget, ways)])
-    print(table)
+    first = gaussian_table(budget, TARGETS[1:2] if options.smoke else TARGETS, [n for n in names if n in WAYS])
+    second = logistic_table(budget, ways)
+    text = "\n".join([*first.lines(), "", second.title, *second.lines()])
+    print(text)
+    record(options.output, [first, second])
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "tuning.txt").write_text(table + "\n")
+        (options.output / "tuning.txt").write_text(text + "\n")
 
 
 if __name__ == "__main__":
