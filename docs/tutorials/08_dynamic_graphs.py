@@ -419,12 +419,12 @@ plt.show()
 #   communities, whose number it is told, and a memory that forgets at a fair rate. VGRNN has to learn all
 #   of that from nine snapshots.
 # - VGRNN is far better than the last snapshot (12.0 +- 1.4), and better than counting recent links where
-#   links are new (3.0 +- 1.0), since it has learnt that neighbours of neighbours matter; over all links the
-#   two are alike (0.8 +- 1.1).
+#   links are new (3.0 +- 1.0), presumably since it looks beyond direct neighbours; over all links the two
+#   are alike (0.8 +- 1.1).
 # - *SI-VGRNN is not better than VGRNN*: 3.8 +- 1.8 less AUC, and a bound that is 22 +- 13 nats lower, about
-#   two standard errors each. Its family holds the Gaussian one (noise ignored), so that this is a matter of
-#   training with few mixing draws, not of what the guide could express. On two real graphs the two do not
-#   differ much either ([figures](../semi_implicit.md)). A prediction comes from the *prior* of the next
+#   two standard errors each. Its family holds the Gaussian one (noise ignored), so that the cause must be
+#   the training and a bound with few mixing draws, not what the guide could express. On two real graphs it
+#   is not better either ([figures](../semi_implicit.md)). A prediction comes from the *prior* of the next
 #   step; a more flexible posterior of the last ones has little to add. Semi-implicit guides pay where
 #   posteriors bend or split.
 # - The bounds are of the snapshots that were trained on, and were still rising at the end.
