@@ -44,7 +44,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
 from pyro.infer.reparam import LocScaleReparam
 
@@ -321,9 +321,9 @@ for name, sites in found.items():
 # %% [markdown]
 # Most of the gain is the reparametrisation's. The centred run is wrong in every column, whatever its errors
 # say: they are errors of draws and know nothing of bias. On the non-centred model the short run agrees with
-# NUTS in mean and spread of both sites, to within their errors, and so, in the means, does `AutoNormal`. What
-# the run adds is in the tail: small values of `tau` are where a Gaussian in `log tau` is wrong, and the run
-# reaches further down than its start, though not as far as NUTS (whose few draws know that quantile only
+# NUTS in the means of both sites to within their errors, and nearly in the spreads, and so does `AutoNormal`.
+# What the run adds is in the tail: small values of `tau` are where a Gaussian in `log tau` is wrong, and the
+# run reaches further down than its start, though not as far as NUTS (whose few draws know that quantile only
 # roughly).
 
 # %% [markdown]
@@ -362,8 +362,6 @@ attempt(first_step, two_clusters, points)
 # Enumerated, it works: the run's log joint sums `k` out exactly, and so does `TraceEnum_ELBO`.
 
 # %%
-from pyro.infer import TraceEnum_ELBO, config_enumerate  # noqa: E402
-
 enumerated = config_enumerate(two_clusters)
 pyro.clear_param_store()
 guide = ShortRunGuide(enumerated, num_steps=20, step_size=0.05)
