@@ -32,10 +32,6 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 
-# The tables of contents name some pages by a pattern, and a checkout without such pages is no fault. Sphinx gives this
-# warning no type to suppress it by.
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda record: "glob pattern" not in str(record.msg))
-
 html_theme = "furo"
 html_title = project
 
