@@ -1,7 +1,6 @@
 """Configuration of Sphinx."""
 
 import importlib.metadata
-import logging
 import os
 import urllib.request
 from typing import Any

@@ -127,23 +127,28 @@ class Prior(Start):
         known = call.density.start_terms(call.spare[-1]) if chains == 1 and call.spare else None
         u = call.prior(chains)
         value, prior = known or call.density.with_start(u)
+        first = bad = ~(value.isfinite() & prior.isfinite())
         for _ in range(self.tries):
-            bad = ~(value.isfinite() & prior.isfinite())
             if not bad.any():
                 break
-            if not self._told:
-                self._told = True
-                _LOGGER.warning(
-                    "%d of %d start rows had no finite log density and are drawn again: the bound is too high by "
-                    "-log P(finite). Consider start=Init(init_to_median).",
-                    int(bad.sum()),
-                    bad.numel(),
-                )
             with torch.no_grad():
                 again = torch.stack([call.redraw() if row.any() else one for row, one in zip(bad, u, strict=True)])
             u = torch.where(bad.unsqueeze(-1), again, u)
             value, prior = call.density.with_start(u)
+            bad = ~(value.isfinite() & prior.isfinite())
+        if first.any() and not bad.any():  # else the run is refused
+            self._tell(int(first.sum()), first.numel())
         return Drawn(u, prior, value, PriorBase())
+
+    def _tell(self, bad: int, rows: int) -> None:
+        if not self._told:
+            self._told = True
+            _LOGGER.warning(
+                "%d of %d start rows had no finite log density and were drawn again: the bound is too high by "
+                "-log P(finite). Consider start=Init(init_to_median).",
+                bad,
+                rows,
+            )
 
 
 class Init(Start):

@@ -625,6 +625,21 @@ def test_rows_drawn_again_are_told(caplog):
     assert "drawn again" in caplog.text and "-log P(finite)" in caplog.text
 
 
+def test_data_that_are_not_finite_are_no_start_to_draw_again(caplog):
+    with pytest.raises(ValueError, match="nan"):
+        ShortRunGuide(local, num_steps=1)(torch.tensor([1.0, math.nan]))
+    assert "drawn again" not in caplog.text
+
+
+def test_step_sizes_of_another_guide_are_named():
+    x = torch.ones(3)
+    older = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.1, per="step")).setup(x)
+    pyro.clear_param_store()
+    ShortRunGuide(local, num_steps=3, step_size=StepSize(0.1, per="step")).setup(x)
+    with pytest.raises(ValueError, match=r"2 step sizes and Pyro's parameter store 3.*clear_param_store"):
+        older(x)
+
+
 def test_many_singular_rows_are_told(caplog):
     def model() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
