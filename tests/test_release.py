@@ -1,0 +1,21 @@
+"""What a release says of itself in several places agrees."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyro_shortrun
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_versions_agree():
+    citation = (ROOT / "CITATION.cff").read_text()
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    version = re.search(r"^version: (\S+)$", citation, re.M)[1]
+    date = re.search(r'^date-released: "(\S+)"$', citation, re.M)[1]
+    assert pyro_shortrun.__version__.split(".dev")[0] >= version
+    assert f"## [{version}] - {date}" in changes
+
+
