@@ -57,7 +57,7 @@ def by_auto_normal(x: Tensor, y: Tensor, draws: int, steps: int) -> Tensor:
 
 
 def by_short_runs(x: Tensor, y: Tensor, draws: int, steps: int) -> Tensor:
-    guide = ShortRunGuide(model, start=AutoNormal(model), num_steps=20, objective=Annealed())
+    guide = ShortRunGuide(model, num_steps=20, step_size=0.01, start=AutoNormal(model), objective=Annealed())
     fit(guide, ShortRunELBO(), x, y, steps)
     return guide.sample_posterior(x, y, num_samples=draws)["w"]
 

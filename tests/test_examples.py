@@ -35,6 +35,7 @@ def python(*args: str, cwd: Path | None = None) -> str:
 # What each example prints and writes to its output folder, at the least.
 EXPECTED = {
     "quickstart": ("test MSE", {"reconstructions.png", "samples.png", "training.png", "trajectories.png"}),
+    "first_posterior": ("AutoNormal", {"posterior.png"}),
     "energy_prior": ("MMD^2 before", {"mmd.txt", "prior.png"}),
     "distributed": ("gradient of 2 ranks", {"ranks-2.txt"}),
     "fabric": ("gradient of 2 ranks", {"fabric.txt"}),
