@@ -22,6 +22,8 @@ FULL = {
     "link_prediction": ("--data FOLDER", "semi_implicit.md#dynamic-graphs"),
     "posteriordb": ("--data FOLDER --dense", "chains.md#how-it-compares-with-nuts"),
     "posteriors": ("--data FOLDER --quick --jax-python PYTHON", "objectives.md#sixteen-posteriors"),
+    "scaling": ("--quick", "scaling.md"),
+    "soak": ("", "reliability.md#a-long-run"),
     "speed": ("--quick", "speed.md"),
     "tuning": ("", "objectives.md#where-the-truth-is-known"),
 }

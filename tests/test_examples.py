@@ -51,8 +51,8 @@ EXPECTED = {
     "chains": ("ESS/s", {"chains.txt", "results.json"}),
     "posteriordb": ("R-hat", {"table.txt", "results.json"}),
     "posteriors": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
-    "scaling": ("SIMULATED", {"scaling.txt", "scaling.json"}),
-    "soak": ("drift of frozen", {"soak.txt", "soak.json", "soak.png"}),
+    "scaling": ("SIMULATED", {"scaling.txt", "results.json"}),
+    "soak": ("drift of frozen", {"soak.txt", "results.json", "soak.png"}),
     "speed": ("Peak memory", {"speed.txt", "results.json"}),
     "tuning": ("s/best", {"tuning.txt", "results.json"}),
 }

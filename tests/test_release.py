@@ -17,5 +17,3 @@ def test_versions_agree():
     date = re.search(r'^date-released: "(\S+)"$', citation, re.M)[1]
     assert pyro_shortrun.__version__.split(".dev")[0] >= version
     assert f"## [{version}] - {date}" in changes
-
-

@@ -23,13 +23,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import functools
 import gc
 import json
 import math
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -44,7 +42,8 @@ import pyro.distributions as dist
 import torch
 import torch.distributed as torch_distributed
 from pyro.infer import SVI, Trace_ELBO
-from speed import peak, render
+from record import Table, record
+from speed import aligned, peak
 from torch import Tensor, multiprocessing, nn
 from tqdm import tqdm
 
@@ -175,7 +174,7 @@ def growth(axis: str, sizes: Sequence[int], rounds: int) -> dict[str, Any]:
     return {"axis": axis, "sizes": list(sizes), "costs": costs, "exponents": fits}
 
 
-def growth_table(found: dict[str, Any]) -> str:
+def growth_table(found: dict[str, Any]) -> Table:
     costs, fits = found["costs"], found["exponents"]
     head = [found["axis"], *(f"{way}, {unit}" for way in costs for unit in ("ms", "MB"))]
     rows = [
@@ -184,7 +183,7 @@ def growth_table(found: dict[str, Any]) -> str:
     ]
     rows.append(["exponent", *(f"{value:.2f}" for way in costs for value in fits[way])])
     held = ", ".join(f"{k} = {v}" for k, v in vars(Size()).items() if k != found["axis"])
-    return render(f"Measured: {found['axis']} ({held})", head, rows)
+    return aligned(f"Measured: {found['axis']} ({held})", head, rows)
 
 
 # ---------------------------------------------------------------- ranks
@@ -274,47 +273,39 @@ def plan(ms: dict[int, float], size: float, budget: Budget) -> list[dict[str, An
     return found
 
 
-def rank_tables(reduced: list[dict[str, float]], ms: dict[int, float], lines: list[dict], budget: Budget) -> list[str]:
+def rank_tables(
+    reduced: list[dict[str, float]], ms: dict[int, float], lines: list[dict], budget: Budget
+) -> list[Table]:
     gloo = [[f"{r['ranks']}", f"{r['bytes'] / 1024:.0f}", f"{r['ms']:.3g}", f"{r['ms 8 bytes']:.3g}"] for r in reduced]
     steps = [[str(rows), f"{value:.3g}", f"{1000 * rows / value:.0f}"] for rows, value in ms.items()]
-    names = ("all-reduce ms", "rows/s", "efficiency", "speed-up")
-    formats = ("{:.2f}", "{:.0f}", "{:.2f}", "{:.1f}")
+    return [
+        aligned("Measured: all-reduce under gloo, this machine", ["ranks", "kB", "ms", "ms, 8 bytes"], gloo),
+        aligned("Measured: CPU time of one rank's step", ["rows", "ms", "rows/s"], steps),
+        *(plan_table(network.name, lines, budget) for network in NETWORKS),
+    ]
+
+
+def plan_table(network: str, lines: list[dict], budget: Budget) -> Table:
+    formats = {"all-reduce ms": ".2f", "rows/s": ".0f", "efficiency": ".2f", "speed-up": ".1f"}
     cells = [
-        [
-            f"{line['ranks']}",
-            f"{line['MB sent']:.2f}",
-            *(f.format(line[net.name][k]) for net in NETWORKS for k, f in zip(names, formats, strict=True)),
-        ]
+        [f"{line['ranks']}", f"{line['MB sent']:.2f}", *(format(line[network][k], f) for k, f in formats.items())]
         for line in lines
     ]
-    head = ["ranks", "MB sent", *("all-reduce ms", "rows/s", "weak eff.", "strong speed-up") * len(NETWORKS)]
-    title = "SIMULATED from the measured steps, assumed networks: " + " | ".join(n.name for n in NETWORKS)
-    return [
-        render("Measured: all-reduce under gloo, this machine", ["ranks", "kB", "ms", "ms, 8 bytes"], gloo),
-        render("Measured: CPU time of one rank's step", ["rows", "ms", "rows/s"], steps),
-        render(f"{title}; weak: {budget.weak} rows a rank, strong: {budget.strong} in all", head, cells),
-    ]
+    title = f"SIMULATED from the measured steps, assumed network: {network}"
+    title += f"; weak: {budget.weak} rows a rank, strong: {budget.strong} in all"
+    return aligned(title, ["ranks", "MB sent", "all-reduce ms", "rows/s", "weak eff.", "strong speed-up"], cells)
 
 
 # ---------------------------------------------------------------- all
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpus": os.cpu_count(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pyro": pyro.__version__,
-    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
     parser.add_argument("--smoke", action="store_true", help="seconds only")
-    parser.add_argument("--output", type=Path, default=Path("scaling-output"), help="for scaling.txt and scaling.json")
+    parser.add_argument(
+        "--output", type=Path, default=Path("scaling-output"), help="folder for scaling.txt and results.json"
+    )
     options = parser.parse_args()
     budget = SMOKE if options.smoke else QUICK if options.quick else Budget()
     torch.set_num_threads(1)
@@ -323,12 +314,11 @@ def main() -> None:
     found = [growth(axis, getattr(budget, axis), budget.rounds) for axis in ("rows", "latents", "steps", "chains")]
     reduced, ms = measure_ranks(budget), compute(budget)
     lines = plan(ms, reduced[0]["bytes"], budget)
-    text = "\n\n".join([*map(growth_table, found), *rank_tables(reduced, ms, lines, budget)])
+    tables = [*map(growth_table, found), *rank_tables(reduced, ms, lines, budget)]
+    text = "\n\n".join("\n".join([t.title, *t.lines()]) for t in tables)
     print(text)
-    options.output.mkdir(parents=True, exist_ok=True)
+    record(options.output, tables)
     (options.output / "scaling.txt").write_text(text + "\n")
-    record = {"machine": machine(), "growth": found, "all-reduce": reduced, "step ms": ms, "simulated plan": lines}
-    (options.output / "scaling.json").write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

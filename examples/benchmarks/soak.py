@@ -20,14 +20,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -36,6 +34,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from record import Table, record
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -187,35 +186,40 @@ def per(found: list[Interval], count: str, of: str) -> float:
     return 1000 * sum(getattr(i, count) for i in found) / max(sum(getattr(i, of) for i in found), 1)
 
 
-def table(found: list[Interval]) -> str:
+def table(found: list[Interval]) -> Table:
     """A line for each tenth."""
-    head = f"{'minutes':>7s} {'steps':>7s} {'RSS MB':>7s} {'MB/min (s.e.)':>16s} {'objects':>8s} {'planted':>8s} "
-    lines = [head + f"{'others':>7s} {'gap':>7s} {'loss':>7s} {'step':>7s} {'CPU ms':>8s}"]
+    forms = {"minutes": "7.2f", "steps": "7d", "RSS MB": "7.1f", "MB/min": "8.3f", "s.e.": "6.3f", "objects": "8d"}
+    forms |= {"planted": "8.0f", "others": "7.2f", "gap": "7.3f", "loss": "7.2f", "step": "7.4f", "CPU ms": "8.1f"}
+    lines = Table("Each tenth of the run", forms)
     minutes, memory = np.array([i.minutes for i in found]), np.array([np.mean(i.memory) for i in found])
     tenth = len(found) // 10
     for end in range(tenth, len(found) + 1, tenth):
         part, last = found[end - tenth : end], found[end - 1]
-        rate, error = slope(minutes[tenth:end], memory[tenth:end])
         steps = sum(i.steps for i in part)
-        lines.append(
-            f"{last.minutes:7.2f} {sum(i.steps for i in found[:end]):7d} {last.memory[-1]:7.1f} "
-            f"{rate:8.3f} ({error:.3f}) {last.objects:8d} {per(part, 'frozen', 'planted'):8.0f} "
-            f"{per(part, 'others', 'steps'):7.2f} {sum(i.gap for i in part) / steps:7.3f} "
-            f"{sum(i.loss for i in part) / sum(i.rows for i in part):7.2f} {last.step_size:7.4f} "
-            f"{1000 * sum(i.seconds for i in part) / steps:8.1f}"
-        )
-    return "\n".join([*lines, *(slopes(found[first:]) for first in (tenth, len(found) // 2))])
+        row = [last.minutes, sum(i.steps for i in found[:end]), last.memory[-1]]
+        row += [*slope(minutes[tenth:end], memory[tenth:end]), last.objects]
+        row += [per(part, "frozen", "planted"), per(part, "others", "steps"), sum(i.gap for i in part) / steps]
+        row += [sum(i.loss for i in part) / sum(i.rows for i in part), last.step_size]
+        lines.rows.append([*row, 1000 * sum(i.seconds for i in part) / steps])
+    return lines
 
 
-def slopes(found: list[Interval]) -> str:
-    """By steps: of memory, and of the share of planted rows that froze."""
-    steps = np.cumsum([i.steps for i in found]) / 1000
-    memory = slope(steps, np.array([np.mean(i.memory) for i in found]))
-    frozen = slope(steps, np.array([per([i], "frozen", "planted") for i in found]))
-    return (
-        f"last {len(found)} intervals, per 1000 steps: memory {memory[0]:.3f} ({memory[1]:.3f}) MB, "
-        f"drift of frozen {frozen[0]:.1f} ({frozen[1]:.1f}) per 1000 planted rows"
-    )
+def slopes(found: list[Interval]) -> Table:
+    """By thousands of steps, over the last nine tenths and the second half: of memory, and of the share that froze."""
+    forms = {
+        "last intervals": "14d",
+        "memory MB": "9.3f",
+        "s.e.": "6.3f",
+        "drift of frozen": "15.1f",
+        "its s.e.": "8.1f",
+    }
+    lines = Table("Slopes per 1000 steps; frozen of 1000 planted rows", forms)
+    for part in (found[len(found) // 10 :], found[len(found) // 2 :]):
+        steps = np.cumsum([i.steps for i in part]) / 1000
+        memory = slope(steps, np.array([np.mean(i.memory) for i in part]))
+        frozen = slope(steps, np.array([per([i], "frozen", "planted") for i in part]))
+        lines.rows.append([len(part), *memory, *frozen])
+    return lines
 
 
 def draw(found: list[Interval], path: Path) -> None:
@@ -236,7 +240,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="how long (default: 30)")
     parser.add_argument("--compile", action="store_true", help="compile runs, once for each size of a batch")
     parser.add_argument("--smoke", action="store_true", help="seconds only")
-    parser.add_argument("--output", type=Path, default=Path("soak-output"), help="folder for soak.txt, .json and .png")
+    parser.add_argument(
+        "--output", type=Path, default=Path("soak-output"), help="folder for soak.txt, soak.png and results.json"
+    )
     options = parser.parse_args()
     options.hidden, options.steps, options.sizes, options.marks = 64, 6, tuple(range(16, 49)), 100
     if options.compile:
@@ -246,13 +252,11 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "(?s).*met a non-finite")  # they are planted
     found = list(soak(Run(options), options.minutes, options.marks))
-    text = table(found)
+    tables = [table(found), slopes(found)]
+    text = "\n\n".join("\n".join(t.lines()) for t in tables)
     print(text)
-    options.output.mkdir(parents=True, exist_ok=True)
+    record(options.output, tables)
     (options.output / "soak.txt").write_text(text + "\n")
-    record = {"versions": {"torch": torch.__version__, "pyro": pyro.__version__, "python": sys.version.split()[0]}}
-    record["intervals"] = [{**asdict(i), "memory": float(np.mean(i.memory))} for i in found]
-    (options.output / "soak.json").write_text(json.dumps(record))
     draw(found, options.output / "soak.png")
 
 
