@@ -10,7 +10,7 @@ import random
 import signal
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import arviz as az
@@ -183,8 +183,35 @@ def test_a_sampler_resumes(tmp_path):
     save_state(tmp_path / "m.pt", mcmc=part)
     rest = sampler(6)
     load_state(tmp_path / "m.pt", mcmc=rest)
+    save_state(tmp_path / "n.pt", mcmc=rest)  # before it went on
+    load_state(tmp_path / "n.pt", mcmc=rest)
     rest.run()
     assert torch.equal(rest.get_samples()["z"], whole.get_samples()["z"])
+
+
+def normal(size: int = 2, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Callable:
+    return lambda: pyro.sample("z", dist.Normal(torch.zeros(size, dtype=dtype), scale).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "num_steps", "message"),
+    [
+        (normal(), 3, "of 2 adjusted steps .* this one of 3 adjusted steps"),
+        (normal(3), 2, "another shape"),
+        (normal(scale=2.0), 2, "another log density"),
+        (normal(dtype=torch.float32), 2, "are torch.float64, this model's latents torch.float32"),
+    ],
+)
+def test_a_sampler_of_another_kernel_or_model(model, num_steps, message):
+    def sampler(model: Callable, num_steps: int) -> VectorizedMCMC:
+        kernel = ShortRunLangevin(model, num_steps, adjust=True)
+        return VectorizedMCMC(kernel, 2, 2, num_chains=3, disable_progbar=True)
+
+    done, other = sampler(normal(), 2), sampler(model, num_steps)
+    done.run()
+    other.load_state_dict(done.state_dict())
+    with pytest.raises(ValueError, match=message):
+        other.run()
 
 
 # ---------------------------------------------------------------- what does not fit
