@@ -13,12 +13,15 @@ Each line of the table is a tenth of the run: resident memory at its end, and it
 first tenth, by least squares on means of the intervals between marks (standard error in parentheses); live Python
 objects; per 1000 rows that were planted, those that froze; per 1000 steps, non-finite rows besides (guide and prior
 runs); the mean gap of energies, the mean loss per datum, the step size that is tuned, and milliseconds of CPU time of a
-step. Then the slopes over the last nine tenths, and over the second half: of memory by steps, of the share that froze.
+step. Then the slopes over the last nine tenths, and over the second half, by steps: of resident memory, of what is
+held of it (bytes in use in the C library's heap, if that is glibc: resident memory has pages besides that were used
+once), and of the share that froze.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -66,6 +69,23 @@ def resident() -> float:
         return 1.024e-3 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
 
 
+class _Heap(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena b c blocks mapped d e used free f".split()]
+
+
+def held() -> float:
+    """Megabytes that were asked for and not given back; NaN where the C library does not tell."""
+    try:
+        tell = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        return math.nan
+    tell.restype = _Heap
+    heap = tell()
+    return (heap.used + heap.mapped) / 1e6
+
+
 class Energy(nn.Module):
     """Bounded, so that no length of training makes the tilted prior improper."""
 
@@ -109,6 +129,7 @@ class Interval:
     memory: list[float] = field(default_factory=list)
     minutes: float = 0.0
     objects: int = 0
+    held: float = 0.0
     step_size: float = 0.0
 
 
@@ -157,7 +178,8 @@ class Run:
         args = self.x[1:17], self.planted[1:17]
         self.guide.sample_posterior(*args, num_samples=4)
         sample_prior(self.generator.model, *args, num_samples=4, num_steps=5)
-        interval.minutes, interval.objects = minutes, len(gc.get_objects())
+        gc.collect()
+        interval.minutes, interval.objects, interval.held = minutes, len(gc.get_objects()), held()
         interval.step_size = float(self.guide.step_sizes())
 
 
@@ -208,12 +230,14 @@ def table(found: list[Interval]) -> str:
 
 
 def slopes(found: list[Interval]) -> str:
-    """By steps: of memory, and of the share of planted rows that froze."""
+    """By steps: of memory, of what is held, and of the share of planted rows that froze."""
     steps = np.cumsum([i.steps for i in found]) / 1000
     memory = slope(steps, np.array([np.mean(i.memory) for i in found]))
+    kept = slope(steps, np.array([i.held for i in found]))
     frozen = slope(steps, np.array([per([i], "frozen", "planted") for i in found]))
     return (
         f"last {len(found)} intervals, per 1000 steps: memory {memory[0]:.3f} ({memory[1]:.3f}) MB, "
+        f"held {kept[0]:.4f} ({kept[1]:.4f}) MB, "
         f"drift of frozen {frozen[0]:.1f} ({frozen[1]:.1f}) per 1000 planted rows"
     )
 
