@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, Predictive
-from pyro.infer.autoguide import AutoGuide
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
-from .arguments import check_count
+from .arguments import check_count, check_model
 from .density_guide import DensityGuide
 from .interop import plain
 from .start import Call
@@ -162,8 +161,8 @@ def compare_with_nuts(
     """
     for name, value in (("num_samples", num_samples), ("warmup_steps", warmup_steps), ("num_chains", num_chains)):
         check_count(name, value)
-    if isinstance(model, (AutoGuide, DensityGuide)):
-        raise ValueError("compare_with_nuts(model, source, *args): the model comes before the guide.")
+    check_model(model)
+    _check_source(source)
     if reference is None:
         found = _nuts(model, args, kwargs, num_samples, warmup_steps, num_chains)
     else:
@@ -232,16 +231,22 @@ def _all_draws(
         source = {k: torch.as_tensor(v) for k, v in source.items()}
         flat = {k for k, v in source.items() if sites and k in sites and v.dim() == 1 + len(sites[k])}
         return {k: v.unsqueeze(0) if k in flat else v for k, v in source.items()}
-    if isinstance(source, VectorizedMCMC) and source.has_draws or isinstance(source, MCMC) and source._samples:
-        return source.get_samples(group_by_chain=True)
+    _check_source(source)
     if isinstance(source, (MCMC, VectorizedMCMC)):
-        raise ValueError(f"this {type(source).__name__} has no draws yet; call mcmc.run(*args) first.")
+        return source.get_samples(group_by_chain=True)
     if isinstance(source, DensityGuide):
         return source.sample_posterior(*args, num_samples=count, num_chains=chains, **kwargs)
-    if not callable(source):
-        raise ValueError(f"draws come from a guide, a finished MCMC or VectorizedMCMC, or a dict, got {source!r}.")
     drawn = Predictive(source, num_samples=count * chains)(*args, **kwargs)
     return {k: v.unflatten(0, (chains, count)) for k, v in drawn.items()}
+
+
+def _check_source(source: Any) -> None:
+    """Refuse what has no draws, before minutes are spent on a reference."""
+    done = isinstance(source, VectorizedMCMC) and source.has_draws or isinstance(source, MCMC) and source._samples
+    if isinstance(source, (MCMC, VectorizedMCMC)) and not done:
+        raise ValueError(f"this {type(source).__name__} has no draws yet; call mcmc.run(*args) first.")
+    if isinstance(source, type) or not isinstance(source, (Mapping, MCMC, VectorizedMCMC)) and not callable(source):
+        raise ValueError(f"draws come from a guide, a finished MCMC or VectorizedMCMC, or a dict, got {source!r}.")
 
 
 # -------------------------------------------------------------------------------------------- the numbers

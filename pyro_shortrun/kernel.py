@@ -11,7 +11,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from .adaptation import Diagonal, Identity, Preconditioner
-from .arguments import check_count, check_kind
+from .arguments import check_count, check_kind, check_model
 from .compiled import Compiler
 from .dynamics import Dynamics, Langevin
 from .interop import ordinary_autograd, plain
@@ -104,6 +104,8 @@ class ShortRunLangevin(MCMCKernel):
     ) -> None:
         if (model is None) == (potential_fn is None):
             raise ValueError("pass either a model or potential_fn.")
+        if model is not None:
+            check_model(model)
         check_count("num_steps", num_steps)
         if dynamics is not None and step_size is not None:
             raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 # What torch says of two devices (and of tensors without data, as modules built for loading have them), and of dtypes.
 _SAYINGS = {
     "device": re.compile("same device|expected device|meta tensor"),
-    "dtype": re.compile("same dtype|expected scalar type"),
+    "dtype": re.compile("same dtype|expected scalar type|can't be cast to the desired output type"),
 }
 
 
@@ -32,7 +32,8 @@ def one_kind(named: Callable[[], Mapping[str, Tensor]]) -> Iterator[None]:
         kind = next((k for k, saying in _SAYINGS.items() if saying.search(str(reason))), None)
         if kind is None:
             raise
-        real = [(k, t) for k, t in named().items() if kind == "device" or t.is_floating_point()]
+        casts = "can't be cast" in str(reason)  # whole numbers where the density wants others
+        real = [(k, t) for k, t in named().items() if kind == "device" or t.is_floating_point() or casts]
         places = {str(getattr(t, kind)): name for name, t in reversed(real)}
         found = ", ".join(f"{name} is {place}" for place, name in sorted(places.items()))
         cause = str(reason).splitlines()[0].rstrip(".!")

@@ -134,7 +134,7 @@ def plot_images(
     title: str = "",
     **options: Any,
 ) -> Any:
-    """Images in a grid, row by row.
+    """Images in a grid, row by row, with a white line between rows.
 
     :param images: ``(..., pixels)``, or ``(..., *shape)`` where ``shape`` is given.
     :param columns: of the grid; by default all images in one row.
@@ -152,6 +152,8 @@ def plot_images(
     height, width, *channels = found.shape[1:]
     grid = found.reshape(-1, columns, height, width, *channels).swapaxes(1, 2)
     ax.imshow(grid.reshape(-1, columns * width, *channels), **{"cmap": "gray_r", "vmin": 0, "vmax": 1, **options})
+    rows = len(found) // columns
+    ax.hlines(np.arange(1, rows) * height - 0.5, -0.5, columns * width - 0.5, color="white", linewidth=3)
     ax.set_axis_off()
     ax.set_title(title, loc="left", fontsize=8)
     return ax

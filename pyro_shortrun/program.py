@@ -30,6 +30,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to
 
+from .arguments import arguments_of, check_model
 from .kinds import of_arguments, of_trace, one_kind
 from .layout import Plate
 
@@ -256,6 +257,7 @@ class Program:
     """
 
     def __init__(self, model: Callable) -> None:
+        check_model(model)
         self._model, self._hidden = _look_through_blocks(model)
         self._shows = False
 
@@ -384,7 +386,8 @@ class Program:
         enumerate_ = nullcontext() if enum_dim is None else _Enumerate(first_available_dim=enum_dim)
         model = self._model if init is None else _continuous_init(init)(self._model)
         told = one_kind(lambda: {**of_arguments(args, kwargs), **of_trace(tracer.trace)})
-        with told, _own_dims(), shown, tracer, _no_empty_plates(), enumerate_, reader:
+        fits = arguments_of(model, args, kwargs)
+        with told, fits, _own_dims(), shown, tracer, _no_empty_plates(), enumerate_, reader:
             model(*args, **kwargs)
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
 

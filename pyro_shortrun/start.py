@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -316,20 +317,16 @@ class FromGuide(Start):
     def _trace(self, call: Call) -> Any:
         tracer = poutine.trace()
         with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), tracer:
-            with _SameSubsample(call.bind.indices):
+            with _SameSubsample(call.bind.indices), _told_divergence(self._guide):
                 self._guide(*call.bind.args, **call.bind.kwargs)
-        return tracer.get_trace()
+        trace = tracer.get_trace()
+        _check_sites(call, trace)
+        return trace
 
     def _draw_one(self, call: Call) -> tuple[Tensor, Tensor]:
         trace = self._trace(call)
         layout = call.density.layout
         names = [s.name for s in layout.sites]
-        missing = [name for name in names if name not in trace.nodes]
-        if missing:
-            raise ValueError(
-                f"the start guide does not sample {missing}; it must sample every latent site of the model that "
-                "ShortRunGuide infers."
-            )
         trace.compute_log_prob()
         values = [trace.nodes[name]["value"] for name in names]
 
@@ -367,6 +364,38 @@ class FromGuide(Start):
         if inside and layout.is_arrow:
             term = scale * term
         return layout.sum_to_rows(term, plates)
+
+
+@contextmanager
+def _told_divergence(guide: Any) -> Iterator[None]:
+    """Torch says no more than that some parameter of a distribution is not finite."""
+    try:
+        yield
+    except ValueError as reason:
+        named = guide.named_parameters() if isinstance(guide, nn.Module) else ()
+        if bad := [name for name, p in named if not p.isfinite().all()]:
+            raise ValueError(
+                f"training has diverged: the start guide's parameters {bad[:3]} are not finite. Begin anew with a "
+                "smaller step_size (as a number: it is then tried before the first step, and lowered) or learning rate."
+            ) from reason
+        raise
+
+
+def _check_sites(call: Call, trace: Any) -> None:
+    """Refuse a start that is another model's."""
+    latents = {s["name"]: s["value"].shape for s in call.reading.latents}
+    if missing := [name for name in latents if name not in trace.nodes]:
+        raise ValueError(
+            f"the start guide does not sample {missing}; it must sample every latent site of the model that "
+            "ShortRunGuide infers: build it for the same model, start=AutoNormal(model)."
+        )
+    for name, shape in latents.items():
+        found = trace.nodes[name]["value"].shape
+        if len(found) < len(shape) or any(n not in (1, m) for n, m in zip(found[::-1], shape[::-1], strict=False)):
+            raise ValueError(
+                f"the start guide samples '{name}' in shape {tuple(found)}, the model in shape {tuple(shape)}: build "
+                "it for the same model and data, start=AutoNormal(model)."
+            )
 
 
 def _innermost(fn: Any) -> Any:

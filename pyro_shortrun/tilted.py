@@ -78,7 +78,10 @@ def energy_prior(name: str, energy: Callable[..., Tensor], *latents: Tensor) -> 
     :raises ValueError: where ``energy`` cannot be called, or gives another shape than that of the enclosing plates.
     """
     if not callable(energy):
-        raise ValueError(f"energy '{name}' must be a function or an nn.Module, got {energy!r}.")
+        raise ValueError(
+            f"energy '{name}' must be a function or an nn.Module, got a {type(energy).__name__}: the order is "
+            "energy_prior(name, energy, *latents)."
+        )
     if isinstance(energy, nn.Module) and not isinstance(energy, PyroModule):
         pyro.module(name, energy)
     value = energy(*latents)
@@ -87,7 +90,15 @@ def energy_prior(name: str, energy: Callable[..., Tensor], *latents: Tensor) -> 
     unit = dist.Unit(-value)
     with _OneValuePerElement(value.shape):
         infer: Any = {"is_auxiliary": True, _MARK: Energy(energy, latents)}
-        pyro.sample(name, unit, obs=unit.sample(), infer=infer)
+        try:
+            pyro.sample(name, unit, obs=unit.sample(), infer=infer)
+        except ValueError as reason:
+            if "Shape mismatch" not in str(reason):  # the plates' own
+                raise
+            raise ValueError(
+                f"energy '{name}' has shape {tuple(value.shape)}, which does not fit the plates around it ({reason}): "
+                "return one value per element, summed over the latents' own dimensions."
+            ) from reason
 
 
 class _OneValuePerElement(Messenger):

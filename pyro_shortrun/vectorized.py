@@ -193,6 +193,7 @@ class VectorizedMCMC:
         return result
 
     def _enough(self) -> dict[str, Tensor]:
+        self._opened()
         if len(self._states) < 4:
             raise ValueError(
                 f"effective sample size and R-hat need >= 4 draws per chain, there are {len(self._states)}."

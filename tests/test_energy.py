@@ -709,6 +709,7 @@ def test_rows_that_are_not_finite_are_left_out():
     [
         (lambda z: z.unsqueeze(-1), r"energy 'ebm' has shape \(3, 1\).*\(data\).*shape \(3,\).*squeeze\(-1\)"),
         (lambda z: z.sum(), r"shape \(\), but.*one value per element"),
+        (lambda z: torch.ones(2, 7), r"shape \(2, 7\).*does not fit the plates.*one value per element"),
         (lambda z: z.expand(2, 3), r"shape \(2, 3\).*sum over the latents' own dimensions"),
         (lambda z: 3.0, "must give a tensor"),
     ],

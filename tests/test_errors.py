@@ -14,10 +14,30 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_median, init_to_value
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoNormal,
+    init_to_median,
+    init_to_value,
+)
 from torch import Tensor, nn
 
-from pyro_shortrun import Init, Lanczos, Langevin, PathDensity, Persistent, Prior, ShortRunGuide, StepSize
+from pyro_shortrun import (
+    Init,
+    Lanczos,
+    Langevin,
+    PathDensity,
+    Persistent,
+    Prior,
+    ShortRunGuide,
+    ShortRunLangevin,
+    StepSize,
+    VectorizedMCMC,
+    psis,
+)
+from pyro_shortrun.diagnostics import compare_with_nuts
 from pyro_shortrun.evaluation import importance_log_likelihood
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -342,6 +362,38 @@ def test_start_guide_that_misses_a_site():
     refuses(guide, (torch.ones(3), torch.ones(3)), ValueError, r"start guide does not sample \['z'\]", "every latent")
 
 
+@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal, AutoDelta])
+def test_start_guide_of_another_model(kind):
+    def renamed(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("v", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    args = torch.ones(3), torch.ones(3)
+    guide = ShortRunGuide(regression, step_size=0.01, start=kind(renamed))
+    refuses(guide, args, ValueError, r"start guide does not sample \['w'\]", "for the same model")
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal, AutoDelta])
+def test_start_guide_of_another_shape(kind):
+    def model(x: Tensor, size: int = 3) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(w.sum(), 1.0), obs=x)
+
+    guide = ShortRunGuide(model, step_size=0.01, start=kind(lambda x: model(x, 2)))
+    refuses(guide, (torch.tensor(1.0),), ValueError, r"samples 'w' in shape \(2,\), the model in shape \(3,\)")
+
+
+def test_start_guide_whose_training_diverged():
+    args = torch.ones(3), torch.ones(3)
+    start = AutoNormal(regression)
+    guide = ShortRunGuide(regression, step_size=0.01, start=start).setup(*args)
+    with torch.no_grad():
+        start.locs.w_unconstrained.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"training has diverged: .*locs\.w.* not finite.*smaller step_size"):
+        guide(*args)
+
+
 def test_start_guide_that_flattens_a_subsampled_plate():
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x), subsample_size=2) as index:
@@ -583,6 +635,60 @@ def test_every_row_frozen_at_the_start():
 def test_classes_and_strings_where_objects_belong(arguments, match):
     with pytest.raises(ValueError, match=match):
         ShortRunGuide(lambda: None, **arguments)
+
+
+@pytest.mark.parametrize("make", [ShortRunGuide, ShortRunLangevin], ids=["guide", "kernel"])
+def test_model_that_is_called_instead_of_passed(make):
+    with pytest.raises(ValueError, match=r"model must be a function.*got a Tensor.*not model\(\.\.\.\)"):
+        make(torch.ones(3))
+
+
+@pytest.mark.parametrize("judge", [psis, compare_with_nuts])
+def test_model_and_guide_swapped(judge):
+    with pytest.raises(ValueError, match="model is a guide, ShortRunGuide: the model comes first"):
+        judge(ShortRunGuide(regression), regression, torch.ones(3), torch.ones(3))
+
+
+def test_source_without_draws_is_refused_before_the_reference_runs():
+    def untouched(x: Tensor) -> None:
+        raise AssertionError("the model ran")
+
+    with pytest.raises(ValueError, match="draws come from a guide.*AutoNormal"):
+        compare_with_nuts(untouched, AutoNormal, torch.ones(3))
+    with pytest.raises(ValueError, match="call mcmc.run"):
+        compare_with_nuts(untouched, VectorizedMCMC(ShortRunLangevin(untouched), num_samples=4), torch.ones(3))
+
+
+@pytest.mark.parametrize("call", [ShortRunGuide.sample_posterior, ShortRunGuide.trajectory, ShortRunGuide.setup])
+def test_calls_without_the_models_arguments(call):
+    with pytest.raises(TypeError, match=r"missing 1 required .* 'x'.*guide\.sample_posterior\(\*args"):
+        call(ShortRunGuide(regression))
+
+
+def test_type_errors_inside_the_model_stay_as_they_are():
+    def model(x: Tensor) -> None:
+        len(1)  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError) as caught:
+        ShortRunGuide(model)(torch.ones(3))
+    assert "has no len()" in str(caught.value) and "every call" not in str(caught.value)
+
+
+def test_whole_numbers_as_data_of_a_density_of_reals():
+    def model(y: Tensor) -> None:
+        logit = pyro.sample("logit", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=logit), obs=y)
+
+    guide = ShortRunGuide(model, step_size=0.01)
+    refuses(guide, (torch.tensor([0, 1, 1]),), ValueError, "several dtypes", "argument 0 is torch.int64", r"x\.to")
+
+
+def test_statistics_before_the_run():
+    mcmc = VectorizedMCMC(ShortRunLangevin(local), num_samples=4)
+    for ask in (mcmc.summary, mcmc.diagnostics, mcmc.get_samples):
+        with pytest.raises(RuntimeError, match=r"call run\(\*args\) first"):
+            ask()
 
 
 def test_a_step_size_may_be_any_one_number():

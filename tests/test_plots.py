@@ -98,6 +98,8 @@ def test_images_lie_row_by_row():
     images = torch.arange(6 * 4.0).reshape(6, 4)
     grid = torch.as_tensor(plot_images(images, columns=3, title="six").images[0].get_array().data)
     assert grid.shape == (4, 6)
+    (lines,) = plot_images(images, columns=2).collections
+    assert [path[0, 1] for path in lines.get_segments()] == [1.5, 3.5]
     for i in range(6):
         row, column = divmod(i, 3)
         tile = grid[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
