@@ -1,4 +1,4 @@
-"""Diagnostics, under one name: whether draws, weights and chains can be trusted, pictures, and the way to ArviZ's own."""
+"""Diagnostics, under one name: whether draws, weights and chains can be trusted, pictures, and the way to ArviZ."""
 
 from .calibration import SBC, Chains, Trained, sbc
 from .comparison import Comparison, compare_with_nuts
