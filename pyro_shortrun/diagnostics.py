@@ -1,12 +1,14 @@
-"""Diagnostics, under one name: whether draws, weights and chains can be trusted, pictures, and the way to ArviZ."""
+"""Diagnostics under one name: whether draws, weights and chains can be trusted, pictures, the way to ArviZ's own."""
 
 from .calibration import SBC, Chains, Trained, sbc
 from .comparison import Comparison, compare_with_nuts
-from .ecdf import plot_ecdf
+from .ecdf import plot_ecdf, plot_ranks
 from .export import to_arviz
 from .importance import PSIS, psis
 from .nested import nested_rhat
+from .phases import EnergyGap, energy_gap
 from .plots import (
+    StepSizeHistory,
     plot_aggregate_posterior,
     plot_hierarchy,
     plot_images,
@@ -14,7 +16,7 @@ from .plots import (
     plot_step_sizes,
     plot_trajectories,
 )
-from .sufficiency import EnergyGap, RunLength, energy_gap, run_length
+from .sufficiency import RunLength, run_length
 from .sweep import StepSweep, step_sweep
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Comparison",
     "EnergyGap",
     "RunLength",
+    "StepSizeHistory",
     "StepSweep",
     "Trained",
     "compare_with_nuts",
@@ -33,6 +36,7 @@ __all__ = [
     "plot_ecdf",
     "plot_hierarchy",
     "plot_images",
+    "plot_ranks",
     "plot_reconstructions",
     "plot_step_sizes",
     "plot_trajectories",
