@@ -13,6 +13,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -118,9 +119,11 @@ def sbc(
     ``num_draws`` no more than the effective sample size; more draws are thinned to it, evenly.
 
     Arguments that are the very tensors of an ``obs=`` are replaced by the simulated data (for encoders); what is
-    computed from them is not. The model must use what ``pyro.sample`` returns where it goes on with data. Parameters
-    (``pyro.param``, modules) keep their values; each call of ``posterior`` finds Pyro's parameter store as it was, and
-    the store is as before at the end. Coordinates that ``poutine.mask`` takes out are left out.
+    computed from them is not. Where the model uses them for more than ``obs=`` (a prior that is made of the data),
+    simulated data would be of another model, which is refused: it must use what ``pyro.sample`` returns where it goes
+    on with data. Parameters (``pyro.param``, modules) keep their values; each call of ``posterior`` finds Pyro's
+    parameter store as it was, and the store is as before at the end. Coordinates that ``poutine.mask`` takes out are
+    left out.
 
     Elements of a plate are quantities of their own; leave them out with ``sites`` where they are many and alike.
 
@@ -139,11 +142,16 @@ def sbc(
     :param seed: if given, simulation i is seeded with ``seed + i``, and torch's random state is as before at the end.
     :param progress: whether to show a progress bar.
     :raises ValueError: where the model is not one to be simulated from by running it (energies, ``pyro.factor``,
-        ``poutine.scale``, subsampled plates, improper priors), the message naming the site; where ``posterior`` gives
-        other sites or shapes, too few draws, or some that are not finite.
+        ``poutine.scale``, subsampled plates, improper priors), the message naming the site; where ``posterior`` is a
+        guide, or gives other sites or shapes, too few draws, or some that are not finite.
     """
     check_count("num_simulations", num_simulations)
     check_count("num_draws", num_draws)
+    if isinstance(posterior, (AutoGuide, type)) or not callable(posterior):
+        raise ValueError(
+            "posterior is a function of (conditioned, *args) that returns draws, such as lambda m, *a: "
+            f"ShortRunGuide(m).sample_posterior(*a, num_samples=99), or Trained(...) or Chains(...); got {posterior!r}."
+        )
     args, kwargs = plain(args), plain(kwargs)
     forked = nullcontext() if seed is None else torch.random.fork_rng()
     with forked, fixed_parameters(model) as fixed, ordinary_autograd():
@@ -155,6 +163,8 @@ def sbc(
                 torch.manual_seed(seed + i)
             truth, data = simulator.draw()
             inputs, options = simulator.arguments(data)
+            if i == 0:
+                simulator.check_arguments(truth, data)
             with as_it_is(pyro.get_param_store()):
                 draws = posterior(simulator.conditioned(data), *inputs, **options)
             ranks.append(quantities.ranks(truth, data, draws))
@@ -241,11 +251,18 @@ class _Quantities:
 
     def ranks(self, truth: Draws, data: Draws, draws: Draws) -> Tensor:
         """Of every quantity, ``(quantities,)``."""
-        draws = self._checked(truth, draws)
+        if not isinstance(draws, Mapping):
+            raise ValueError(f"posterior must return draws by site, {{site: (draws, *shape)}}, got {type(draws)!r}.")
+        draws = self._checked(truth, {k: torch.as_tensor(v) for k, v in draws.items()})
         both = {k: torch.cat([truth[k].unsqueeze(0), v.to(truth[k])]) for k, v in draws.items()}
         columns = [self._coordinates(k, both[k]) for k in self.sites or both]
         for name, statistic in self.statistics.items():
             values = torch.as_tensor(statistic(both))
+            if values.shape[:1] != (1 + self.num_draws,):
+                raise ValueError(
+                    f"statistic '{name}' has shape {tuple(values.shape)}: it must keep the leading dimension of draws, "
+                    f"({1 + self.num_draws}, ...)."
+                )
             columns.append((_names(name, values), values.reshape(len(values), -1)))
         if set(self.needed) <= set(both):
             columns.append(([LIKELIHOOD], self.simulator.log_likelihood(data, both).unsqueeze(1)))
@@ -278,7 +295,7 @@ class _Quantities:
                 )
             if not value.isfinite().all():
                 raise ValueError(f"posterior's draws of '{name}' are not all finite.")
-            found[name] = value[:: len(value) // self.num_draws][: self.num_draws]
+            found[name] = value[torch.arange(self.num_draws, device=value.device) * len(value) // self.num_draws]
         return found
 
     def _coordinates(self, name: str, values: Tensor) -> tuple[list[str], Tensor]:

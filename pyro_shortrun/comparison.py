@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, Predictive
+from pyro.infer.autoguide import AutoGuide
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
 from .arguments import check_count
 from .density_guide import DensityGuide
+from .interop import plain
+from .start import Call
 from .vectorized import VectorizedMCMC
 
 Draws = dict[str, Tensor]
@@ -131,7 +134,8 @@ def compare_with_nuts(
     coordinate, with the Monte Carlo errors of both.
 
     For models small enough for NUTS: what it says of a guide there is what to expect of the guide on the large one.
-    The reference is judged first: where its split R-hat is above 1.05 there is no conclusion.
+    The reference is judged first: where its split R-hat is above 1.05 there is no conclusion. A mode that all of its
+    chains miss does not show in it.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -151,16 +155,19 @@ def compare_with_nuts(
     :param warmup_steps: steps before them.
     :param num_chains: chains, one after the other in this process.
     :param reference: a finished MCMC or VectorizedMCMC (long chains of ``ShortRunLangevin(model, adjust=True)``, say),
-        or exact draws as a dict, instead of NUTS; the four arguments before it are not used then.
+        or exact draws as a dict (with leading ``chains``, where no ``args`` are given), instead of NUTS; the three
+        arguments before it are not used then.
     :raises ValueError: where an argument is out of range, a sampler has not run, or the source lacks a site of the
         reference or gives it another shape.
     """
     for name, value in (("num_samples", num_samples), ("warmup_steps", warmup_steps), ("num_chains", num_chains)):
         check_count(name, value)
+    if isinstance(model, (AutoGuide, DensityGuide)):
+        raise ValueError("compare_with_nuts(model, source, *args): the model comes before the guide.")
     if reference is None:
         found = _nuts(model, args, kwargs, num_samples, warmup_steps, num_chains)
     else:
-        found = draws_of(reference, args, kwargs, 1, 1)
+        found = draws_of(reference, args, kwargs, 1, 1, _shapes(model, reference, args, kwargs))
     if not found:
         raise ValueError("the reference has no draws of any site.")
     chains, draws = next(iter(found.values())).shape[:2]
@@ -168,6 +175,14 @@ def compare_with_nuts(
         raise ValueError(f"R-hat needs >= 4 draws per chain of the reference, there are {draws}.")
     sites = {k: v.shape[2:] for k, v in found.items()}
     return _compare(draws_of(source, args, kwargs, draws, chains, sites), found)
+
+
+def _shapes(model: Callable, reference: Any, args: tuple, kwargs: dict) -> dict[str, torch.Size] | None:
+    """Of the sites that a dict of exact draws has; None, for all, of a sampler, or where the model has no arguments."""
+    if not isinstance(reference, Mapping) or not (args or kwargs):
+        return None
+    sites = {s.name: s.shape for s in Call.of(model, plain(args), plain(kwargs)).density.layout.sites}
+    return {k: v for k, v in sites.items() if k in reference}
 
 
 def _nuts(model: Callable, args: tuple, kwargs: dict, num_samples: int, warmup_steps: int, num_chains: int) -> Draws:
@@ -214,6 +229,7 @@ def _all_draws(
     source: Any, args: tuple, kwargs: dict, count: int, chains: int, sites: Mapping[str, torch.Size] | None
 ) -> Draws:
     if isinstance(source, Mapping):
+        source = {k: torch.as_tensor(v) for k, v in source.items()}
         flat = {k for k, v in source.items() if sites and k in sites and v.dim() == 1 + len(sites[k])}
         return {k: v.unsqueeze(0) if k in flat else v for k, v in source.items()}
     if isinstance(source, VectorizedMCMC) and source.has_draws or isinstance(source, MCMC) and source._samples:
@@ -235,7 +251,7 @@ def _all_draws(
 def _compare(source: Draws, reference: Draws) -> Comparison:
     a, b = (_coordinates(draws).double() for draws in (source, reference))
     names = tuple(name for site, value in reference.items() for name in _names(site, value.shape[2:]))
-    ess, source_ess, r_hat = _ess(b), _ess(a), split_gelman_rubin(b)
+    ess, source_ess, r_hat = independent_draws(b), independent_draws(a), split_gelman_rubin(b)
     loc, scale = b.mean((0, 1)), b.std((0, 1))
     halves = (((h - loc) / scale).flatten(0, 1) for h in b.tensor_split(2, 1))
     x, y = (((t - loc) / scale).flatten(0, 1) for t in (a, b))
@@ -258,8 +274,9 @@ def _compare(source: Draws, reference: Draws) -> Comparison:
     )
 
 
-def _ess(x: Tensor) -> Tensor:
-    """Pyro's, which may be negative for antithetic chains, within Stan's limit; one for draws that are all the same."""
+def independent_draws(x: Tensor) -> Tensor:
+    """Effective sample size, ``(...)``, of ``(chains, draws, ...)``: Pyro's, which may be negative for antithetic
+    chains, within Stan's limit; one for draws that are all the same."""
     count = x.shape[0] * x.shape[1]
     limit = count * max(1.0, math.log10(count))
     found = effective_sample_size(x)

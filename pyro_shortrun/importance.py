@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoLaplaceApproximation
 from torch import Tensor
 
 from .amortized import LangevinEncoderGuide
 from .arguments import check_count
 from .guide import ShortRunGuide
 from .interop import ordinary_autograd, plain
-from .start import Call, FromGuide
+from .start import Call, FromGuide, Start
 
 _AT_ONCE = 1000  # draws
 _FEWEST = 25  # with fewer, no tail to fit
@@ -31,7 +32,8 @@ class PSIS:
     :math:`\sum_s w_s = 1`.
 
     For the joint of all latents ``k`` and ``ess`` are scalars and ``log_weights`` is ``(draws,)``. Where latents form
-    independent rows (all of them local to a plate), ``rows`` has the same of each: ``(rows,)`` and ``(draws, rows)``.
+    independent rows (all of them local to a plate) in the model and in the guide, ``rows`` has the same of each:
+    ``(rows,)`` and ``(draws, rows)``.
     """
 
     k: Tensor
@@ -95,8 +97,8 @@ def psis(model: Callable, guide: Callable, *args: Any, num_samples: int = 1000, 
     :param num_samples: draws, ``>= 25``.
     :raises ValueError: for subsampled plates, where a weight is not a number, and where model and guide have not the
         same latents.
-    :raises NotImplementedError: for guides without a density: a :class:`Persistent` start, :class:`Linearized`, or a
-        :class:`LangevinEncoderGuide`.
+    :raises NotImplementedError: for guides without a density: a :class:`Persistent` start, :class:`Linearized`, a
+        :class:`LangevinEncoderGuide`, or an ``AutoDelta``.
     """
     check_count("num_samples", num_samples)
     if num_samples < _FEWEST:
@@ -109,10 +111,26 @@ def psis(model: Callable, guide: Callable, *args: Any, num_samples: int = 1000, 
             raise ValueError(f"{thinned or sorted(call.reading.subsampled)}: weigh on the full plate, not subsampled.")
         parts = [min(_AT_ONCE, num_samples - i) for i in range(0, num_samples, _AT_ONCE)]
         weighed = [_weigh(call, guide, args, kwargs, count) for count in parts]
-    log_p, log_q = (torch.cat(p) for p in zip(*weighed, strict=True))
-    rows = _smooth(log_p, log_q) if log_p.shape[1] > 1 else None
+        log_p, log_q = (torch.cat(p) for p in zip(*weighed, strict=True))
+        rows = _smooth(log_p, log_q) if log_p.shape[1] > 1 and _by_rows(call, guide) else None
     joint = _smooth(log_p.sum(1, keepdim=True), log_q.sum(1, keepdim=True))
     return PSIS(joint.k[0], joint.ess[0], joint.log_weights[:, 0], rows)
+
+
+def _by_rows(call: Call, guide: Callable) -> bool:
+    start: Any = guide.start if isinstance(guide, ShortRunGuide) else guide
+    return isinstance(start, Start) or FromGuide(start).splits(call)
+
+
+def _check_guide(guide: Callable, args: tuple, kwargs: dict) -> None:
+    """Refuses point estimates, and sets up guides that create their parameters at their first call."""
+    if isinstance(guide, (AutoDelta, AutoLaplaceApproximation)):
+        raise NotImplementedError(
+            f"an {type(guide).__name__} is a point without a density: pass AutoNormal(model), say, or what "
+            "guide.laplace_approximation(*args) returns."
+        )
+    if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+        guide(*args, **kwargs)
 
 
 def _weigh(call: Call, guide: Callable, args: tuple, kwargs: dict, count: int) -> tuple[Tensor, Tensor]:
@@ -120,6 +138,7 @@ def _weigh(call: Call, guide: Callable, args: tuple, kwargs: dict, count: int) -
     if isinstance(guide, LangevinEncoderGuide):
         raise NotImplementedError("a LangevinEncoderGuide draws by chains whose density is not known: use sbc(...).")
     if not isinstance(guide, ShortRunGuide):
+        _check_guide(guide, args, kwargs)
         drawn = FromGuide(guide).draw(call, count)
         return drawn.log_density, drawn.log_q
     own, runs = guide.weighted_draws(args, kwargs, count)

@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .start import Call
 
@@ -138,3 +139,8 @@ def without_model(module: nn.Module | None) -> nn.Module | None:
     copy.__dict__.update(module.__dict__)
     copy.__dict__["_modules"] = {k: without_model(m) for k, m in module._modules.items()}
     return copy
+
+
+def moved(saved: Any, device: torch.device) -> Any:
+    """Tensors in dicts and lists on another device: a file is read on the CPU."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), saved)

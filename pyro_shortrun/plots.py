@@ -61,10 +61,51 @@ def _displacement(trajectory: Mapping[str, Tensor]) -> Tensor:
     return flat.diff(dim=0).norm(dim=-1).mean(1)
 
 
+class StepSizeHistory(Sequence[Any]):
+    """A guide's step sizes, recorded update by update; what :func:`plot_step_sizes` takes.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro_shortrun import ShortRunGuide
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> guide = ShortRunGuide(model)
+    >>> history = StepSizeHistory(guide)
+    >>> for _ in range(3):
+    ...     _ = guide()  # or svi.step(...)
+    ...     history.record()
+    >>> len(history), history[0].shape
+    (3, torch.Size([]))
+
+    :param guide: any object with ``step_sizes()``, such as :class:`~pyro_shortrun.ShortRunGuide`.
+    :raises ValueError: where it has none.
+    """
+
+    def __init__(self, guide: Any) -> None:
+        if not callable(getattr(guide, "step_sizes", None)):
+            raise ValueError(f"guide must have step_sizes(), as ShortRunGuide has, got {guide!r}.")
+        self._guide = guide
+        self._found: list[Any] = []
+
+    def record(self) -> None:
+        """Add the step sizes as they are now; after each update.
+
+        :raises RuntimeError: before the guide's first call.
+        """
+        now = self._guide.step_sizes()
+        self._found.append({k: v.cpu() for k, v in now.items()} if isinstance(now, Mapping) else now.cpu())
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._found[index]
+
+
 def plot_step_sizes(history: Sequence[Any], ax: Any = None, label: str | None = None) -> Any:
     """Step sizes over training: a line for each of them.
 
-    :param history: ``guide.step_sizes()`` after each update: numbers, tensors, or dicts from site to these.
+    :param history: a :class:`StepSizeHistory`, or a list of ``guide.step_sizes()`` after each update: numbers,
+        tensors, or dicts from site to these.
     :param label: of the lines; sites have their names.
     :return: the axes.
     :raises ValueError: where the history is empty.

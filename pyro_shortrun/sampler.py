@@ -16,6 +16,7 @@ from torch import Tensor
 from .adaptation import Adaptation, Preconditioner
 from .chain import Gradients, Runner, run
 from .dynamics import Dynamics, back_off
+from .interop import moved
 from .objective import Objective, PathDensity
 from .rows import where_rows
 from .start import Drawn
@@ -233,7 +234,7 @@ class Walk(Sampler):
 
     def load_state_dict(self, state: dict) -> None:
         self.made = state["made"]
-        self.adaptation.load_state_dict(state["adaptation"])
+        self.adaptation.load_state_dict(moved(state["adaptation"], self._one.device))
 
 
 def _checked(eta: Any, step: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .interop import ordinary_autograd
+from .interop import moved, ordinary_autograd
 from .sampler import Sampler, State, Stats
 from .target import Target
 
@@ -127,7 +127,8 @@ class Session:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`.
 
-        :raises ValueError: where the sampler is another one, or the density at the saved state is not the saved one.
+        :raises ValueError: where the sampler or the dtype is another one, or the density at the saved state is not the
+            saved one.
         """
         if saved["kind"] != self.sampler.kind:
             raise ValueError(
@@ -135,13 +136,20 @@ class Session:
             )
         if saved["state"]["u"].shape != self.state.u.shape:
             raise ValueError("the saved chains have another shape than this model's; resume with the same model.")
-        state = State(**saved["state"])
+        if saved["state"]["u"].dtype != self.state.u.dtype:
+            raise ValueError(
+                f"the saved chains are {saved['state']['u'].dtype}, this model's latents {self.state.u.dtype}: resume "
+                "with the same dtype."
+            )
+        device = self.state.u.device
+        state = State(**moved(saved["state"], device))
         here = self.sampler.evaluate(state.u).log_density
         if not (self.target.is_subsampled or torch.allclose(here, state.log_density, rtol=1e-3, atol=1e-3)):
             raise ValueError("the saved chains have another log density here: resume with the same model and data.")
         self.done, self.state = saved["done"], state
         self.sampler.load_state_dict(saved["sampler"])
         kept = max(self.done - self.warmup_steps, 0)
-        self._stats = [{k: v[:, i] for k, v in saved["stats"].items()} for i in range(kept)]
+        stats = moved(saved["stats"], device)
+        self._stats = [{k: v[:, i] for k, v in stats.items()} for i in range(kept)]
         if self._stats:
             self._last = self._stats[-1]

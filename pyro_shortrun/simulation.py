@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -53,6 +54,24 @@ class Simulator:
         """The model's arguments, with these data for those tensors that a site observes as they are."""
         new = {id(old): data[k] for k, old in self.observed.items() if data[k].shape == torch.as_tensor(old).shape}
         return _replaced(self.args, new), _replaced(self.kwargs, new)
+
+    @torch.no_grad()
+    def check_arguments(self, truth: Draws, data: Draws) -> None:
+        """Refuse a model that is another one where its arguments are the simulated data.
+
+        :raises ValueError: where the density changes with them.
+        """
+        args, kwargs = self.arguments(data)
+        values = {k: truth[k] for k in (s.name for s in self.call.density.layout.sites)}
+        u = self.call.density.unconstrain(values).unsqueeze(0)
+        program, structure, bind = Program(self.conditioned(data)), self.call.density.structure, self.call.bind
+        binds = bind, replace(bind, args=args, kwargs=kwargs)
+        before, after = (LogDensity(program, structure, b).eager(u).sum() for b in binds)
+        if (before - after).abs() > 1e-3 * (1 + before.abs()) or after.isfinite() != before.isfinite():
+            raise ValueError(
+                "the model uses its data for more than obs=: its density changes where simulated data replace an "
+                "argument. Go on with what pyro.sample returns, and pass what the prior is made of as another argument."
+            )
 
     @torch.no_grad()
     def log_likelihood(self, data: Draws, values: Draws) -> Tensor:

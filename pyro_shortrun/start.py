@@ -345,6 +345,14 @@ class FromGuide(Start):
                 log_q = log_q + self._rows(call, name, site)
         return u, log_q
 
+    def splits(self, call: Call) -> bool:
+        """Whether the guide's density is a product over rows, each of them drawn inside the rows' plates."""
+        if self._gaussian(call) is not None:
+            return True
+        rows = {p.name for p in call.density.layout.row_plates}
+        sites = [s for s in self._trace(call).nodes.values() if s["type"] == "sample" and not site_is_subsample(s)]
+        return all(rows <= {p.name for p in plates_of(s)} for s in sites)
+
     @staticmethod
     def _rows(call: Call, name: str, site: Mapping) -> Tensor:
         layout = call.density.layout

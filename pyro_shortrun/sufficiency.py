@@ -1,9 +1,9 @@
-"""Are runs in a tilted prior long enough, and has its energy converged?"""
+"""Are runs in a tilted prior long enough?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,143 +12,19 @@ from pyro import poutine
 from torch import Tensor
 
 from .arguments import check_count
-from .comparison import draws_of
 from .dynamics import Dynamics
 from .energy import NegativeSampler
 from .evaluation import squared_mmd
-from .interop import ordinary_autograd, plain
-from .program import Reading, masked
+from .interop import ordinary_autograd
+from .phases import ERRORS, bound_prior, mean_energies, moments
 from .start import Call, Start
-from .tilted import TiltedPrior, begin_in, energies, go_on
+from .tilted import begin_in, go_on
 
-_ERRORS = 4.0  # standard errors that a change must have to count
 _BLOCKS = 8
+_TELLING = 0.25  # that a virial must be off; steps of 0.1 in a curvature of 4 give 0.25 by their size alone
+_MOST_MEMORY = 0.5
+_MOST_STOPPED = 0.05
 _POINTS = 2000  # of a maximum mean discrepancy, for its cost is quadratic
-
-
-# -------------------------------------------------------------------------------------------- converged?
-
-
-@dataclass(frozen=True)
-class EnergyGap:
-    """What :func:`energy_gap` found, by ``energy_prior`` site, in nats per element: mean energies of posterior draws
-    (``posterior``) and of runs in the prior (``prior``), and their ``*_error``, standard errors over draws."""
-
-    posterior: dict[str, float]
-    posterior_error: dict[str, float]
-    prior: dict[str, float]
-    prior_error: dict[str, float]
-    nonfinite: int
-
-    @property
-    def gap(self) -> dict[str, float]:
-        """Posterior minus prior: minus :attr:`EnergyInfo.gap`, which is of ``f = -E``."""
-        return {k: v - self.prior[k] for k, v in self.posterior.items()}
-
-    @property
-    def error(self) -> dict[str, float]:
-        """Standard error of the gap, for these data."""
-        return {k: math.hypot(v, self.prior_error[k]) for k, v in self.posterior_error.items()}
-
-    def summary(self) -> str:
-        """One line for each site, in words."""
-        lines = []
-        for site, gap in self.gap.items():
-            error = self.error[site]
-            known = (
-                "is zero within its error" if abs(gap) <= _ERRORS * error else "is not zero: not at maximum likelihood"
-            )
-            lines.append(
-                f"{site}: energy {self.posterior[site]:.4g} +- {self.posterior_error[site]:.2g} at posterior draws, "
-                f"{self.prior[site]:.4g} +- {self.prior_error[site]:.2g} at the ends of runs in the prior; the gap, "
-                f"{gap:.4g} +- {error:.2g}, {known}."
-            )
-        left_out = f"{self.nonfinite} rows of runs in the prior were not finite and stopped early."
-        return "\n".join([*lines, *([left_out] if self.nonfinite else [])])
-
-
-@torch.no_grad()
-def energy_gap(
-    model: Callable,
-    guide: Any,
-    *args: Any,
-    num_samples: int = 64,
-    num_steps: int = 40,
-    step_size: float | None = None,
-    dynamics: Dynamics | None = None,
-    start: Start | Callable | None = None,
-    **kwargs: Any,
-) -> EnergyGap:
-    r"""The two phases of maximum likelihood, compared: for each :func:`~pyro_shortrun.energy_prior` site
-
-    .. math:: E_{p(x)}\, E_{q(z \mid x)}[E(z)] - E_{p_K(z)}[E(z)] ,
-
-    where :math:`p_K` is the law of the ends of K-step runs in the prior. For an energy with a free scale the gradient
-    of the likelihood in that scale is minus this gap, so that it is near zero where training has converged, and large
-    where the energy runs away. Zero does not say that the runs are long enough (see :func:`run_length`).
-
-    The standard errors are over draws, for these data: data that were not trained on add the spread of the data.
-
-    :param model: a Pyro model with ``energy_prior`` statements.
-    :param guide: a guide that samples the energies' latents, a finished sampler, or draws, as for
-        :func:`~pyro_shortrun.comparison.compare_with_nuts`.
-    :param args: the model's arguments, as ``kwargs``.
-    :param num_samples: draws of each phase; at least 4.
-    :param num_steps: steps of a run in the prior: those of :class:`EnergyELBO`, as ``step_size``, ``dynamics`` and
-        ``start``.
-    :raises ValueError: where the model has no ``energy_prior``, or an argument is out of range.
-
-    >>> import pyro, pyro.distributions as dist
-    >>> from pyro_shortrun import energy_prior
-    >>> def model(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...         energy_prior("ebm", lambda z: z.square(), z)
-    ...         pyro.sample("x", dist.Normal(z, 0.1), obs=x)
-    >>> found = energy_gap(model, {"z": torch.zeros(1, 4, 3)}, torch.zeros(3), num_steps=5)
-    >>> found.posterior["ebm"], found.gap["ebm"] < 0
-    (0.0, True)
-    """
-    check_count("num_samples", num_samples)
-    if num_samples < 4:
-        raise ValueError("num_samples must be at least 4, for standard errors.")
-    sampler = NegativeSampler(num_steps, step_size, dynamics, start)
-    with ordinary_autograd(), torch.no_grad(), poutine.block():
-        call = _bound(model, args, kwargs)
-        density = call.density
-        sites = {s.name: s.shape for s in density.layout.sites}
-        found = {k: v.flatten(0, 1) for k, v in draws_of(guide, args, kwargs, num_samples, 1, sites).items()}
-        count = len(next(iter(found.values())))
-        positive = torch.stack([density.unconstrain({k: v[i] for k, v in found.items()}) for i in range(count)])
-        done = sampler.run(call, num_samples)
-        phases = [_energies(call, u) for u in (positive, done.end)]
-    means, errors = ([{k: v[i] for k, v in phase.items()} for phase in map(_moments, phases)] for i in (0, 1))
-    return EnergyGap(means[0], errors[0], means[1], errors[1], done.info.nonfinite)
-
-
-def _bound(model: Callable, args: tuple, kwargs: dict) -> Call:
-    call = TiltedPrior(model).bind(plain(args), plain(kwargs))
-    if call is None:
-        raise ValueError("the model has no energy_prior(...) statement.")
-    return call
-
-
-def _energies(call: Call, u: Tensor) -> dict[str, Tensor]:
-    """Mean energies of the elements of every site, by chain of ``u``."""
-
-    def take(reading: Reading) -> tuple[Tensor, ...]:
-        found = [(-s["fn"].log_factor, s["mask"]) for s in energies(reading).values()]
-        return tuple(masked(e, m).sum() / masked(torch.ones_like(e), m).sum() for e, m in found)
-
-    return dict(zip(energies(call.reading), call.density.with_readings(u, take)[1:], strict=True))
-
-
-def _moments(values: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """Mean and standard error over chains."""
-    return {k: (v.mean().item(), v.std().item() / math.sqrt(len(v))) for k, v in values.items()}
-
-
-# -------------------------------------------------------------------------------------------- long enough?
 
 
 @dataclass(frozen=True)
@@ -157,10 +33,12 @@ class RunLength:
 
     ``energy`` and ``energy_error`` are mean energies by site, per element, and under ``"-log density"`` minus the mean
     of :math:`\log\pi` per row, which has prior and energies; ``mmd`` is the squared maximum mean discrepancy of states
-    to those of the longest runs, from disjoint halves of the runs, and ``nonfinite`` counts rows that stopped by then.
-    ``change`` is the mean difference between ``num_steps[-1]`` and ``trained`` steps, ``trend`` the mean slope per
-    doubling of the number of steps from ``trained`` on, both run by run, so that their standard errors
-    (``change_error``, ``trend_error``) are those of differences of the same runs.
+    to those of the longest runs, from disjoint halves of the runs, and ``nonfinite`` counts rows that stopped by then,
+    ``stopped`` their share at last. ``virial`` is the mean of :math:`-u \cdot \nabla\log\pi(u)` per coordinate, which
+    is 1 in the density, with ``virial_error``; ``memory`` is the largest correlation, over coordinates, of states after
+    ``trained`` steps with those of the longest runs. ``change`` is the mean difference between ``num_steps[-1]`` and
+    ``trained`` steps, ``trend`` the mean slope per doubling of the number of steps from ``trained`` on, both run by
+    run, so that their standard errors (``change_error``, ``trend_error``) are those of differences of the same runs.
     """
 
     num_steps: tuple[int, ...]
@@ -170,36 +48,74 @@ class RunLength:
     mmd: Tensor
     mmd_error: Tensor
     nonfinite: Tensor
+    stopped: float
+    virial: Tensor
+    virial_error: Tensor
+    memory: float
     change: dict[str, float]
     change_error: dict[str, float]
     trend: dict[str, float]
     trend_error: dict[str, float]
 
     @property
+    def _moving(self) -> list[str]:
+        """Energies with a trend or a change, by four standard errors."""
+        pairs = (self.trend, self.trend_error), (self.change, self.change_error)
+        return [k for k in self.trend if any(abs(value[k]) > ERRORS * error[k] for value, error in pairs)]
+
+    @property
     def too_short(self) -> bool:
-        """Whether any energy has a trend beyond ``trained`` steps, by four standard errors."""
-        return any(abs(v) > _ERRORS * self.trend_error[k] for k, v in self.trend.items())
+        """Whether any energy changes beyond ``trained`` steps. ``False`` says little where not :attr:`conclusive`."""
+        return bool(self._moving)
+
+    @property
+    def in_density(self) -> bool:
+        """Whether the virial after ``trained`` steps is 1, within 0.25 or four standard errors."""
+        first = self.num_steps.index(self.trained)
+        off = (self.virial[first] - 1).abs().item()
+        return off <= max(_TELLING, ERRORS * self.virial_error[first].item())
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether energies that stay mean anything: runs have forgotten by the end where they were after ``trained``
+        steps (``memory`` at most 0.5), the virial is right, and at most 5 % of the rows stopped."""
+        return self.in_density and self.stopped <= _MOST_STOPPED and not self.memory > _MOST_MEMORY
 
     def summary(self) -> str:
         """A table, and what it says of runs of ``trained`` steps."""
         names = list(self.energy)
-        lines = [f"{'K':>6}" + "".join(f"{n:>22}" for n in names) + f"{'MMD^2 to longest':>24}{'nonfinite':>11}"]
+        heads = "".join(f"{n:>22}" for n in names) + f"{'virial':>18}{'MMD^2 to longest':>20}"
+        lines = [f"{'K':>6}{heads}{'nonfinite':>11}"]
         for i, steps in enumerate(self.num_steps):
             cells = [f"{self.energy[n][i]:.4f} +- {self.energy_error[n][i]:.4f}" for n in names]
             mmd = f"{self.mmd[i]:.4f} +- {self.mmd_error[i]:.4f}" if steps < self.num_steps[-1] else ""
-            lines.append(f"{steps:>6}" + "".join(f"{c:>22}" for c in cells) + f"{mmd:>24}{self.nonfinite[i]:>11d}")
+            virial = f"{self.virial[i]:.3f} +- {self.virial_error[i]:.3f}"
+            numbers = f"{virial:>18}{mmd:>20}{self.nonfinite[i]:>11d}"
+            lines.append(f"{steps:>6}" + "".join(f"{c:>22}" for c in cells) + numbers)
         return "\n".join([*lines, self._verdict(), *self._stopped()])
 
     def _verdict(self) -> str:
         last, first = self.num_steps[-1], self.trained
-        moving = [k for k, v in self.trend.items() if abs(v) > _ERRORS * self.trend_error[k]]
-        if not moving:
-            none = f"No energy changes from K = {first} to {last} beyond its error"
-            return f"{none}: runs of {first} steps look long enough."
-        told = ", ".join(f"{k} by {self.change[k]:.2g} +- {self.change_error[k]:.1g}" for k in moving)
+        if moving := self._moving:
+            told = ", ".join(f"{k} by {self.change[k]:.2g} +- {self.change_error[k]:.1g}" for k in moving)
+            return (
+                f"Energies still change at K = {first}: {told} from {first} to {last}. The model is that of the "
+                f"{first}-step sampler, not of its energy: sample as in training, or train with longer runs."
+            )
+        told = f": runs of {first} steps look long enough." if self.conclusive else f", but {self._doubt()}"
+        return f"No energy changes from K = {first} to {last} beyond its error{told}"
+
+    def _doubt(self) -> str:
+        if self.stopped > _MOST_STOPPED:
+            return f"{self.stopped:.0%} of the rows stopped: no conclusion. Take smaller steps."
+        if self.memory > _MOST_MEMORY:
+            return (
+                f"runs have not forgotten where they were at K = {self.trained} (correlation {self.memory:.2f}): steps "
+                "are too small, or runs stay in the modes they fell into. No conclusion."
+            )
         return (
-            f"Energies still change at K = {first}: {told} from {first} to {last}. The model is that of the "
-            f"{first}-step sampler, not of its energy: sample as in training, or train with longer runs."
+            f"the virial is {self.virial[self.num_steps.index(self.trained)]:.2f} instead of 1: ends of runs are not "
+            "draws of the density. Steps are too large, or far too small."
         )
 
     def _stopped(self) -> list[str]:
@@ -238,14 +154,20 @@ def run_length(
     start: Start | Callable | None = None,
     **kwargs: Any,
 ) -> RunLength:
-    """Was the run too short? Runs in a model's tilted prior, looked at after several numbers of steps.
+    r"""Was the run too short? Runs in a model's tilted prior, looked at after several numbers of steps.
 
     The same runs go on from one number of steps to the next. If they have reached the density by the number of steps
     that the energy was trained with, nothing changes afterwards. Else the model that was learnt is that of the
     ``trained``-step sampler, and not of its energy: a legitimate model, but one whose samples depend on that number.
 
-    The energies are enough to say that something still changes, and not that nothing does: a run that is stuck in one
-    of two modes has constant energies, and longer runs of the same kind would not tell.
+    That energies stay is not enough: steps can be too small to get anywhere, too large to be right, and runs can stay
+    in the mode that they fell into. Two more numbers tell. Runs that remember at the end where they were after
+    ``trained`` steps have not mixed (``memory``); and since integration by parts gives
+
+    .. math:: E_\pi[-u \cdot \nabla\log\pi(u)] = \dim u ,
+
+    states of which this mean per coordinate (``virial``) is not 1 are not draws of the density. A mode that no run ever
+    enters still goes unseen.
 
     Nijkamp, Hill, Zhu, Wu: Learning Non-Convergent Non-Persistent Short-Run MCMC Toward Energy-Based Model, NeurIPS
     2019; Nijkamp, Hill, Han, Zhu, Wu: On the Anatomy of MCMC-Based Maximum Likelihood Learning of Energy-Based Models,
@@ -274,17 +196,33 @@ def run_length(
     lengths = _lengths(num_steps, trained, num_samples)
     sampler = NegativeSampler(trained, step_size, dynamics, start)
     with ordinary_autograd(), torch.no_grad(), poutine.block():
-        call = _bound(model, args, kwargs)
+        call = bound_prior(model, args, kwargs)
         state, eta = begin_in(call, sampler.start, sampler.dynamics, trained, num_samples)
         eta = torch.cat([eta, eta[-1:].expand(max(lengths[-1] - trained, 0), -1)])
-        frozen, states, found, stopped, done = torch.zeros_like(state[..., 0], dtype=torch.bool), [], [], [], 0
+        frozen, stages, done = torch.zeros_like(state[..., 0], dtype=torch.bool), [], 0
         for steps in lengths:
             part = go_on(call, sampler.dynamics, state, eta[done:steps])
             state, done, frozen = part.end, steps, frozen | part.info.frozen
-            states.append(state)
-            found.append({**_energies(call, state), "-log density": -call.density(state).mean(-1) / _weight(call)})
-            stopped.append(int(frozen.sum()))
-    return _summarised(lengths, trained, found, states, stopped)
+            stages.append(_Stage.of(call, state, frozen))
+    return _summarised(lengths, trained, stages)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Runs at one number of steps: states ``(runs, rows, size)``, energies and virial ``(runs,)``, stopped rows."""
+
+    state: Tensor
+    energy: dict[str, Tensor]
+    virial: Tensor
+    frozen: Tensor
+
+    @classmethod
+    def of(cls, call: Call, state: Tensor, frozen: Tensor) -> _Stage:
+        density, grad = call.density.value_and_grad(state)
+        # Rows of a subsampled plate count for several; what a mask takes out has no gradient and no virial.
+        weight, counted = _weight(call), (grad != 0).any(0).sum().clamp(min=1)
+        energy = {**mean_energies(call, state), "-log density": -density.mean(-1) / weight}
+        return cls(state, energy, -(state * grad).sum((-2, -1)) / (weight * counted), frozen)
 
 
 def _weight(call: Call) -> float:
@@ -308,17 +246,15 @@ def _lengths(num_steps: Sequence[int], trained: int, num_samples: int) -> tuple[
     return lengths
 
 
-def _summarised(
-    lengths: tuple[int, ...], trained: int, found: list[dict[str, Tensor]], states: list[Tensor], stopped: list[int]
-) -> RunLength:
-    by_name = {k: torch.stack([f[k] for f in found]) for k in found[0]}  # (lengths, runs)
-    first = lengths.index(trained)
+def _summarised(lengths: tuple[int, ...], trained: int, stages: list[_Stage]) -> RunLength:
+    by_name = {k: torch.stack([s.energy[k] for s in stages]) for k in stages[0].energy}  # (lengths, runs)
+    first, last = lengths.index(trained), stages[-1]
     time = torch.tensor(lengths[first:], dtype=torch.float64).log2()
-    time = ((time - time.mean()) / (time - time.mean()).square().sum()).to(states[0])
-    change = _moments({k: v[-1] - v[first] for k, v in by_name.items()})
-    trend = _moments({k: time @ v[first:] for k, v in by_name.items()})
-    mmd = torch.tensor([_discrepancy(u, states[-1]) for u in states])
-    root = math.sqrt(states[0].shape[0])
+    time = ((time - time.mean()) / (time - time.mean()).square().sum()).to(last.state)
+    change = moments({k: v[-1] - v[first] for k, v in by_name.items()}, {})
+    trend = moments({k: time @ v[first:] for k, v in by_name.items()}, {})
+    mmd = torch.tensor([_discrepancy(s.state, last.state) for s in stages])
+    virial, root = torch.stack([s.virial for s in stages]), math.sqrt(len(last.state))
     return RunLength(
         lengths,
         trained,
@@ -326,9 +262,20 @@ def _summarised(
         {k: v.std(1) / root for k, v in by_name.items()},
         mmd[:, 0],
         mmd[:, 1],
-        torch.tensor(stopped),
+        torch.stack([s.frozen.sum() for s in stages]),
+        last.frozen.double().mean().item(),
+        virial.mean(1),
+        virial.std(1) / root,
+        _memory(stages[first].state, last.state),
         *({k: v[i] for k, v in pairs.items()} for pairs in (change, trend) for i in (0, 1)),
     )
+
+
+def _memory(before: Tensor, after: Tensor) -> float:
+    """The largest correlation over coordinates, within rows; NaN where nothing varies."""
+    x, y = (u - u.mean(0) for u in (before, after))
+    covariance, scales = (x * y).sum((0, 1)), (x.square().sum((0, 1)) * y.square().sum((0, 1))).sqrt()
+    return (covariance / scales).nan_to_num(-math.inf).max().item()
 
 
 def _discrepancy(u: Tensor, last: Tensor) -> tuple[float, float]:

@@ -202,6 +202,8 @@ class VectorizedMCMC:
     def state_dict(self) -> dict[str, Any]:
         """Everything :meth:`load_state_dict` needs, as tensors, numbers, lists and dicts (loads with
         ``weights_only=True``)."""
+        if self._saved is not None:  # :meth:`run` has not gone on from it yet
+            return dict(self._saved)
         session = self._opened()
         empty = session.state.u.new_zeros(self.num_chains, 0, *session.state.u.shape[1:])
         states = torch.stack(self._states, 1) if self._states else empty
@@ -227,7 +229,7 @@ class VectorizedMCMC:
 
     def _restore(self, session: Session, saved: Mapping[str, Any]) -> None:
         session.load_state_dict(saved["session"])
-        self._states = list(saved["states"].unbind(1))
+        self._states = list(saved["states"].to(session.state.u.device).unbind(1))
         torch.set_rng_state(saved["rng"]["cpu"])
         if "cuda" in saved["rng"]:
             torch.cuda.set_rng_state(saved["rng"]["cuda"], session.state.u.device)

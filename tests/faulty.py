@@ -75,7 +75,7 @@ class Encoded(LangevinEncoderGuide):
     """With features for three-dimensional data."""
 
     def __init__(self, model: Callable) -> None:
-        super().__init__(model, nn.Sequential(nn.Linear(3, 16), nn.Tanh()))
+        super().__init__(model, nn.Sequential(nn.Linear(3, 16), nn.Tanh()), init_scale=0.1)
 
 
 class Run(ABC):

@@ -15,7 +15,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from torch import Tensor, nn
 
 from pyro_shortrun import (
@@ -33,7 +39,7 @@ from pyro_shortrun import (
     to_arviz,
 )
 from pyro_shortrun.calibration import _rank
-from pyro_shortrun.diagnostics import SBC, Chains, Trained, plot_ecdf
+from pyro_shortrun.diagnostics import SBC, Chains, Trained, plot_ecdf, plot_ranks
 from pyro_shortrun.ecdf import UniformBand, holm, symmetry_pvalue
 from pyro_shortrun.importance import _psislw, _smooth, _weigh
 
@@ -500,3 +506,70 @@ def test_nested_rhat_of_chains_and_exports():
 def test_chains_that_make_no_groups_are_refused(shape, groups):
     with pytest.raises(ValueError, match="group"):
         nested_rhat(torch.zeros(shape), groups)
+
+
+def test_rows_need_a_guide_that_draws_them_apart():
+    """A guide that draws all rows from one joint Gaussian has no density of a single row."""
+    x = torch.randn(3)
+    assert psis(local, AutoMultivariateNormal(local), x, num_samples=30).rows is None
+    run = ShortRunGuide(local, start=AutoMultivariateNormal(local), num_steps=2, step_size=StepSize(0.01))
+    assert psis(local, run, x, num_samples=30).rows is None
+    assert psis(local, prior_only(1.0), x, num_samples=30).rows is not None
+
+
+@pytest.mark.parametrize("make", [AutoDelta, AutoLaplaceApproximation])
+def test_points_have_no_weights(make):
+    with pytest.raises(NotImplementedError, match="a point without a density"):
+        psis(model, make(model), torch.randn(3))
+
+
+def test_guides_are_set_up_before_they_are_weighed():
+    assert psis(model, AutoLowRankMultivariateNormal(model), torch.randn(3), num_samples=30).ess > 1
+
+
+def empirical(x: Tensor) -> None:
+    """A prior that is made of the data."""
+    loc = pyro.sample("loc", dist.Normal(x.mean(), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, NOISE), obs=x)
+
+
+def test_models_that_use_their_data_otherwise_are_refused():
+    with pytest.raises(ValueError, match="more than obs="):
+        calibrate(draws(), torch.zeros(4), target=empirical, num_simulations=2)
+
+
+@pytest.mark.parametrize(
+    "posterior, match",
+    [(ShortRunGuide(model), "a function of"), (ShortRunGuide, "a function of"), (lambda *_: model, "by site")],
+)
+def test_what_is_no_posterior_is_refused(posterior, match):
+    with pytest.raises(ValueError, match=match):
+        sbc(model, posterior, torch.zeros(4), num_simulations=1, progress=False)
+
+
+def test_statistics_keep_the_draws():
+    with pytest.raises(ValueError, match="statistic 'm' has shape"):
+        calibrate(draws(), torch.zeros(4), num_simulations=1, statistics={"m": lambda z: z["loc"].mean()})
+
+
+def test_more_draws_are_thinned_evenly():
+    """One draw and a half for each rank: the last third of them counts too."""
+    given = torch.cat([torch.full((100,), -9.0), torch.full((50,), 9.0)])
+    found = sbc(
+        model, lambda *_: {"loc": given.numpy()}, torch.zeros(4), num_simulations=1, num_draws=99, progress=False
+    )
+    assert found.ranks[0, 0] == 66
+
+
+def test_histogram_of_ranks_counts_all():
+    import matplotlib.pyplot as plt
+
+    found = SBC(torch.arange(100).reshape(100, 1), ("z",), 99)
+    (axes,) = plot_ranks(found)
+    assert [s.get_data().values.tolist() for s in axes.patches] == [[10.0] * 10] and axes.get_title() == "z"
+    low, high = axes.collections[0].get_paths()[0].vertices[:, 1].min(), axes.collections[0].get_datalim(axes.transData)
+    assert low == 5 and high.y1 == 16  # 95 % of Binomial(100, 1 / 10)
+    with pytest.raises(ValueError, match="bins=101"):
+        plot_ranks(found, bins=101)
+    plt.close("all")

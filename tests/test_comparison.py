@@ -143,3 +143,14 @@ def test_bad_arguments_are_refused():
 def test_wasserstein_of_samples_of_different_sizes():
     a, b = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [0.0], [1.0], [3.0]])
     assert wasserstein(a, b).item() == wasserstein(b, a).item() == 0.5
+
+
+def test_exact_draws_need_no_chains():
+    x = torch.tensor(X)
+    found = compare_with_nuts(model, {"z": exact(400).numpy()}, x, reference={"z": exact(400)})
+    assert found.names == ("z[0]", "z[1]") and found.conclusive
+
+
+def test_guide_before_model_is_refused():
+    with pytest.raises(ValueError, match="before the guide"):
+        compare_with_nuts(ShortRunGuide(model), model, torch.tensor(X))  # type: ignore[arg-type]

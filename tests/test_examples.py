@@ -21,7 +21,7 @@ LAYERS = (
     "linearized noise chain isolate start replay validation interop weights density_guide guide elbo grid sweep "
     "tilted energy predictive ancestral refiner teaching ais anomaly linear_chain amortized amortized_sampler target "
     "adaptation sampler session kernel vectorized mixing evaluation semi_implicit export streaming ecdf importance "
-    "nested simulation calibration comparison sufficiency plots diagnostics"
+    "nested simulation calibration comparison phases sufficiency plots diagnostics"
 ).split()
 
 
@@ -89,6 +89,14 @@ def test_posterior_file_of_the_quickstart_opens_in_arviz(tmp_path):
     assert set(posterior.data_vars) == {"z2", "z1_decentered"}
 
 
+# No warning passes, but for the one that ArviZ 0.23 gives at its first import of the day.
+PRELUDE = r"""
+import warnings
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing")
+"""
+
+
 def snippets(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
 
@@ -98,7 +106,7 @@ def test_snippets_run_in_order(name):
     code = "\n".join(snippets(name))
     assert code or name != "README.md"
     if code:
-        python("-W", "error", "-c", code)
+        python("-c", PRELUDE + code)
 
 
 def test_readme_names_two_commands():

@@ -53,17 +53,19 @@ class Alarm:
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """As a job that wants to clean up sets it."""
+def signals_raise() -> Iterator[None]:
+    """SIGTERM as a job that wants to clean up sets it; SIGINT as Python does, but not for a job in the background."""
 
     def stop(*_: Any) -> None:
         raise SystemExit(143)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 FAULTS = {
@@ -100,7 +102,7 @@ def test_an_interrupt_in_the_model_leaves_no_trace(kind, fault):
     for runs in (1, 2, 4):
         before = run.state()
         left[0], run.net.trouble = runs, trouble
-        with sigterm_raises(), pytest.raises(error):
+        with signals_raise(), pytest.raises(error):
             run.step(x)
         run.net.trouble = lambda: None
         if kind != "teaching" or runs == 1:  # the first model run of a step is the sampler's, the energy learns next

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_shortrun import Langevin, ShortRunGuide, StepSize, energy_prior, to_arviz
 from pyro_shortrun.plots import (
+    StepSizeHistory,
     plot_aggregate_posterior,
     plot_hierarchy,
     plot_images,
@@ -74,6 +75,23 @@ def test_step_sizes_over_training(per, lines):
     assert ydata(plot_step_sizes([0.3, 0.2, 0.1], label="mine")) == [[0.3, 0.2, 0.1]]
     with pytest.raises(ValueError, match="append"):
         plot_step_sizes([])
+
+
+@pytest.mark.parametrize("per", ["shared", "site"])
+def test_recorded_step_sizes_keep_their_values(per):
+    run = ShortRunGuide(model, num_steps=5, dynamics=Langevin(StepSize(0.05, per=per)))
+    history = StepSizeHistory(run)
+    with pytest.raises(RuntimeError, match="no step sizes yet"):
+        history.record()
+    run.setup(torch.randn(4, PIXELS))
+    for factor in (1.0, 0.5):
+        run.dynamics.step_size.shrink(factor)
+        history.record()
+    assert len(history) == 2
+    for line in ydata(plot_step_sizes(history)):
+        assert line == pytest.approx([0.05, 0.025])
+    with pytest.raises(ValueError, match="step_sizes"):
+        StepSizeHistory(model)
 
 
 def test_images_lie_row_by_row():

@@ -10,7 +10,8 @@ import random
 import signal
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import arviz as az
 import numpy as np
@@ -37,6 +38,7 @@ from pyro_shortrun import (
     streaming,
     to_arviz,
 )
+from pyro_shortrun.saving import replacing
 
 X = torch.tensor([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.8]], dtype=torch.float64)
 
@@ -142,6 +144,14 @@ def test_random_states_of_all_generators(tmp_path):
     assert torch.equal(got[0], wanted[0]) and got[1] == wanted[1] and (got[2] == wanted[2]).all()
 
 
+def test_a_generator_of_ones_own(tmp_path):
+    mine = torch.Generator().manual_seed(4)
+    save_state(tmp_path / "g.pt", mine=mine)
+    wanted = torch.rand(3, generator=mine)
+    load_state(tmp_path / "g.pt", mine=mine)
+    assert torch.equal(torch.rand(3, generator=mine), wanted)
+
+
 def test_parameter_store(tmp_path):
     pyro.clear_param_store()
     pyro.param("scale", torch.tensor(2.0), constraint=dist.constraints.positive)
@@ -173,8 +183,35 @@ def test_a_sampler_resumes(tmp_path):
     save_state(tmp_path / "m.pt", mcmc=part)
     rest = sampler(6)
     load_state(tmp_path / "m.pt", mcmc=rest)
+    save_state(tmp_path / "n.pt", mcmc=rest)  # before it went on
+    load_state(tmp_path / "n.pt", mcmc=rest)
     rest.run()
     assert torch.equal(rest.get_samples()["z"], whole.get_samples()["z"])
+
+
+def normal(size: int = 2, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Callable:
+    return lambda: pyro.sample("z", dist.Normal(torch.zeros(size, dtype=dtype), scale).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "num_steps", "message"),
+    [
+        (normal(), 3, "of 2 adjusted steps .* this one of 3 adjusted steps"),
+        (normal(3), 2, "another shape"),
+        (normal(scale=2.0), 2, "another log density"),
+        (normal(dtype=torch.float32), 2, "are torch.float64, this model's latents torch.float32"),
+    ],
+)
+def test_a_sampler_of_another_kernel_or_model(model, num_steps, message):
+    def sampler(model: Callable, num_steps: int) -> VectorizedMCMC:
+        kernel = ShortRunLangevin(model, num_steps, adjust=True)
+        return VectorizedMCMC(kernel, 2, 2, num_chains=3, disable_progbar=True)
+
+    done, other = sampler(normal(), 2), sampler(model, num_steps)
+    done.run()
+    other.load_state_dict(done.state_dict())
+    with pytest.raises(ValueError, match=message):
+        other.run()
 
 
 # ---------------------------------------------------------------- what does not fit
@@ -190,6 +227,45 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
         load_state(tmp_path / "a.pt", first=other, second=wide)
     assert same(other.state_dict(), before[0]) and same(wide.state_dict(), before[1])
     assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_an_interrupt_changes_nothing(tmp_path, monkeypatch):
+    first, second = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    save_state(tmp_path / "a.pt", first=first, second=second)
+    other = torch.nn.Linear(2, 1)
+    before = copy.deepcopy(other.state_dict())
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(second, "load_state_dict", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_state(tmp_path / "a.pt", first=other, second=second)
+    assert same(other.state_dict(), before)
+
+
+def test_another_dtype_is_named(tmp_path):
+    """torch would round what it reads, and the run would not go on bit for bit."""
+    save_state(tmp_path / "a.pt", net=torch.nn.Linear(2, 1, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"'net' .*'weight' is torch.float32, saved torch.float64"):
+        load_state(tmp_path / "a.pt", net=torch.nn.Linear(2, 1, dtype=torch.float32))
+    pyro.clear_param_store()
+    pyro.param("scale", torch.tensor(2.0, dtype=torch.float64))
+    save_state(tmp_path / "s.pt", store=pyro.get_param_store())
+    pyro.clear_param_store()
+    pyro.param("scale", torch.tensor(2.0, dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"'scale' is torch.float32, saved torch.float64"):
+        load_state(tmp_path / "s.pt", store=pyro.get_param_store())
+
+
+def test_an_optimiser_of_parameters_without_names_is_refused(tmp_path):
+    """All their states would be saved under one name."""
+    run = Run("adam", None)
+    run.steps(1)
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match="module_local_params.*torch.optim"):
+        save_state(tmp_path / "a.pt", optimiser=run.optimiser)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_guide_must_be_set_up(tmp_path):
@@ -220,9 +296,10 @@ def test_newer_and_foreign_files(tmp_path):
     torch.save({**content, "format": 99}, path)
     with pytest.raises(ValueError, match="format 99.*update"):
         load_state(path)
-    torch.save({"weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="no file of save_state"):
-        load_state(path)
+    for foreign in ({"weight": torch.zeros(1)}, {"format": 1}, {"format": "new"}):
+        torch.save(foreign, path)
+        with pytest.raises(ValueError, match="no file of save_state"):
+            load_state(path)
     path.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="damaged"):
         load_state(path)
@@ -238,6 +315,12 @@ def test_only_plain_values(tmp_path):
     save_state(tmp_path / "a.pt", **values)
     found = load_state(tmp_path / "a.pt")
     assert found["history"] == [1.0, 2.0] and found["best"] == (3, None) and found["np"].tolist() == [0, 1, 2]
+
+
+def test_a_row_of_a_table_is_saved_alone(tmp_path):
+    save_state(tmp_path / "a.pt", row=torch.zeros(1000, 1000)[3], twice=torch.ones(1).expand(2))
+    assert (tmp_path / "a.pt").stat().st_size < 50_000
+    assert load_state(tmp_path / "a.pt")["twice"].add_(1).tolist() == [2, 2]
 
 
 # ---------------------------------------------------------------- death at any moment
@@ -266,6 +349,26 @@ def test_twenty_kills_leave_a_whole_file(tmp_path):
         counts.append(load_state(path, net=net)["count"])
         assert counts[-1] == 0 or ((net.weight == counts[-1]).all() and (net.bias == counts[-1]).all())
     assert counts == sorted(counts) and counts[-1] > 0
+    for left in tmp_path.glob(".run.pt.*.part"):
+        os.utime(left, (0, 0))
+    save_state(path, net=net)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_two_processes_that_save_to_one_path(tmp_path):
+    """Neither writes into the other's file: the last to end wins, whole."""
+    path = tmp_path / "run.pt"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text("first, longer")
+        second.write_text("second")
+    assert path.read_text() == "first, longer" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_file_of_a_process_that_is_alive_stays(tmp_path):
+    with replacing(tmp_path / "run.pt") as scratch:
+        scratch.touch()
+        save_state(tmp_path / "run.pt")
+        assert scratch.exists()
 
 
 # ---------------------------------------------------------------- posteriors batch by batch
@@ -275,6 +378,10 @@ def rows(x: torch.Tensor) -> None:
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def parts_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name != "stream.json")
 
 
 def draws_of(paths: list) -> list:
@@ -299,7 +406,7 @@ def test_an_interrupted_stream_ends_with_the_same_draws(tmp_path):
     (tmp_path / "cut" / "part-00001.nc").unlink()
     again = draws_of(stream_posterior(guide, x.split(3), tmp_path / "cut", **options))
     assert all((a == b).all() for a, b in zip(again, whole, strict=True))
-    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [f"part-0000{i}.nc" for i in range(3)]
+    assert parts_in(tmp_path / "cut") == [f"part-0000{i}.nc" for i in range(3)]
 
 
 OPTIONS = {"num_samples": 4, "num_chains": 2, "num_prior": 0}
@@ -315,10 +422,28 @@ def test_any_number_of_ranks_draws_the_same(tmp_path):
         assert [p.name for p in second] == ["part-00001.nc", "part-00003.nc"]
         for rank in range(3):  # the rest, by another number of ranks
             stream_posterior(guide, x, folder, seed=7, rank=rank, ranks=3, **OPTIONS)
-        assert sorted(p.name for p in folder.iterdir()) == [p.name for p in whole]
-        assert all((a == b).all() for a, b in zip(draws_of(sorted(folder.iterdir())), draws_of(whole), strict=True))
+        assert parts_in(folder) == [p.name for p in whole]
+        assert all((a == b).all() for a, b in zip(draws_of(sorted(folder.glob("*.nc"))), draws_of(whole), strict=True))
     with pytest.raises(ValueError, match="rank must be"):
         stream_posterior(guide, x, tmp_path, rank=2, ranks=2)
+
+
+def test_a_folder_is_of_one_job(tmp_path):
+    """Parts that are there are not drawn again, so a job that would draw others is refused."""
+    x = torch.arange(6, dtype=torch.float64)
+    guide = ShortRunGuide(rows, num_steps=2).setup(x[:3])
+    stream_posterior(guide, x.split(3), tmp_path, **OPTIONS)
+    stream_posterior(guide, iter(x.split(3)), tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="another seed"):
+        stream_posterior(guide, x.split(3), tmp_path, seed=1, **OPTIONS)
+    with pytest.raises(ValueError, match="another number of batches"):
+        stream_posterior(guide, x.split(2), tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="another num_chains"):
+        stream_posterior(guide, x.split(3), tmp_path, num_samples=4, num_prior=0)
+    with torch.no_grad():
+        next(guide.parameters()).add_(0.1)
+    with pytest.raises(ValueError, match="another parameter '.*: give this one a folder of its own"):
+        stream_posterior(guide, x.split(3), tmp_path, **OPTIONS)
 
 
 class Disk(Sequence):
@@ -366,3 +491,5 @@ def test_batches_are_tensors_or_tuples(tmp_path):
     guide = ShortRunGuide(rows, num_steps=2)
     with pytest.raises(TypeError, match="batch 0 is a dict"):
         stream_posterior(guide, [{"x": X}], tmp_path)
+    with pytest.raises(ValueError, match=r"give x\.split"):
+        stream_posterior(guide, X, tmp_path)

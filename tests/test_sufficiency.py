@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from pyro_shortrun import ShortRunGuide, StepSize, energy_prior
 from pyro_shortrun.dynamics import Langevin
-from pyro_shortrun.sufficiency import energy_gap, run_length
+from pyro_shortrun.phases import energy_gap
+from pyro_shortrun.sufficiency import run_length
 
 NOISE = 0.5
 
@@ -169,3 +171,50 @@ def test_bad_arguments_are_refused():
         energy_gap(make(1.0), exact_guide(1.0), x, num_samples=3)
     with pytest.raises(ValueError, match="site 'z'"):
         energy_gap(make(1.0), {"y": torch.zeros(10, 3)}, x)
+
+
+def wells(x: Tensor) -> None:
+    """Two modes with a wall of 24 nats between them."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        energy_prior("ebm", lambda z: 1.5 * (z.square() - 4).square(), z)
+        pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+
+@pytest.mark.parametrize(
+    "model, step_size, lengths, doubt",
+    [(make(8.0), 1e-6, (10, 20, 40), "not forgotten"), (wells, 0.004, (100, 200, 400), "not forgotten")]
+    + [(make(8.0), 0.2, (20, 40, 80), "virial is")],
+    ids=["tiny steps", "two modes", "large steps"],
+)
+def test_constant_energies_do_not_fool_it(model, step_size, lengths, doubt):
+    """Energies that stay, since runs hardly move, stay in the mode they fell into, or overshoot for ever."""
+    found = run_length(model, torch.zeros(10), num_steps=lengths, trained=lengths[0], step_size=step_size)
+    assert not found.too_short and not found.conclusive
+    assert doubt in found.summary() and "long enough" not in found.summary()
+
+
+def test_virial_and_memory_follow_the_chain():
+    """``(1 + c) Var_K`` and the correlation ``shrink^(L - K)``, for equal variances."""
+    c, eta = 1.0, 0.05
+    found = run_length(make(c), torch.zeros(40), num_steps=(20, 26), trained=20, num_samples=250, step_size=eta)
+    for steps, value, error in zip(found.num_steps, found.virial, found.virial_error, strict=True):
+        assert abs(value.item() - (1 + c) * variance(c, eta, steps)) < 5 * error.item()
+    assert found.memory == pytest.approx((1 - eta * (1 + c)) ** 6, abs=0.04)  # error 0.01
+
+
+def test_stopped_rows_are_no_conclusion():
+    found = run_length(make(1.0), torch.zeros(4), num_steps=(10, 20), trained=10, step_size=0.1)
+    assert found.stopped == 0 and found.conclusive
+    stopped = replace(found, stopped=0.2)
+    assert not stopped.conclusive and (stopped.too_short or "20% of the rows stopped" in stopped.summary())
+
+
+def test_errors_of_the_gap_count_dependent_draws_once():
+    """Every draw ten times over is worth a tenth of the draws."""
+    z = torch.randn(4, 30, 1)
+    errors = [
+        energy_gap(make(1.0), {"z": draws}, torch.zeros(1), num_steps=2).posterior_error["ebm"]
+        for draws in (z, z.repeat_interleave(10, 1))
+    ]
+    assert errors[1] > 0.8 * errors[0]

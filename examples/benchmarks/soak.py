@@ -13,12 +13,15 @@ Each line of the table is a tenth of the run: resident memory at its end, and it
 first tenth, by least squares on means of the intervals between marks (standard error in parentheses); live Python
 objects; per 1000 rows that were planted, those that froze; per 1000 steps, non-finite rows besides (guide and prior
 runs); the mean gap of energies, the mean loss per datum, the step size that is tuned, and milliseconds of CPU time of a
-step. Then the slopes over the last nine tenths, and over the second half: of memory by steps, of the share that froze.
+step. Then the slopes over the last nine tenths, and over the second half, by steps: of resident memory, of what is
+held of it (bytes in use in the C library's heap, if that is glibc: resident memory has pages besides that were used
+once), and of the share that froze.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import math
 import tempfile
@@ -65,6 +68,23 @@ def resident() -> float:
         return 1.024e-3 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
 
 
+class _Heap(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena b c blocks mapped d e used free f".split()]
+
+
+def held() -> float:
+    """Megabytes that were asked for and not given back; NaN where the C library does not tell."""
+    try:
+        tell = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        return math.nan
+    tell.restype = _Heap
+    heap = tell()
+    return (heap.used + heap.mapped) / 1e6
+
+
 class Energy(nn.Module):
     """Bounded, so that no length of training makes the tilted prior improper."""
 
@@ -108,6 +128,7 @@ class Interval:
     memory: list[float] = field(default_factory=list)
     minutes: float = 0.0
     objects: int = 0
+    held: float = 0.0
     step_size: float = 0.0
 
 
@@ -156,7 +177,8 @@ class Run:
         args = self.x[1:17], self.planted[1:17]
         self.guide.sample_posterior(*args, num_samples=4)
         sample_prior(self.generator.model, *args, num_samples=4, num_steps=5)
-        interval.minutes, interval.objects = minutes, len(gc.get_objects())
+        gc.collect()
+        interval.minutes, interval.objects, interval.held = minutes, len(gc.get_objects()), held()
         interval.step_size = float(self.guide.step_sizes())
 
 
@@ -205,11 +227,13 @@ def table(found: list[Interval]) -> Table:
 
 
 def slopes(found: list[Interval]) -> Table:
-    """By thousands of steps, over the last nine tenths and the second half: of memory, and of the share that froze."""
+    """By thousands of steps, over the last nine tenths and the second half: of memory, of what is held, and of the share that froze."""
     forms = {
         "last intervals": "14d",
         "memory MB": "9.3f",
         "s.e.": "6.3f",
+        "held MB": "7.4f",
+        "se held": "7.4f",
         "drift of frozen": "15.1f",
         "its s.e.": "8.1f",
     }
@@ -217,8 +241,9 @@ def slopes(found: list[Interval]) -> Table:
     for part in (found[len(found) // 10 :], found[len(found) // 2 :]):
         steps = np.cumsum([i.steps for i in part]) / 1000
         memory = slope(steps, np.array([np.mean(i.memory) for i in part]))
+        held = slope(steps, np.array([i.held for i in part]))
         frozen = slope(steps, np.array([per([i], "frozen", "planted") for i in part]))
-        lines.rows.append([len(part), *memory, *frozen])
+        lines.rows.append([len(part), *memory, *held, *frozen])
     return lines
 
 
