@@ -108,7 +108,7 @@ class Preconditioner(ABC):
 
 
 class Identity(Preconditioner):
-    """No preconditioning."""
+    """No preconditioning: ``L = I``."""
 
     def initial(self, like: Tensor) -> Tensor:
         return torch.ones_like(like)
@@ -121,7 +121,10 @@ class Identity(Preconditioner):
 
 
 class Diagonal(Preconditioner):
-    """A scale per coordinate: ``L_i ** 2 = sd(u_i) / sd(grad_i)``."""
+    """A scale per coordinate: ``L_i ** 2 = sd(u_i) / sd(grad_i)``, ``(rows, size)``, the scale itself on a Gaussian.
+
+    Seyboldt, Carlson, Carpenter: Preconditioning Hamiltonian Monte Carlo by minimizing Fisher divergence, 2024.
+    """
 
     def initial(self, like: Tensor) -> Tensor:
         return torch.ones_like(like)
@@ -135,8 +138,11 @@ class Diagonal(Preconditioner):
 
 
 class Dense(Preconditioner):
-    """The whole covariance of a row, ``L L^T = cov(grad)^-1 # cov(u)`` (geometric mean): for correlated posteriors of
-    up to some hundred coordinates."""
+    """The whole covariance of a row, ``L L^T = cov(grad)^-1 # cov(u)`` (geometric mean), ``(rows, size, size)``: for
+    correlated posteriors of up to some hundred coordinates.
+
+    Seyboldt, Carlson, Carpenter: Preconditioning Hamiltonian Monte Carlo by minimizing Fisher divergence, 2024.
+    """
 
     def moments(self, like: Tensor) -> Moments:
         return CrossMoments(like)

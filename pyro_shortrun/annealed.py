@@ -191,6 +191,8 @@ class Annealed(PyroModule, Objective):
     gradient noise, NeurIPS 2021.
 
     :param learnable: whether SVI tunes the temperatures, which begin at ``k / K``.
+    :raises ValueError: for dynamics without noise, and where the guide has ``checkpoint=True``.
+    :raises NotImplementedError: for a start whose density is not known everywhere.
     """
 
     tempers = True

@@ -11,22 +11,18 @@ Which plates make the rows is decided in :mod:`pyro_shortrun.structure`.
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pyro
 import torch
-from opt_einsum import shared_intermediates
 from pyro import poutine
-from pyro.ops import packed
-from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .layout import Arrow, LatentSite, Layout, Plate
-from .log_einsum import VectorizableLogRing
+from .enumerated import common_scale, enumerated_factors, marginal
+from .layout import Arrow, LatentSite, Layout
 from .potential import Density
 from .program import Binding, Program, Reading, Site, is_data, masked, plates_of
 from .structure import Structure
@@ -253,7 +249,7 @@ class LogDensity(Density):
     def _terms_of(self, reading: Reading, prior: bool) -> tuple[Tensor, ...]:
         sites = [s for s in reading.trace.nodes.values() if s["type"] == "sample"]
         sites = [s for s in sites if not site_is_subsample(s)]
-        summed = _enumerated_factors(reading.trace, sites) if self.structure.summed else {}
+        summed = enumerated_factors(reading.trace, sites) if self.structure.summed else {}
         joint = [self.layout.sum_to_rows(s["log_prob"], plates_of(s)) for s in sites if s["name"] not in summed]
         joint.append(self._jacobian(reading, joint=True))
         if summed:
@@ -290,9 +286,9 @@ class LogDensity(Density):
 
     def _contract(self, trace: poutine.Trace, sites: Mapping[str, Site], scaled: bool) -> Tensor:
         """Sum the enumerated sites out of the product of ``sites``, to rows."""
-        term = _marginal(trace, sites, () if self.layout.is_arrow else self.layout.row_plates)
+        term = marginal(trace, sites, () if self.layout.is_arrow else self.layout.row_plates)
         if scaled:
-            term = term * _common_scale(sites)
+            term = term * common_scale(sites)
         return self.layout.sum_to_rows(term, self.layout.row_plates)
 
     def pointwise(self, reading: Reading, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -305,7 +301,7 @@ class LogDensity(Density):
         trace = reading.trace
         trace.compute_log_prob()
         sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s)]
-        summed = _enumerated_factors(trace, sites) if self.structure.summed else {}
+        summed = enumerated_factors(trace, sites) if self.structure.summed else {}
         result = {}
         for name, batch in shapes.items():
             site = trace.nodes[name]
@@ -314,7 +310,7 @@ class LogDensity(Density):
             elif all(set(plates_of(s)) == set(plates_of(site)) for k, s in summed.items()) and not any(
                 is_data(s) for k, s in summed.items() if k != name
             ):
-                term = _marginal(trace, summed, plates_of(site))
+                term = marginal(trace, summed, plates_of(site))
             else:
                 continue
             shape = torch.broadcast_shapes(batch, _trimmed(term.shape, batch))
@@ -328,39 +324,5 @@ def _trimmed(shape: torch.Size, batch: torch.Size) -> torch.Size:
     return shape[extra:] if shape[:extra].numel() == 1 else shape
 
 
-def _marginal(trace: poutine.Trace, sites: Mapping[str, Site], kept: Iterable[Plate]) -> Tensor:
-    """Sum the enumerated sites out of the product of ``sites``; elements of the ``kept`` plates stay apart."""
-    plates = trace.plate_to_symbol
-    factors: OrderedDict = OrderedDict()
-    for site in sites.values():
-        ordinal = frozenset(plates[p.name] for p in plates_of(site))
-        term = packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"])
-        factors.setdefault(ordinal, []).append(term)
-    dims = set(trace.symbol_to_dim) - set(plates.values())
-    target = frozenset(plates[p.name] for p in kept)
-    with shared_intermediates() as cache:
-        term = contract_to_tensor(factors, dims, target_ordinal=target, ring=VectorizableLogRing(cache))
-    return packed.unpack(term, trace.symbol_to_dim)
-
-
 def _require(fn: Callable, inputs: tuple[Tensor, ...], vectorizes: dict[str, bool]) -> None:
     require_vmap(fn, inputs)
-
-
-def _enumerated_factors(trace: poutine.Trace, sites: list[Site]) -> dict[str, Site]:
-    """The sites whose log-probability has an enumerated dimension."""
-    trace.pack_tensors()
-    plates = set(trace.plate_to_symbol.values())
-    enumerated = set(trace.symbol_to_dim) - plates
-    return {s["name"]: s for s in sites if not enumerated.isdisjoint(s["packed"]["unscaled_log_prob"]._pyro_dims)}
-
-
-def _common_scale(sites: Mapping[str, Site]) -> Any:
-    """As in TraceEnum_ELBO: the scale stands outside the sum over the discrete sites, so it must be one."""
-    scales = [s["scale"] for s in sites.values()]
-    if any(not torch.equal(torch.as_tensor(s), torch.as_tensor(scales[0])) for s in scales):
-        raise ValueError(
-            "enumerated sites and what depends on them must share one poutine.scale (or subsampled plate); "
-            f"found {sorted(float(torch.as_tensor(s)) for s in scales)} at {sorted(sites)}."
-        )
-    return scales[0]

@@ -135,6 +135,8 @@ def plot_ecdf(sbc: Any, *, difference: bool = True, prob: float = 0.95, columns:
     diagonal: an arch above zero is draws that are too large, one below draws too small; above and then below zero is
     a posterior that is too narrow, and the other way round one that is too wide.
 
+    Säilynoja, Bürkner, Vehtari: Graphical test for discrete uniformity and its applications, 2022.
+
     :param sbc: what :func:`~pyro_shortrun.sbc` returned.
     :param difference: whether the diagonal is subtracted.
     :param prob: of the bands.

@@ -24,8 +24,8 @@ _FACTORS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
 class Grid(NamedTuple):
     """What :func:`tune_on_grid` found: ``factors`` of the step sizes, the ``bound`` (nats) and the share of ``invalid``
-    rows of each (frozen, or with a step that was not invertible, which :class:`PathDensity` alone finds out), and the
-    ``best`` factor."""
+    rows of each (frozen, or with a step that was not invertible, which :class:`PathDensity` alone finds out), all
+    ``(factors,)``, and the ``best`` factor."""
 
     factors: Tensor
     bound: Tensor

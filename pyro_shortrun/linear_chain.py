@@ -80,7 +80,7 @@ class Everywhere(Basis):
 
 
 class Span(Basis):
-    r"""The directions that the batch's features see, by an orthonormal basis of their span.
+    r"""The directions that the batch's features see: ``B = Q`` of ``G^T = Q R``, an orthonormal basis of their span.
 
     What no feature of the batch sees stays, instead of walking at random, so that ``|Phi|`` does not grow by it (but
     for as many directions as the features' rank lacks). The law of the rows is that of :class:`Everywhere`, step by

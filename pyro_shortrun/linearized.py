@@ -64,12 +64,16 @@ class Linearized(Objective):
     along each run's own path, with ``P_0`` the covariance of the start; in nats, one value per row. Exact in
     expectation for Gaussian posteriors from a Gaussian start, with noise (unlike :class:`PathDensity`) and without, and
     equal to :class:`PathDensity` for ``Langevin(noise=False)``. Where the posterior is not Gaussian, ``E[log w]`` may
-    exceed ``log p(x)``; use it to tune steps on well-behaved posteriors, never to
-    compare models, and no importance weights.
+    exceed ``log p(x)``; use it to tune steps on well-behaved posteriors, never to compare models, and not for
+    importance weights.
 
     The start must be :class:`Prior` (``P_0`` is then what its curvature at ``u_0`` says, exact for normal priors) or
     ``AutoNormal``, ``AutoDiagonalNormal`` or ``AutoMultivariateNormal``. Cost per step: ``size`` Hessian products, and
     their derivatives on the way back; ``size ** 2`` numbers per row and step.
+
+    :raises ValueError: where the guide has ``checkpoint=True``.
+    :raises NotImplementedError: for other starts, latents in ``poutine.mask``, and a subsampled plate that does not
+        hold all latents.
     """
 
     carries = weighs = takes_masks = False

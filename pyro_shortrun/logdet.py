@@ -55,7 +55,7 @@ class LogDet(ABC):
 
 
 class Exact(LogDet):
-    r"""The exact log-determinant from the columns of ``H``.
+    r"""The exact log-determinant ``log |det(I + D H)|`` from the columns of ``H``, one value per row.
 
     Cost: ``size`` Hessian products and an LU factorisation per row and step. An arrowhead row (shared and local
     latents) needs only ``shared + local`` products: with :math:`J = I + DH` in blocks,
@@ -152,6 +152,8 @@ class Lanczos(LogDet):
 
     :param num_probes: number of probe vectors.
     :param num_iterations: Lanczos steps per probe (at most the number of coordinates).
+    :raises ValueError: where one of them is less than 1.
+    :raises NotImplementedError: at a call, for a subsampled plate that does not hold all latents.
     """
 
     def __init__(self, num_probes: int = 4, num_iterations: int = 15) -> None:

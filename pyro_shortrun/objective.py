@@ -29,7 +29,8 @@ class Objective:
 
     .. math:: \log w = \log\pi(u_K) - \log q_0(u_0) + \sum_k \text{increment}_k ,
 
-    so that ``log q(u_K) = log q_0(u_0) - sum of increments`` is what the guide reports to Pyro.
+    so that ``log q(u_K) = log q_0(u_0) - sum of increments`` is what the guide reports to Pyro; in nats, ``(chains,
+    rows)``.
     """
 
     tempers = False  # whether targets move from the start's density to the model's

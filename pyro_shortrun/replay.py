@@ -16,7 +16,8 @@ class Replay(nn.Module, Start):
     """Negative runs that go on where earlier ones ended, from a buffer of states; some begin at the prior.
 
     For priors that are the same for every row (no inputs of the row in it): states are drawn from the buffer whatever
-    row they came from, and the oldest are replaced. For others use :class:`~pyro_shortrun.Persistent`.
+    row they came from, and the oldest are replaced. For others use :class:`~pyro_shortrun.Persistent`. States are
+    unconstrained, ``(size, coordinates of a row)``.
 
     Tieleman: Training restricted Boltzmann machines using approximations to the likelihood gradient, ICML 2008; Du,
     Mordatch: Implicit generation and modeling with energy-based models, NeurIPS 2019.

@@ -118,6 +118,7 @@ class Prior(Start):
     ``-log P(finite)`` per row.
 
     :param tries: how often a row is drawn again before the run is refused.
+    :raises ValueError: at a call, for an improper prior, and where rows are not finite after all tries.
     """
 
     def __init__(self, tries: int = 20) -> None:
@@ -159,6 +160,7 @@ class Init(Start):
 
     :param init_loc_fn: ``pyro.infer.autoguide.init_to_median`` or a sibling.
     :param scale: standard deviation in unconstrained space.
+    :raises ValueError: where ``scale`` is not positive.
     """
 
     def __init__(self, init_loc_fn: Callable, scale: float = 0.1) -> None:

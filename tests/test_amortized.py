@@ -25,7 +25,8 @@ from pyro_shortrun import (
     energy_prior,
     to_arviz,
 )
-from pyro_shortrun.compiled import Compiler, Untouched
+from pyro_shortrun.backend import Untouched
+from pyro_shortrun.compiled import Compiler
 from pyro_shortrun.density import LogDensity
 from pyro_shortrun.evaluation import importance_log_likelihood
 from pyro_shortrun.linear_chain import Basis, Everywhere, LinearChain, LinearTarget

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pyro_shortrun import Annealed, Init, Langevin, ShortRunGuide, ShortRunLangevin, StepSize
 from pyro_shortrun.annealed import LangevinBridge
+from pyro_shortrun.backend import Untouched
 from pyro_shortrun.base import Base, GaussianBase, PriorBase
 from pyro_shortrun.chain import Gradients, Runner, run
-from pyro_shortrun.compiled import Compiler, Untouched, density_of
+from pyro_shortrun.compiled import Compiler, density_of
 from pyro_shortrun.reverse import Mirror
 from pyro_shortrun.start import Call
 

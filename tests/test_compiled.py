@@ -24,8 +24,9 @@ from pyro_shortrun import (
     StepSize,
     VectorizedMCMC,
 )
+from pyro_shortrun.backend import Untouched
 from pyro_shortrun.chain import Gradients, Runner, run
-from pyro_shortrun.compiled import CompiledDensity, Compiler, Untouched, density_of
+from pyro_shortrun.compiled import CompiledDensity, Compiler, density_of
 from pyro_shortrun.start import Call
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from zoo import CASES, EXTRA, Case
 
 from pyro_shortrun import Annealed, Langevin, Persistent, ShortRunELBO, ShortRunGuide, StepSize
-from pyro_shortrun.compiled import Compiler, Untouched
+from pyro_shortrun.backend import Untouched
+from pyro_shortrun.compiled import Compiler
 
 NAMES = ["eight_schools", "baseball", "vae", "nested_inner", "scaled", "masked", "bnn", "nested_both"]
 SOME = [c for c in CASES + EXTRA if c.name in NAMES]

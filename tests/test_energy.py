@@ -27,8 +27,9 @@ from pyro_shortrun import (
     StepSize,
     energy_prior,
 )
+from pyro_shortrun.backend import Untouched
 from pyro_shortrun.chain import RunInfo, ShortRun
-from pyro_shortrun.compiled import Compiler, Untouched
+from pyro_shortrun.compiled import Compiler
 from pyro_shortrun.energy import _Negative
 from pyro_shortrun.tilted import TiltedPrior
 

@@ -35,9 +35,10 @@ from pyro_shortrun import (
     tune_on_grid,
 )
 from pyro_shortrun.annealed import weighed_by
+from pyro_shortrun.backend import Untouched
 from pyro_shortrun.base import GaussianBase, PriorBase
 from pyro_shortrun.chain import Gradients, Runner, run
-from pyro_shortrun.compiled import Compiler, Untouched, density_of
+from pyro_shortrun.compiled import Compiler, density_of
 from pyro_shortrun.reverse import Affine, Fit
 from pyro_shortrun.start import Call
 

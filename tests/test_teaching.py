@@ -16,7 +16,8 @@ from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor, nn
 
 from pyro_shortrun import AncestralSampler, Langevin, MCMCTeaching, Refiner, Replay, ShortRunGuide, StepSize
-from pyro_shortrun.compiled import Compiler, Untouched
+from pyro_shortrun.backend import Untouched
+from pyro_shortrun.compiled import Compiler
 from pyro_shortrun.density import LogDensity
 
 pytestmark = pytest.mark.filterwarnings("error")
