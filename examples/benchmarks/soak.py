@@ -227,7 +227,8 @@ def table(found: list[Interval]) -> Table:
 
 
 def slopes(found: list[Interval]) -> Table:
-    """By thousands of steps, over the last nine tenths and the second half: of memory, of what is held, and of the share that froze."""
+    """By thousands of steps, over the last nine tenths and the second half: of memory, held or resident, and of the
+    share that froze."""
     forms = {
         "last intervals": "14d",
         "memory MB": "9.3f",
