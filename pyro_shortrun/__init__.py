@@ -40,7 +40,7 @@ from .teaching import MCMCTeaching
 from .tilted import energy_prior
 from .vectorized import VectorizedMCMC
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "Grid",

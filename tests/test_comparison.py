@@ -152,5 +152,5 @@ def test_exact_draws_need_no_chains():
 
 
 def test_guide_before_model_is_refused():
-    with pytest.raises(ValueError, match="before the guide"):
+    with pytest.raises(ValueError, match="model comes first"):
         compare_with_nuts(ShortRunGuide(model), model, torch.tensor(X))  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ joint score), and the gap of the last training step, E in prior runs less E unde
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,13 +37,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from record import Table, record
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_shortrun import EnergyELBO, Langevin, ShortRunGuide, StepSize, energy_prior
 from pyro_shortrun.anomaly import Bound, Energies, Joint, Latents, Reconstruction, Score, anomaly_scores
+
+sys.path.append(str(Path(__file__).parent))  # where an example outside this folder imports this one
+from record import Table, record  # noqa: E402
 
 SCORES: dict[str, Score] = {"joint": Joint(), "data": Reconstruction(), "latents": Latents()}
 # Width and decimals.

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -42,12 +43,15 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from record import Table, record
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
 from pyro_shortrun import Langevin, LangevinEncoderGuide, ShortRunGuide, StepSize, Whitened
+
+sys.path.append(str(Path(__file__).parent))  # where an example outside this folder imports this one
+from record import Table, record  # noqa: E402
+
 from pyro_shortrun.evaluation import importance_log_likelihood
 
 # Test -ELBO per dimension on MNIST as the paper prints it (three seeds, 50 epochs of SGD).
