@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro.ops.dual_averaging import DualAveraging
@@ -276,7 +277,7 @@ class Adaptation:
             self.log_factor = torch.full_like(self.log_factor, self._log_restart)
         self._begin_window()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that :meth:`load_state_dict` takes."""
         return {
             "done": self.done,
@@ -287,7 +288,7 @@ class Adaptation:
             "grads": _saved(self._grads),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         self.done, self.log_factor, self.factor = state["done"], state["log_factor"], state["factor"]
         self.scales = self.preconditioner.scales(self.factor)
@@ -296,5 +297,5 @@ class Adaptation:
         vars(self._grads).update(state["grads"])
 
 
-def _saved(moments: Moments) -> dict:
+def _saved(moments: Moments) -> dict[str, Any]:
     return {k: getattr(moments, k) for k in ("count", "mean", "scatter")}

@@ -65,7 +65,7 @@ class Evidence:
 
 
 def ais(
-    model: Callable,
+    model: Callable[..., Any],
     *args: Any,
     num_chains: int = 32,
     num_temperatures: int = 200,

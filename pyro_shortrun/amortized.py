@@ -114,7 +114,7 @@ class LangevinEncoderGuide(DensityGuide):
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         features: Callable[..., Tensor],
         *,
         num_steps: int = 2,
@@ -125,7 +125,7 @@ class LangevinEncoderGuide(DensityGuide):
         basis: Basis | None = None,
         init_scale: float = 1.0,
         compile: bool = False,
-        create_plates: Callable | None = None,
+        create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, compile=compile, create_plates=create_plates)
         if not callable(features):
@@ -203,7 +203,13 @@ class LangevinEncoderGuide(DensityGuide):
         return self.chain_draws(args, kwargs, num_samples, num_chains, warmup_steps, thinning)[1]
 
     def chain_draws(
-        self, args: tuple, kwargs: dict, num_samples: int, num_chains: int, warmup_steps: int = 200, thinning: int = 1
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        num_samples: int,
+        num_chains: int,
+        warmup_steps: int = 200,
+        thinning: int = 1,
     ) -> tuple[Call, dict[str, Tensor], Tensor]:
         """The call, :meth:`sample_posterior`'s draws, and the log density of each, ``(num_chains, num_samples)``; for
         exporters."""
@@ -270,7 +276,14 @@ class LangevinEncoderGuide(DensityGuide):
     # ---------------------------------------------------------------- one call
 
     @torch.no_grad()
-    def _read(self, program: Program, args: tuple, kwargs: dict, indices: dict, given: dict) -> Reading:
+    def _read(
+        self,
+        program: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        indices: dict[str, Any],
+        given: dict[str, Any],
+    ) -> Reading:
         return super()._read(program, args, kwargs, indices, given)
 
     def _admit(self, structure: Structure) -> None:
@@ -380,7 +393,7 @@ class LangevinEncoderGuide(DensityGuide):
             return call.density.layout.unpack(u), u.new_zeros(u.shape[:2])
         return self._constrain(call, u, isolated=True)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "info": None}
 
 

@@ -47,7 +47,10 @@ class AncestralSampler(Start):
     has_density = False
 
     def __init__(
-        self, model: Callable, site: str | None = None, output: Callable[[Any], Tensor] = operator.attrgetter("mean")
+        self,
+        model: Callable[..., Any],
+        site: str | None = None,
+        output: Callable[[Any], Tensor] = operator.attrgetter("mean"),
     ) -> None:
         if not callable(model):
             raise ValueError(f"the sampler needs a Pyro model, got {model!r}.")

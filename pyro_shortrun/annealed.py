@@ -33,7 +33,7 @@ class Tempered(Bridge):
     base: Base
 
     @property
-    def _rule(self) -> tuple:
+    def _rule(self) -> tuple[Any, ...]:
         return self.dynamics, settings(self.dynamics), type(self.base), tuple(t.dim() for t in self.base.tensors)
 
     @property
@@ -79,7 +79,7 @@ class LangevinBridge(Tempered):
     ends_at_arrival = True
 
     @cached_property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         return *self._rule, self.reverse.key
 
     @property
@@ -131,7 +131,7 @@ class HamiltonianBridge(Tempered):
     offset = 1
 
     @cached_property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         return self._rule
 
     def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:

@@ -32,7 +32,7 @@ class Draw:
     :param guide: the guide's trace.
     """
 
-    def __init__(self, model: Callable, call: Call, layout: Layout, guide: Any) -> None:
+    def __init__(self, model: Callable[..., Any], call: Call, layout: Layout, guide: Any) -> None:
         self.model, self.layout, self.guide, self._bind = model, layout, guide, call.bind
         self.values = {k: s["value"] for k, s in guide.nodes.items() if _is_stochastic(s) and not s["is_observed"]}
         latents = [s.name for s in call.density.layout.sites]
@@ -180,7 +180,7 @@ class Above(Score):
         num_steps: int = 40,
         step_size: float | None = None,
         dynamics: Dynamics | None = None,
-        start: Start | Callable | None = None,
+        start: Start | Callable[..., Any] | None = None,
         compile: bool = False,
     ) -> None:
         if not sites:
@@ -215,7 +215,12 @@ def _only_of(site: Site, values: list[Tensor]) -> bool:
 
 
 def anomaly_score(
-    guide: Callable, model: Callable, *args: Any, score: Score | None = None, num_draws: int = 1, **kwargs: Any
+    guide: Callable[..., Any],
+    model: Callable[..., Any],
+    *args: Any,
+    score: Score | None = None,
+    num_draws: int = 1,
+    **kwargs: Any,
 ) -> Tensor:
     """How anomalous each row of the data is: minus a log density, so that higher is more anomalous.
 
@@ -261,8 +266,8 @@ def _rows_of(call: Call) -> Layout:
 
 @torch.no_grad()
 def anomaly_scores(
-    guide: Callable,
-    model: Callable,
+    guide: Callable[..., Any],
+    model: Callable[..., Any],
     *args: Any,
     scores: Mapping[str, Score],
     num_draws: int = 1,

@@ -41,7 +41,7 @@ def check_model(model: Any) -> None:
 
 
 @contextmanager
-def arguments_of(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
+def arguments_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Where the model cannot take its arguments, say whose they are; its own TypeErrors pass as they are."""
     try:
         yield

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Bridge(ABC):
 
     @property
     @abstractmethod
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         """Everything that decides the arithmetic."""
 
     @property
@@ -122,7 +122,7 @@ class Advance:
     graph: bool = False
 
     @cached_property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         return "forward", self.bridge.key, self.taped
 
     def __call__(self, density: Density, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -166,7 +166,7 @@ class Retreat:
     sizes: tuple[int, int, int]
 
     @cached_property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         return "backward", self.bridge.key
 
     def __call__(self, density: Density, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -88,7 +88,7 @@ class SBC:
 
 
 def sbc(
-    model: Callable,
+    model: Callable[..., Any],
     posterior: Callable[..., Draws],
     *args: Any,
     num_simulations: int = 100,
@@ -186,13 +186,13 @@ class Trained:
     :param loss: by default ``Trace_ELBO()``.
     """
 
-    make_guide: Callable[[Callable], Callable]
+    make_guide: Callable[[Callable[..., Any]], Callable[..., Any]]
     optim: Any
     num_steps: int = 1000
     num_draws: int = 99
     loss: Any = None
 
-    def __call__(self, model: Callable, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         with pyro.get_param_store().scope():
             guide = self.make_guide(model)
             svi = SVI(model, guide, copy.deepcopy(self.optim), copy.deepcopy(self.loss) or Trace_ELBO())
@@ -201,7 +201,9 @@ class Trained:
             return _draw(model, guide, args, kwargs, self.num_draws)
 
 
-def _draw(model: Callable, guide: Callable, args: tuple, kwargs: dict, count: int) -> dict[str, Tensor]:
+def _draw(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], count: int
+) -> dict[str, Tensor]:
     if isinstance(guide, DensityGuide):
         return guide.sample_posterior(*args, num_samples=count, **kwargs)
     with ordinary_autograd(), torch.no_grad(), poutine.block():
@@ -218,11 +220,11 @@ class Chains:
     :param num_chains: chains, as many as draws.
     """
 
-    make_kernel: Callable[[Callable], ShortRunLangevin]
+    make_kernel: Callable[[Callable[..., Any]], ShortRunLangevin]
     warmup_steps: int = 200
     num_chains: int = 99
 
-    def __call__(self, model: Callable, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         mcmc = VectorizedMCMC(
             self.make_kernel(model), 1, self.warmup_steps, num_chains=self.num_chains, disable_progbar=True
         )
@@ -237,7 +239,11 @@ class _Quantities:
     """What is ranked: scalar coordinates of latents, statistics, and the log-likelihood."""
 
     def __init__(
-        self, simulator: Simulator, num_draws: int, sites: Sequence[str] | None, statistics: dict[str, Callable]
+        self,
+        simulator: Simulator,
+        num_draws: int,
+        sites: Sequence[str] | None,
+        statistics: dict[str, Callable[..., Any]],
     ) -> None:
         unknown = sorted(set(sites or ()) - set(simulator.latents))
         if unknown:

@@ -237,7 +237,7 @@ class _Walk:
         """Through a segment; if ``taped``, fills its tapes."""
         carry, forward = segment.begin, Forward(self.runner.rule, taped, graph)
 
-        def inputs(first: int, last: int) -> tuple:
+        def inputs(first: int, last: int) -> tuple[Any, ...]:
             noise = self.noise.block(segment.first + first, last - first)
             return *carry, segment.step_size[first:last], noise, *self.aux
 
@@ -248,7 +248,9 @@ class _Walk:
                 segment.tapes.append(Tape(*tape))
         return carry
 
-    def _block(self, forward: Any, inputs: tuple, first: bool, again: bool = False) -> tuple[Carry, tuple]:
+    def _block(
+        self, forward: Any, inputs: tuple[Any, ...], first: bool, again: bool = False
+    ) -> tuple[Carry, tuple[Any, ...]]:
         """A block of arrivals, reported unless it was before; the first one also tells whether graphs are stale."""
         out = self._execute(forward, inputs)
         while first and self.runner.density.is_stale(inputs[0], out[6]):
@@ -259,7 +261,7 @@ class _Walk:
             self.states.append(out[0].detach().unsqueeze(0))
         return Carry(*out[:6]), out[10:]
 
-    def _at_once(self, fn: Any, count: int, inputs: Callable[[int, int], tuple]) -> int:
+    def _at_once(self, fn: Any, count: int, inputs: Callable[[int, int], tuple[Any, ...]]) -> int:
         """How many of ``count`` steps make a block: a divisor; one where every state is wanted."""
         if self.keep_states or self.runner.checkpoint:
             return 1
@@ -290,7 +292,7 @@ class _Walk:
             ends = torch.cat([tape.arrived[1:], following])
             tape, following = tape._replace(arrived=ends), tape.arrived[:1]
 
-            def inputs(first: int, last: int, segment: _Segment = segment, tape: Tape = tape) -> tuple:
+            def inputs(first: int, last: int, segment: _Segment = segment, tape: Tape = tape) -> tuple[Any, ...]:
                 noise = self.noise.block(segment.first + first, last - first)
                 return invalid, segment.step_size[first:last], noise, *(t[first:last] for t in tape)
 
@@ -468,5 +470,5 @@ class _GuideOnly(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return None, *ctx.walk.backward(*grads)

@@ -120,7 +120,7 @@ def _verdict(error: float, mean_error: float, ratio: float, ratio_error: float) 
 
 
 def compare_with_nuts(
-    model: Callable,
+    model: Callable[..., Any],
     source: Any,
     *args: Any,
     num_samples: int = 1000,
@@ -176,7 +176,9 @@ def compare_with_nuts(
     return _compare(draws_of(source, args, kwargs, draws, chains, sites), found)
 
 
-def _shapes(model: Callable, reference: Any, args: tuple, kwargs: dict) -> dict[str, torch.Size] | None:
+def _shapes(
+    model: Callable[..., Any], reference: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, torch.Size] | None:
     """Of the sites that a dict of exact draws has; None, for all, of a sampler, or where the model has no arguments."""
     if not isinstance(reference, Mapping) or not (args or kwargs):
         return None
@@ -184,7 +186,14 @@ def _shapes(model: Callable, reference: Any, args: tuple, kwargs: dict) -> dict[
     return {k: v for k, v in sites.items() if k in reference}
 
 
-def _nuts(model: Callable, args: tuple, kwargs: dict, num_samples: int, warmup_steps: int, num_chains: int) -> Draws:
+def _nuts(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_samples: int,
+    warmup_steps: int,
+    num_chains: int,
+) -> Draws:
     """Chains one after the other: a model need not be picklable, and Pyro's own start one process for each."""
     chains = []
     for _ in range(num_chains):
@@ -197,8 +206,8 @@ def _nuts(model: Callable, args: tuple, kwargs: dict, num_samples: int, warmup_s
 
 def draws_of(
     source: Any,
-    args: tuple,
-    kwargs: dict,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     num_samples: int,
     num_chains: int,
     sites: Mapping[str, torch.Size] | None = None,
@@ -225,7 +234,12 @@ def draws_of(
 
 
 def _all_draws(
-    source: Any, args: tuple, kwargs: dict, count: int, chains: int, sites: Mapping[str, torch.Size] | None
+    source: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    count: int,
+    chains: int,
+    sites: Mapping[str, torch.Size] | None,
 ) -> Draws:
     if isinstance(source, Mapping):
         source = {k: torch.as_tensor(v) for k, v in source.items()}

@@ -15,6 +15,7 @@ import logging
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ class Compiler:
                 text,
             )
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**vars(Compiler(self.backend))}
 
 
@@ -137,7 +138,7 @@ class CompiledDensity(LogDensity):
             run = self._compiled(key, fn, ready)
             return fn(self._plain(), *inputs) if run is None else run(*ready)
 
-    def steps_at_once(self, fn: Callable[..., tuple], inputs: Callable[[], tuple[Tensor, ...]]) -> int:
+    def steps_at_once(self, fn: Callable[..., tuple[Any, ...]], inputs: Callable[[], tuple[Tensor, ...]]) -> int:
         """Several where a step is so small that calling its graph takes most of the time."""
         if getattr(fn, "graph", False):
             return 1
@@ -146,7 +147,7 @@ class CompiledDensity(LogDensity):
             self._at_once[key] = self._choose(fn, _ready(inputs()))
         return self._at_once[key]
 
-    def _choose(self, fn: Callable[..., tuple], inputs: tuple[Tensor, ...]) -> int:
+    def _choose(self, fn: Callable[..., tuple[Any, ...]], inputs: tuple[Tensor, ...]) -> int:
         if inputs[0].numel() > _SMALL_STATE or _STEPS_AT_MOST == 1:
             return 1
         key = self._key(fn.key, inputs)  # type: ignore[attr-defined]

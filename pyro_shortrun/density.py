@@ -157,7 +157,7 @@ class LogDensity(Density):
                 return f"site '{name}' (value {bad}{', ...' if value.numel() > 3 else ''})"
         return "the gradient of the log density"
 
-    def _each(self, fn: Callable[[LogDensity, Tensor], Any], u: Tensor, mapper: Callable = map_chains) -> Any:
+    def _each(self, fn: Callable[[LogDensity, Tensor], Any], u: Tensor, mapper: Callable[..., Any] = map_chains) -> Any:
         """``fn(density, state)`` over chains, with every chain's own subsample where there is one."""
         names = list(self._batches)
 
@@ -324,5 +324,5 @@ def _trimmed(shape: torch.Size, batch: torch.Size) -> torch.Size:
     return shape[extra:] if shape[:extra].numel() == 1 else shape
 
 
-def _require(fn: Callable, inputs: tuple[Tensor, ...], vectorizes: dict[str, bool]) -> None:
+def _require(fn: Callable[..., Any], inputs: tuple[Tensor, ...], vectorizes: dict[str, bool]) -> None:
     require_vmap(fn, inputs)

@@ -30,12 +30,12 @@ class DensityGuide(AutoGuide):
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
     """
 
-    def __init__(self, model: Callable, *, compile: bool, create_plates: Callable | None) -> None:
+    def __init__(self, model: Callable[..., Any], *, compile: bool, create_plates: Callable[..., Any] | None) -> None:
         super().__init__(model, create_plates=create_plates)
         self._program = (Program(model),)
-        self._structures: dict[tuple, Structure] = {}
+        self._structures: dict[tuple[Any, ...], Structure] = {}
         self._first: Structure | None = None
-        self._conditioned: tuple[tuple, dict] | None = None
+        self._conditioned: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._compiler = Compiler() if compile else None
 
     # ---------------------------------------------------------------- what subclasses say
@@ -46,7 +46,14 @@ class DensityGuide(AutoGuide):
         """Draws, dict from site to ``(num_chains, num_samples, *site shape)``."""
         raise NotImplementedError
 
-    def _read(self, program: Program, args: tuple, kwargs: dict, indices: dict, given: dict) -> Reading:
+    def _read(
+        self,
+        program: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        indices: dict[str, Any],
+        given: dict[str, Any],
+    ) -> Reading:
         """One run of the model, from which a call's shapes, plates and subsamples are read."""
         return program.draw(args, kwargs, indices, given, init_uniform)
 
@@ -103,7 +110,7 @@ class DensityGuide(AutoGuide):
         self._conditioned = None
         return self
 
-    def attach(self: _Guide, model: Callable) -> _Guide:
+    def attach(self: _Guide, model: Callable[..., Any]) -> _Guide:
         """Give a model to an unpickled guide.
 
         A start that is an AutoGuide and was pickled before its first call lost its model too; give it a new one.
@@ -122,7 +129,7 @@ class DensityGuide(AutoGuide):
 
     # ---------------------------------------------------------------- one call's model
 
-    def _bind(self, args: tuple, kwargs: dict, chains: int = 1) -> Call:
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int = 1) -> Call:
         """Read the model once, check it against earlier calls, and bind its log density."""
         program = self._get_program()
         plates = self._given_plates(args, kwargs)
@@ -179,14 +186,14 @@ class DensityGuide(AutoGuide):
             )
         return self._program[0]
 
-    def _arguments(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._conditioned is None:
             return plain(args), plain(kwargs)
         if args or kwargs:  # the model will run on these with latents drawn for the conditioned ones
             check_shapes(self._get_program(), self._conditioned, (plain(args), plain(kwargs)))
         return plain(self._conditioned[0]), plain(self._conditioned[1])
 
-    def _given_plates(self, args: tuple, kwargs: dict) -> dict[str, pyro.plate]:
+    def _given_plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, pyro.plate]:
         if self.master is not None:
             self.plates = dict(getattr(self.master(), "plates", {}))
         elif self.create_plates is None:
@@ -211,7 +218,7 @@ class DensityGuide(AutoGuide):
     def _check_prototype(self, part_trace: Any) -> None:
         """Called by an AutoGuide that serves as start."""
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """Drop the model and what hangs on a call, without touching the live guide (Pyro's own AutoGuide does)."""
         for parameter in self.parameters():  # the weak references of Pyro's store, as PyroModule does with its own
             parameter.__dict__.pop("unconstrained", None)

@@ -121,7 +121,7 @@ class EnergyELBO(ELBO):
         step_size: float | None = None,
         *,
         dynamics: Dynamics | None = None,
-        start: Start | Callable | None = None,
+        start: Start | Callable[..., Any] | None = None,
         num_chains: int = 1,
         l2: float = 0.0,
         compile: bool = False,
@@ -168,7 +168,7 @@ class EnergyELBO(ELBO):
     def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("EnergyELBO makes no traces itself.")
 
-    def _negative(self, model: Callable, args: tuple, kwargs: dict) -> _Negative:
+    def _negative(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Negative:
         """Runs in the prior, and their energies and surrogate with a graph to the model's parameters."""
         if is_weighted_from_outside():
             raise NotImplementedError("poutine.scale, poutine.mask or a plate around EnergyELBO: put it in the model.")
@@ -231,7 +231,11 @@ class NegativeSampler:
     """
 
     def __init__(
-        self, num_steps: int, step_size: float | None, dynamics: Dynamics | None, start: Start | Callable | None
+        self,
+        num_steps: int,
+        step_size: float | None,
+        dynamics: Dynamics | None,
+        start: Start | Callable[..., Any] | None,
     ) -> None:
         check_count("num_steps", num_steps)
         check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")

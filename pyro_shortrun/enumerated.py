@@ -21,7 +21,7 @@ from .program import Site, plates_of
 def marginal(trace: poutine.Trace, sites: Mapping[str, Site], kept: Iterable[Plate]) -> Tensor:
     """Sum the enumerated sites out of the product of ``sites``; elements of the ``kept`` plates stay apart."""
     plates = trace.plate_to_symbol
-    factors: OrderedDict = OrderedDict()
+    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     for site in sites.values():
         ordinal = frozenset(plates[p.name] for p in plates_of(site))
         term = packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"])

@@ -35,7 +35,7 @@ class LogLikelihood:
 
 @torch.no_grad()
 def importance_log_likelihood(
-    model: Callable,
+    model: Callable[..., Any],
     draws: Mapping[str, Tensor],
     *args: Any,
     num_samples: int = 1000,

@@ -135,7 +135,7 @@ def _numpy(value: Tensor) -> np.ndarray:
 # -------------------------------------------------------------------------------------------- where draws come from
 
 
-def _read(source: Any, args: tuple, kwargs: dict, num_samples: int, num_chains: int) -> _Posterior:
+def _read(source: Any, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int, num_chains: int) -> _Posterior:
     if isinstance(source, ShortRunGuide):
         check_count("num_samples", num_samples)
         check_count("num_chains", num_chains)
@@ -166,13 +166,15 @@ def _read(source: Any, args: tuple, kwargs: dict, num_samples: int, num_chains: 
     )
 
 
-def _bound(model: Callable | None, args: tuple, kwargs: dict) -> Call | None:
+def _bound(model: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     if model is None:
         return None
     return Call.of(model, args, kwargs, init_uniform)
 
 
-def _of_guide(guide: ShortRunGuide, args: tuple, kwargs: dict, num_samples: int, num_chains: int) -> _Posterior:
+def _of_guide(
+    guide: ShortRunGuide, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int, num_chains: int
+) -> _Posterior:
     call, drawn = guide.weighted_draws(args, kwargs, num_samples * num_chains)
     shape = torch.Size((num_chains, num_samples))
     densities = {"log_p": drawn.log_p, "log_q": drawn.log_q, "lp": drawn.log_density}
@@ -187,7 +189,7 @@ def _chain_stats(stats: Mapping[str, Tensor]) -> Draws:
 
 def _pyro_stats(mcmc: MCMC) -> Draws:
     """What a kernel's diagnostics tell of each draw."""
-    reports = mcmc._diagnostics
+    reports: list[dict[str, Any]] = mcmc._diagnostics  # type: ignore[assignment]  # filled by run()
     if all("sample_stats" in r for r in reports):
         names = reports[0]["sample_stats"].values
         return _chain_stats({k: torch.stack([r["sample_stats"].values[k] for r in reports]) for k in names})
@@ -290,7 +292,7 @@ class _Model:
             "prior_predictive": {k: v for k, v in drawn.items() if k in self._observed},
         }
 
-    def _map(self, fn: Callable, inputs: tuple[Tensor, ...], key: str) -> tuple[Tensor, ...]:
+    def _map(self, fn: Callable[..., Any], inputs: tuple[Tensor, ...], key: str) -> tuple[Tensor, ...]:
         vectorizes = self.call.density.structure.vectorizes
         parts = []
         with ordinary_autograd(), torch.no_grad():

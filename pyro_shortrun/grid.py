@@ -77,7 +77,7 @@ class Trials:
     :raises ValueError: where this is no ShortRunGuide.
     """
 
-    def __init__(self, guide: ShortRunGuide, args: tuple, kwargs: dict, count: int) -> None:
+    def __init__(self, guide: ShortRunGuide, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> None:
         check_kind("guide", guide, ShortRunGuide, "ShortRunGuide(model)")
         guide.setup(*args, **kwargs)
         self._guide, self._args, self._kwargs, self._count = guide, args, kwargs, count

@@ -100,18 +100,18 @@ class ShortRunGuide(DensityGuide):
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         *,
         num_steps: int = 20,
         step_size: float | StepSize | None = None,
         dynamics: Dynamics | None = None,
-        start: Start | Callable | None = None,
+        start: Start | Callable[..., Any] | None = None,
         objective: Objective | None = None,
         tune_every: int = 1,
         full_gradient: bool = False,
         checkpoint: bool = False,
         compile: bool = False,
-        create_plates: Callable | None = None,
+        create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, compile=compile, create_plates=create_plates)
         check_count("num_steps", num_steps)
@@ -169,7 +169,7 @@ class ShortRunGuide(DensityGuide):
             return (density - weight * log_q).sum(-1)
 
     def _play(
-        self, args: tuple, kwargs: dict, chains: int, grad_enabled: bool
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int, grad_enabled: bool
     ) -> tuple[Call, ShortRun, Tensor, Gradients]:
         """A training or evaluation call: its run and ``log q(u_K)``, ``(chains, rows)``."""
         masked = poutine.get_mask() is False
@@ -209,7 +209,7 @@ class ShortRunGuide(DensityGuide):
         return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in draws.items()}
 
     @torch.no_grad()
-    def weighted_draws(self, args: tuple, kwargs: dict, count: int) -> tuple[Call, WeightedDraws]:
+    def weighted_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Call, WeightedDraws]:
         """Independent runs with their log densities, and the call they were made in; for exporters."""
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
@@ -217,7 +217,12 @@ class ShortRunGuide(DensityGuide):
 
     @torch.no_grad()
     def trial(
-        self, args: tuple, kwargs: dict, count: int, factor: float = 1.0, num_steps: int | None = None
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        count: int,
+        factor: float = 1.0,
+        num_steps: int | None = None,
     ) -> tuple[Call, Drawn, ShortRun]:
         """Independent runs with other step sizes, or of another length, than the guide's; for comparisons.
 
@@ -281,7 +286,14 @@ class ShortRunGuide(DensityGuide):
             self._adapter = (FromGuide(self.start),)
         return self._adapter[0]
 
-    def _read(self, program: Program, args: tuple, kwargs: dict, indices: dict, given: dict) -> Reading:
+    def _read(
+        self,
+        program: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        indices: dict[str, Any],
+        given: dict[str, Any],
+    ) -> Reading:
         """One run of the model, its latents drawn from the prior where the start is that."""
         with torch.set_grad_enabled(self.full_gradient):  # the start of a run is a draw, unless all is differentiated
             if not isinstance(self._start, Prior):  # improper priors cannot be drawn from
@@ -429,5 +441,5 @@ class ShortRunGuide(DensityGuide):
 
     # ---------------------------------------------------------------- state
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "info": None, "_adapter": ()}

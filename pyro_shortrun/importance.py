@@ -65,7 +65,9 @@ class PSIS:
         return "the weights are fine (k < 0.5)." if k < 0.5 else f"the weights are usable (k < {limit:.2f})."
 
 
-def psis(model: Callable, guide: Callable, *args: Any, num_samples: int = 1000, **kwargs: Any) -> PSIS:
+def psis(
+    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, num_samples: int = 1000, **kwargs: Any
+) -> PSIS:
     r"""Pareto-smoothed importance sampling of the posterior, with draws of a guide as proposals.
 
     .. math:: \log w_s = \log p(x, z_s) - \log q(z_s) , \qquad z_s \sim q ,
@@ -117,12 +119,12 @@ def psis(model: Callable, guide: Callable, *args: Any, num_samples: int = 1000, 
     return PSIS(joint.k[0], joint.ess[0], joint.log_weights[:, 0], rows)
 
 
-def _by_rows(call: Call, guide: Callable) -> bool:
+def _by_rows(call: Call, guide: Callable[..., Any]) -> bool:
     start: Any = guide.start if isinstance(guide, ShortRunGuide) else guide
     return isinstance(start, Start) or FromGuide(start).splits(call)
 
 
-def _check_guide(guide: Callable, args: tuple, kwargs: dict) -> None:
+def _check_guide(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuses point estimates, and sets up guides that create their parameters at their first call."""
     if isinstance(guide, (AutoDelta, AutoLaplaceApproximation)):
         raise NotImplementedError(
@@ -133,7 +135,9 @@ def _check_guide(guide: Callable, args: tuple, kwargs: dict) -> None:
         guide(*args, **kwargs)
 
 
-def _weigh(call: Call, guide: Callable, args: tuple, kwargs: dict, count: int) -> tuple[Tensor, Tensor]:
+def _weigh(
+    call: Call, guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], count: int
+) -> tuple[Tensor, Tensor]:
     """``log p`` and ``log q`` in unconstrained space, ``(draws, rows)``."""
     if isinstance(guide, LangevinEncoderGuide):
         raise NotImplementedError("a LangevinEncoderGuide draws by chains whose density is not known: use sbc(...).")

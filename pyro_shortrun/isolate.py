@@ -33,7 +33,9 @@ def isolate(
 
 class _InputOnly(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, fn: Callable, known: tuple[Tensor, ...] | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, fn: Callable[..., Any], known: tuple[Tensor, ...] | None, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.fn, ctx.inputs = fn, [t.detach().requires_grad_(t.requires_grad) for t in inputs]
         if known is None:
             with torch.no_grad():
@@ -42,7 +44,7 @@ class _InputOnly(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         wanted = [t for t in ctx.inputs if t.requires_grad]
         with torch.enable_grad():
             pairs = [(t, g) for t, g in zip(ctx.fn(*ctx.inputs), grads, strict=True) if t.requires_grad]

@@ -87,15 +87,15 @@ class ShortRunLangevin(MCMCKernel):
 
     def __init__(
         self,
-        model: Callable | None = None,
+        model: Callable[..., Any] | None = None,
         num_steps: int = 20,
         step_size: float | StepSize | Schedule | None = None,
         persistent: bool | None = None,
         adjust: bool = False,
         *,
-        potential_fn: Callable | None = None,
+        potential_fn: Callable[..., Any] | None = None,
         dynamics: Dynamics | None = None,
-        start: Start | Callable | None = None,
+        start: Start | Callable[..., Any] | None = None,
         preconditioner: Preconditioner | None = None,
         target_accept_prob: float | None = None,
         objective: Objective | None = None,
@@ -190,7 +190,7 @@ class ShortRunLangevin(MCMCKernel):
         self._params = session.params()
         return self._params
 
-    def logging(self) -> OrderedDict:
+    def logging(self) -> OrderedDict[str, Any]:
         """Step size and acceptance for the progress bar."""
         return self._running().logging()
 
@@ -210,7 +210,7 @@ class ShortRunLangevin(MCMCKernel):
         """Forget the initial parameters given (Pyro calls this twice)."""
         self._given = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """Without the chain, which a worker process opens for itself."""
         return {**self.__dict__, "_session": None, "transforms": None, "_params": {}}
 
@@ -225,8 +225,8 @@ class ShortRunLangevin(MCMCKernel):
         self,
         num_chains: int,
         warmup_steps: int,
-        args: tuple,
-        kwargs: dict,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
         initial_params: Mapping[str, Tensor] | None = None,
         chain_batch_size: int | None = None,
     ) -> Session:
@@ -241,7 +241,7 @@ class ShortRunLangevin(MCMCKernel):
             session.begin(num_chains, initial_params)
         return session
 
-    def _target(self, args: tuple, kwargs: dict, initial: Mapping[str, Tensor] | None) -> Target:
+    def _target(self, args: tuple[Any, ...], kwargs: dict[str, Any], initial: Mapping[str, Tensor] | None) -> Target:
         if self.model is None:
             if initial is None:
                 raise ValueError("potential_fn needs initial_params: MCMC(kernel, ..., initial_params={name: tensor}).")

@@ -43,7 +43,7 @@ def one_kind(named: Callable[[], Mapping[str, Tensor]]) -> Iterator[None]:
         ) from reason
 
 
-def of_arguments(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def of_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors in a call's arguments."""
     named = {**{f"argument {i}": v for i, v in enumerate(args)}, **{f"argument '{k}'": v for k, v in kwargs.items()}}
     leaves = {k: pytree.tree_leaves(v) for k, v in named.items()}

@@ -63,14 +63,14 @@ class EnergyGap:
 
 @torch.no_grad()
 def energy_gap(
-    model: Callable,
+    model: Callable[..., Any],
     guide: Any,
     *args: Any,
     num_samples: int = 64,
     num_steps: int = 40,
     step_size: float | None = None,
     dynamics: Dynamics | None = None,
-    start: Start | Callable | None = None,
+    start: Start | Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> EnergyGap:
     r"""The two phases of maximum likelihood, compared: for each :func:`~pyro_shortrun.energy_prior` site
@@ -125,7 +125,7 @@ def energy_gap(
     return EnergyGap(means[0], errors[0], means[1], errors[1], done.info.nonfinite)
 
 
-def bound_prior(model: Callable, args: tuple, kwargs: dict) -> Call:
+def bound_prior(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """The tilted prior of a model, which must have one."""
     call = TiltedPrior(model).bind(plain(args), plain(kwargs))
     if call is None:

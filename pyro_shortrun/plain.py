@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ class PlainBridge(Bridge):
     dynamics: Dynamics
 
     @cached_property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         return type(self), self.dynamics, settings(self.dynamics)
 
     def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:

@@ -201,7 +201,7 @@ def plot_reconstructions(
 
 @torch.no_grad()
 def plot_hierarchy(
-    model: Callable,
+    model: Callable[..., Any],
     source: Any,
     *args: Any,
     layers: Sequence[str],

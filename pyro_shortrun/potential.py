@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +43,13 @@ class Density(ABC):
         """``log pi(u)``, and whatever else the end of a run is asked for."""
         return (self(u),)
 
-    def execute(self, fn: Callable[..., tuple], inputs: tuple[Tensor, ...], key: Hashable) -> tuple[Tensor, ...]:
+    def execute(
+        self, fn: Callable[..., tuple[Any, ...]], inputs: tuple[Tensor, ...], key: Hashable
+    ) -> tuple[Tensor, ...]:
         """``fn(density, *inputs)``; a compiled density traces it once for each ``key`` and shapes."""
         return fn(self, *inputs)
 
-    def steps_at_once(self, fn: Callable[..., tuple], inputs: Callable[[], tuple[Tensor, ...]]) -> int:
+    def steps_at_once(self, fn: Callable[..., tuple[Any, ...]], inputs: Callable[[], tuple[Tensor, ...]]) -> int:
         """How many steps should be one call of :meth:`execute`.
 
         :param inputs: gives those of one step.
@@ -119,7 +122,7 @@ class PotentialDensity(Density):
     :param like: one value of every name, for names, shapes, dtype and device.
     """
 
-    def __init__(self, potential_fn: Callable, like: Mapping[str, Tensor]) -> None:
+    def __init__(self, potential_fn: Callable[..., Any], like: Mapping[str, Tensor]) -> None:
         sites = tuple(LatentSite(k, torch.Size(), v.shape, ()) for k, v in like.items())
         first = next(iter(like.values()))
         self.layout = Layout(sites, ())

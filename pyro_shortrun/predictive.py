@@ -25,13 +25,13 @@ _NUMBERS_AT_ONCE = 2**20  # coordinates of states
 
 
 def sample_prior(
-    model: Callable,
+    model: Callable[..., Any],
     *args: Any,
     num_samples: int = 64,
     num_steps: int = 40,
     step_size: float | None = None,
     dynamics: Dynamics | None = None,
-    start: Start | Callable | None = None,
+    start: Start | Callable[..., Any] | None = None,
     given: Mapping[str, Tensor] | None = None,
     compile: bool = False,
     **kwargs: Any,
@@ -80,8 +80,8 @@ def sample_prior(
 def draw_sites(
     prior: TiltedPrior,
     sampler: NegativeSampler,
-    args: tuple,
-    kwargs: dict,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     count: int,
     given: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
@@ -168,9 +168,9 @@ class EnergyPredictive(Predictive):
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         posterior_samples: Mapping[str, Tensor] | None = None,
-        guide: Callable | None = None,
+        guide: Callable[..., Any] | None = None,
         num_samples: int | None = None,
         return_sites: Sequence[str] = (),
         parallel: bool = False,
@@ -178,7 +178,7 @@ class EnergyPredictive(Predictive):
         num_steps: int = 40,
         step_size: float | None = None,
         dynamics: Dynamics | None = None,
-        start: Start | Callable | None = None,
+        start: Start | Callable[..., Any] | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__(model, posterior_samples, guide, num_samples, return_sites, parallel)
@@ -203,7 +203,7 @@ class EnergyPredictive(Predictive):
         self._check(args, kwargs)
         return super().get_vectorized_trace(*args, **kwargs)
 
-    def _check(self, args: tuple, kwargs: dict) -> None:
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with poutine.block(), torch.no_grad():
             call = self._prior.bind(args, kwargs)
             sampled = self._sampled(args, kwargs)
@@ -214,7 +214,7 @@ class EnergyPredictive(Predictive):
                 "it without the energies: use sample_prior(model, ..., given=...) for the other latents."
             )
 
-    def _sampled(self, args: tuple, kwargs: dict) -> set[str]:
+    def _sampled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
         if self.guide is None:
             return set(self.posterior_samples)
         return set(poutine.trace(self.guide).get_trace(*args, **kwargs).nodes)

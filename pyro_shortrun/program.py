@@ -37,7 +37,7 @@ from .layout import Plate
 Site = Any  # a trace node: Pyro types it as a TypedDict whose entries may all be None
 
 
-def _look_through_blocks(model: Callable) -> tuple[Callable, list[Callable[[Site], bool]]]:
+def _look_through_blocks(model: Callable[..., Any]) -> tuple[Callable[..., Any], list[Callable[[Site], bool]]]:
     """Rebuild ``model`` without its ``poutine.block`` wrappers and return what they hid.
 
     A guide for ``poutine.block(model, hide=...)`` is a guide for the visible sites, but the hidden ones are still
@@ -229,7 +229,7 @@ class Reading:
         return out
 
     @property
-    def signature(self) -> tuple:
+    def signature(self) -> tuple[Any, ...]:
         """Everything that decides the structure of the density: names, shapes, plates, roles, devices."""
         free = {k: (tuple(v.shape), v.dtype) for k, v in self.unconstrained.items()}
         return tuple(
@@ -256,7 +256,7 @@ class Program:
     :param model: any callable with Pyro primitives.
     """
 
-    def __init__(self, model: Callable) -> None:
+    def __init__(self, model: Callable[..., Any]) -> None:
         check_model(model)
         self._model, self._hidden = _look_through_blocks(model)
         self._shows = False
@@ -286,11 +286,11 @@ class Program:
 
     def draw(
         self,
-        args: tuple,
-        kwargs: dict,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
         indices: Mapping[str, Tensor] | None = None,
         given: Mapping[str, Tensor] | None = None,
-        init: Callable | None = None,
+        init: Callable[..., Any] | None = None,
     ) -> Reading:
         """Run the model forwards: latents from the prior (or from a Pyro ``init_to_*`` function)."""
         reader = _Reader(self._hidden, indices or {}, given or {})
@@ -376,10 +376,10 @@ class Program:
     def _read(
         self,
         reader: _Reader,
-        args: tuple,
-        kwargs: dict,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
         enum_dim: int | None = None,
-        init: Callable | None = None,
+        init: Callable[..., Any] | None = None,
     ) -> Reading:
         tracer = poutine.trace()
         shown = poutine.block(hide_types=["sample", "observe"]) if self._shows else poutine.block()
@@ -451,7 +451,7 @@ class _Enumerate(EnumMessenger):
         msg["value"] = value
 
 
-def _continuous_init(init: Callable) -> Messenger:
+def _continuous_init(init: Callable[..., Any]) -> Messenger:
     return InitMessenger(lambda site: (init_to_sample if _is_discrete(site) else init)(site))
 
 
@@ -459,8 +459,8 @@ def _continuous_init(init: Callable) -> Messenger:
 class Binding:
     """What one call fixes: model arguments, subsample indices, other parts' values, enumeration dims."""
 
-    args: tuple
-    kwargs: dict
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     indices: Mapping[str, Tensor]
     given: Mapping[str, Tensor]
     enum_dim: int | None

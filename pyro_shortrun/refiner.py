@@ -147,7 +147,7 @@ class Refiner:
             raise ValueError("replay mixes the rows of its buffer, which belong to contexts: use replay=None.")
         return self._run(Prior() if self.replay is None else self.replay, x, context, iteration, None)
 
-    def _run(self, begin: Start, x: Tensor, context: tuple, iteration: int, num_steps: int | None) -> Refined:
+    def _run(self, begin: Start, x: Tensor, context: tuple[Any, ...], iteration: int, num_steps: int | None) -> Refined:
         count = self.num_steps(iteration) if num_steps is None else _steps(num_steps)
         x, rows = x.detach(), torch.arange(len(x), device=x.device)
         if count == 0:
@@ -175,7 +175,7 @@ class Refiner:
         value = -self.energy(x, *context)
         return value if self.reference is None else value + _spread(self.reference, x).log_prob(x)
 
-    def _bind(self, x: Tensor, context: tuple) -> Call:
+    def _bind(self, x: Tensor, context: tuple[Any, ...]) -> Call:
         call = self._prior.bind((x, *context), {})
         assert call is not None
         return call if self._compile else replace(call, density=_Direct(self, call, context))
@@ -203,7 +203,7 @@ class Refiner:
 class _Direct(LogDensity):
     """The density of one call, without Pyro, whose handlers take longer in a step than a small network does."""
 
-    def __init__(self, refiner: Refiner, call: Call, context: tuple) -> None:
+    def __init__(self, refiner: Refiner, call: Call, context: tuple[Any, ...]) -> None:
         super().__init__(call.program, call.density.structure, call.bind)
         self._refiner, self._context, self._transform = refiner, context, call.reading.transforms["x"]
 
@@ -218,7 +218,7 @@ class _Direct(LogDensity):
 class _Proposed(TorchDistribution):
     """The reference (or nothing, a flat density), of which given values are the draw."""
 
-    arg_constraints: dict = {}
+    arg_constraints: dict[str, Any] = {}
 
     def __init__(self, value: Tensor, reference: TorchDistributionMixin | None) -> None:
         self._value = value

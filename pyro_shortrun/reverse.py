@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Reverse(ABC):
 
     @property
     @abstractmethod
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         """Everything that decides the arithmetic."""
 
     @abstractmethod
@@ -84,7 +85,7 @@ class Affine(Reverse):
     parameters: tuple[Tensor, ...]
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         return "affine", self.dense
 
     def log_density(self, before: Tensor, u: Tensor, mean: Tensor, eta: Tensor, parameters: Sequence[Tensor]) -> Tensor:

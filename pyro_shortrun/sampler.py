@@ -78,11 +78,11 @@ class Sampler(ABC):
         )
 
     @abstractmethod
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """What warm-up has learned: tensors, numbers, lists and dicts."""
 
     @abstractmethod
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
 
     def evaluate(self, u: Tensor) -> State:
@@ -229,10 +229,10 @@ class Walk(Sampler):
             )
         return super().fault(state, stats, warming)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"made": self.made, "adaptation": self.adaptation.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.made = state["made"]
         self.adaptation.load_state_dict(moved(state["adaptation"], self._one.device))
 
@@ -331,13 +331,13 @@ class ShortRuns(Sampler):
         stats = _stats(state, (~frozen).to(end), frozen.to(end), eta)
         return state, stats
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         optimiser = None if self._optimiser is None else self._optimiser.state_dict()
         step_size = {k: v.detach().clone() for k, v in self.dynamics.step_size.state_dict().items()}
         drift = getattr(self.dynamics, "max_drift", None)
         return {"step_size": step_size, "max_drift": drift, "optimiser": optimiser, "tuned": self._tuned}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.dynamics.step_size.load_state_dict(state["step_size"])
         if state["max_drift"] is not None:
             self.dynamics.max_drift = state["max_drift"]

@@ -26,7 +26,7 @@ _SCALARS = (np.bool_, np.integer, np.floating)
 _FORGOTTEN = 3600.0  # seconds after which a file that nobody goes on writing belongs to a process that is dead
 
 
-def save_state(path: str | os.PathLike, /, **parts: Any) -> None:
+def save_state(path: str | os.PathLike[str], /, **parts: Any) -> None:
     r"""Write ``parts`` and the states of all random number generators to a file, for :func:`load_state`.
 
     A part is an object with ``state_dict`` and ``load_state_dict`` (any ``torch.nn.Module``: guides, networks,
@@ -85,7 +85,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
                 scratch.unlink()
 
 
-def load_state(path: str | os.PathLike, /, **parts: Any) -> dict[str, Any]:
+def load_state(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
     """Restore objects and random number generators from :func:`save_state`, so that a run goes on bit for bit.
 
     All or nothing: where one part does not fit, every part is left as it was. Build the objects as for a new run, and
@@ -237,7 +237,7 @@ def _compact(value: Tensor) -> Tensor:
     return value if whole else value.clone(memory_format=torch.contiguous_format)
 
 
-def _read(path: str | os.PathLike) -> dict[str, Any]:
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -253,7 +253,7 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def _check_names(path: str | os.PathLike, saved: dict[str, dict], parts: dict[str, Any]) -> None:
+def _check_names(path: str | os.PathLike[str], saved: dict[str, dict[str, Any]], parts: dict[str, Any]) -> None:
     stateful = {name for name, entry in saved.items() if "state" in entry}
     if missing := stateful - set(parts):
         raise ValueError(f"{path} has {sorted(missing)} too: give the objects, load_state(path, {min(missing)}=...).")

@@ -81,8 +81,8 @@ class SemiImplicit_ELBO(Trace_ELBO):
     @torch.no_grad()
     def log_likelihood(
         self,
-        model: Callable,
-        guide: Callable,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         *args: Any,
         num_samples: int = 1000,
         at_once: int = 100,
@@ -168,14 +168,14 @@ class SemiImplicitGuide(DensityGuide):
 
     def __init__(
         self,
-        model: Callable,
-        mixing: Callable | None = None,
+        model: Callable[..., Any],
+        mixing: Callable[..., Any] | None = None,
         *,
         conditional: Callable[[Any], Distribution] | None = None,
         noise: int | Distribution = 8,
         num_mixtures: int = 50,
         init_scale: float = 0.1,
-        create_plates: Callable | None = None,
+        create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, compile=False, create_plates=create_plates)
         check_mixtures(num_mixtures)
@@ -230,7 +230,7 @@ class SemiImplicitGuide(DensityGuide):
         """The distribution of the rows."""
         layout, network = call.density.layout, self.mixing
         assert network is not None
-        given: tuple[tuple, dict] = (call.bind.args, call.bind.kwargs)
+        given: tuple[tuple[Any, ...], dict[str, Any]] = (call.bind.args, call.bind.kwargs)
         if isinstance(network, _Rows):
             network.check(1 if layout.is_arrow else math.prod(plate.full_size for plate in layout.row_plates))
             given = (_row_index(call),), {}
@@ -247,7 +247,7 @@ class SemiImplicitGuide(DensityGuide):
         loc, scale = (psi, own) if isinstance(psi, Tensor) else psi
         return dist.Normal(loc, scale, validate_args=False).to_event(1)
 
-    def _given_plates(self, args: tuple, kwargs: dict) -> dict[str, pyro.plate]:
+    def _given_plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, pyro.plate]:
         """As a start, the guide is given its subsamples by handlers around plates, which it has to make for that."""
         plates = super()._given_plates(args, kwargs)
         if self.create_plates is None and self.master is None:

@@ -100,7 +100,7 @@ class Session:
                 f"{fault}; this warning is shown once. Use a smaller step_size, or adjust=True.", stacklevel=4
             )
 
-    def logging(self) -> OrderedDict:
+    def logging(self) -> OrderedDict[str, Any]:
         """For progress bars."""
         if self._last is None:
             return OrderedDict()
@@ -113,7 +113,7 @@ class Session:
             return {k: torch.zeros(len(self.state.u), 0) for k in ("lp", "acceptance_rate", "nonfinite")}
         return {k: torch.stack([s[k] for s in self._stats], 1) for k in self._stats[0]}
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Everything a continued run needs: tensors, numbers, lists and dicts."""
         state = {k: getattr(self.state, k).clone() for k in ("u", "log_density", "grad")}
         return {

@@ -27,7 +27,7 @@ Draws = Mapping[str, Tensor]
 class Simulator:
     """Latents and data of a model, and the model conditioned on them."""
 
-    def __init__(self, model: Callable, args: tuple, kwargs: dict) -> None:
+    def __init__(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         reading = Program(model).draw(args, kwargs, init=init_uniform)  # improper priors, too
         check_proper(reading)
@@ -46,11 +46,11 @@ class Simulator:
         values = self.call.program.simulate(self.call.bind, {})
         return {k: values[k] for k in self.latents}, {k: values[k] for k in self.observed}
 
-    def conditioned(self, data: Draws) -> Callable:
+    def conditioned(self, data: Draws) -> Callable[..., Any]:
         """The model with these data, whatever its ``obs=`` are."""
         return poutine.condition(self.model, data=dict(data))
 
-    def arguments(self, data: Draws) -> tuple[tuple, dict]:
+    def arguments(self, data: Draws) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's arguments, with these data for those tensors that a site observes as they are."""
         new = {id(old): data[k] for k, old in self.observed.items() if data[k].shape == torch.as_tensor(old).shape}
         return _replaced(self.args, new), _replaced(self.kwargs, new)
@@ -134,7 +134,7 @@ class _Fixed(Messenger):
 
 
 @contextmanager
-def fixed_parameters(model: Callable) -> Iterator[Callable]:
+def fixed_parameters(model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """The model with fixed parameters."""
     handler = _Fixed()
     with as_it_is(pyro.get_param_store()):

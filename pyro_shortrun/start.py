@@ -39,7 +39,13 @@ class Call:
     isolated: bool = False  # whether the model's parameters must not be reached by gradients
 
     @classmethod
-    def of(cls, model: Callable, args: tuple, kwargs: dict, init: Callable | None = None) -> Call:
+    def of(
+        cls,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        init: Callable[..., Any] | None = None,
+    ) -> Call:
         """Bind ``model(*args, **kwargs)``, its structure read from one draw of the prior (or of ``init``)."""
         program = Program(model)
         reading = program.draw(args, kwargs, init=init)
@@ -163,7 +169,7 @@ class Init(Start):
     :raises ValueError: where ``scale`` is not positive.
     """
 
-    def __init__(self, init_loc_fn: Callable, scale: float = 0.1) -> None:
+    def __init__(self, init_loc_fn: Callable[..., Any], scale: float = 0.1) -> None:
         if not scale > 0:
             raise ValueError(f"scale must be > 0, got {scale!r}.")
         self.init_loc_fn, self.scale = init_loc_fn, scale
@@ -269,7 +275,7 @@ class FromGuide(Start):
     :param guide: a callable with the model's arguments.
     """
 
-    def __init__(self, guide: Callable) -> None:
+    def __init__(self, guide: Callable[..., Any]) -> None:
         self._guide = guide
         self._orders: dict[str, Any] = {}  # of the last layout
 
@@ -351,7 +357,7 @@ class FromGuide(Start):
         return all(rows <= {p.name for p in plates_of(s)} for s in sites)
 
     @staticmethod
-    def _rows(call: Call, name: str, site: Mapping) -> Tensor:
+    def _rows(call: Call, name: str, site: Mapping[str, Any]) -> Tensor:
         layout = call.density.layout
         term, plates = masked(site["unscaled_log_prob"], site["mask"]), plates_of(site)
         inside = {p.name for p in layout.row_plates} <= {p.name for p in plates}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +34,12 @@ class Rule:
     account: bool = True
 
     @cached_property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         """Everything that decides the arithmetic."""
         return self.dynamics, self.objective, self.account, settings(self.dynamics), settings(self.objective)
 
 
-def settings(thing: object) -> tuple:
+def settings(thing: object) -> tuple[Any, ...]:
     """Numbers that an object was made with, and those of its log-determinant."""
     found = [
         (k, settings(v) if isinstance(v, LogDet) else v)
@@ -108,7 +108,7 @@ class Forward:
     graph: bool = False
 
     @cached_property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         return "forward", self.rule.key, self.taped
 
     def __call__(self, density: Density, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -124,7 +124,7 @@ class Forward:
 
     def _step(
         self, density: Density, carry: Carry, eta: Tensor, noise: Tensor, aux: Tensor | None
-    ) -> tuple[Carry, Report, tuple]:
+    ) -> tuple[Carry, Report, tuple[Any, ...]]:
         x = carry.proposal
         extra, parts = None, ()
         if self.rule.account:
@@ -155,7 +155,7 @@ class Forward:
 
     def _account(
         self, density: Density, x: Tensor, eta: Tensor, aux: Tensor | None, alive: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Any, ...]]:
         """State, log density, gradient, increment of the step from here, its singularity, and its derivatives."""
         differentiable = self.taped or self.graph
         with torch.enable_grad():
@@ -220,7 +220,7 @@ class Backward:
     rule: Rule
 
     @cached_property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         return "backward", self.rule.key
 
     def __call__(self, density: Density, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -28,7 +28,7 @@ _RECORD = "stream.json"
 def stream_posterior(
     guide: ShortRunGuide,
     batches: Iterable[Any],
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     seed: int = 0,
     rank: int = 0,
@@ -132,7 +132,7 @@ def _same(batch: Any) -> Any:
     return batch
 
 
-def _arguments(i: int, batch: Any) -> tuple:
+def _arguments(i: int, batch: Any) -> tuple[Any, ...]:
     if isinstance(batch, torch.Tensor):
         return (batch,)
     if isinstance(batch, tuple | list):
@@ -140,7 +140,9 @@ def _arguments(i: int, batch: Any) -> tuple:
     raise TypeError(f"batch {i} is a {type(batch).__name__}: give a tensor, or a tuple of the model's arguments.")
 
 
-def _write(guide: ShortRunGuide, args: tuple, path: Path, seed: tuple[int, int], options: dict[str, Any]) -> None:
+def _write(
+    guide: ShortRunGuide, args: tuple[Any, ...], path: Path, seed: tuple[int, int], options: dict[str, Any]
+) -> None:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))

@@ -140,7 +140,9 @@ def check_latents(first: Structure | None, now: Structure, needs_log_q: bool) ->
             )
 
 
-def check_shapes(program: Program, conditioned: tuple[tuple, dict], now: tuple[tuple, dict]) -> None:
+def check_shapes(
+    program: Program, conditioned: tuple[tuple[Any, ...], dict[str, Any]], now: tuple[tuple[Any, ...], dict[str, Any]]
+) -> None:
     """Refuse latents drawn for conditioned arguments where this call's arguments want other shapes."""
     wanted = program.draw(*now).unconstrained
     for name, value in program.draw(*conditioned).unconstrained.items():

@@ -144,14 +144,14 @@ class RunLength:
 
 @torch.no_grad()
 def run_length(
-    model: Callable,
+    model: Callable[..., Any],
     *args: Any,
     num_steps: Sequence[int] = (5, 10, 20, 40, 80, 160),
     trained: int = 40,
     num_samples: int = 64,
     step_size: float | None = None,
     dynamics: Dynamics | None = None,
-    start: Start | Callable | None = None,
+    start: Start | Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> RunLength:
     r"""Was the run too short? Runs in a model's tilted prior, looked at after several numbers of steps.

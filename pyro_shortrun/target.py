@@ -167,7 +167,7 @@ def _with_true_rows(call: Call, start: Start) -> Call:
     return call.jointly()
 
 
-def check_params(params: Mapping[str, Tensor], shapes: Mapping[str, tuple], device: torch.device) -> None:
+def check_params(params: Mapping[str, Tensor], shapes: Mapping[str, tuple[Any, ...]], device: torch.device) -> None:
     """Refuse initial params that are not ``(chains, *shape)`` floating-point tensors of just these sites there."""
     unknown = sorted(set(params) - set(shapes))
     if unknown:
@@ -205,7 +205,7 @@ class PotentialTarget(Target):
     """
 
     def __init__(
-        self, potential_fn: Callable, initial: Mapping[str, Tensor], transforms: Mapping[str, Any] | None
+        self, potential_fn: Callable[..., Any], initial: Mapping[str, Tensor], transforms: Mapping[str, Any] | None
     ) -> None:
         self._transforms = dict(transforms or {})
         one = {k: v[0] for k, v in initial.items()}

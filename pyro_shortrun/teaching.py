@@ -118,7 +118,7 @@ class MCMCTeaching:
 
     def __init__(
         self,
-        sampler: AncestralSampler | Callable,
+        sampler: AncestralSampler | Callable[..., Any],
         refiner: Refiner,
         student: SVI | Sequence[SVI],
         optim: Optimizer | None,
@@ -227,10 +227,10 @@ class MCMCTeaching:
         if self.refiner.replay is not None:
             self.refiner.replay.load_state_dict(state["replay"])
 
-    def _one_kind(self, x: Tensor, context: tuple) -> AbstractContextManager[None]:
+    def _one_kind(self, x: Tensor, context: tuple[Any, ...]) -> AbstractContextManager[None]:
         return one_kind(lambda: {"x": x, **of_arguments(context, {}), **of_module("the energy's", self.energy)})
 
-    def _refine(self, x: Tensor, context: tuple) -> Refined:
+    def _refine(self, x: Tensor, context: tuple[Any, ...]) -> Refined:
         proposed = self.sampler.propose(x, *context)
         return self._noted(self.refiner.go_on(proposed, *context, iteration=self.iteration))
 
@@ -247,7 +247,7 @@ class MCMCTeaching:
             )
         return refined
 
-    def _learn(self, x: Tensor, context: tuple, refined: Refined, given: tuple) -> float:
+    def _learn(self, x: Tensor, context: tuple[Any, ...], refined: Refined, given: tuple[Any, ...]) -> float:
         """The energy's own step, unless runs made no steps."""
         teaches = refined.run is not None and self.optim is not None
         with torch.set_grad_enabled(teaches), nullcontext() if teaches else evaluating(self.energy):
@@ -277,7 +277,7 @@ class MCMCTeaching:
                 "have diverged, or be a function without a derivative there. Lower its learning rate."
             )
 
-    def _each(self, svis: Sequence[SVI], x: Tensor, context: tuple) -> float:
+    def _each(self, svis: Sequence[SVI], x: Tensor, context: tuple[Any, ...]) -> float:
         total = 0.0
         for svi in svis:
             with _Watch(self._parameters):
@@ -345,7 +345,7 @@ def _several(name: str, svis: Any) -> tuple[SVI, ...]:
     return found
 
 
-def _check_rows(x: Tensor, context: tuple) -> None:
+def _check_rows(x: Tensor, context: tuple[Any, ...]) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0 or not len(x):
         raise ValueError(f"x must be a floating-point tensor with one row per datum, got {x!r}.")
     if not x.isfinite().all():

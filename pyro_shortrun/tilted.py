@@ -191,12 +191,12 @@ class TiltedPrior:
     :param compile: whether runs are compiled.
     """
 
-    def __init__(self, model: Callable, compile: bool = False) -> None:
+    def __init__(self, model: Callable[..., Any], compile: bool = False) -> None:
         self.model = model
         self._part = PriorPart()
         self._program = Program(self._part(model))
         self._compiler = Compiler() if compile else None
-        self._structures: dict[tuple, Structure] = {}
+        self._structures: dict[tuple[Any, ...], Structure] = {}
 
     @property
     def conditions(self) -> Mapping[str, Tensor]:
@@ -204,7 +204,9 @@ class TiltedPrior:
         return self._part.conditions
 
     @torch.no_grad()
-    def bind(self, args: tuple, kwargs: dict, given: Mapping[str, Tensor] | None = None) -> Call | None:
+    def bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Mapping[str, Tensor] | None = None
+    ) -> Call | None:
         """Read the model once; None where it has no energies, or nothing is left to run.
 
         :param given: latents that are held at these values; their log-probabilities stay in the density.

@@ -57,7 +57,7 @@ class _Same:
         return id(self.value)
 
 
-def _spec(t: Tensor) -> tuple:
+def _spec(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.stride(), t.dtype, t.device
 
 
@@ -67,7 +67,7 @@ class Graph:
 
     run: Function
     constants: Constants
-    specs: tuple[tuple, ...]
+    specs: tuple[tuple[Any, ...], ...]
 
     @classmethod
     def of(cls, run: Function, constants: Constants, live: Live) -> Graph:

@@ -22,7 +22,7 @@ _LIBRARIES = tuple(str(Path(str(f)).parent) for f in (torch.__file__, pyro.__fil
 
 
 def map_chains(
-    fn: Callable,
+    fn: Callable[..., Any],
     inputs: tuple[Tensor, ...],
     vectorizes: dict[str, bool],
     key: str = "density",
@@ -46,7 +46,7 @@ def map_chains(
     return tuple(map(torch.stack, zip(*each, strict=True))) if isinstance(each[0], tuple) else torch.stack(each)
 
 
-def require_vmap(fn: Callable, inputs: tuple[Tensor, ...]) -> None:
+def require_vmap(fn: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
     """Refuse a model that ``vmap`` cannot take.
 
     :raises NotImplementedError: naming the operation, and the model's line if there is one.
@@ -61,7 +61,7 @@ def require_vmap(fn: Callable, inputs: tuple[Tensor, ...]) -> None:
         ) from reason
 
 
-def _vmap(fn: Callable, inputs: tuple[Tensor, ...]) -> Any:
+def _vmap(fn: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
     with pyro.validation_enabled(False), warnings.catch_warnings():
         # torch itself loops over an operation without a batching rule, and says so.
         warnings.filterwarnings("ignore", message="There is a performance drop")

@@ -70,7 +70,7 @@ class VectorizedMCMC:
         initial_params: Mapping[str, Tensor] | None = None,
         num_chains: int = 1,
         *,
-        hook_fn: Callable | None = None,
+        hook_fn: Callable[..., Any] | None = None,
         disable_progbar: bool = False,
         chain_batch_size: int | None = None,
     ) -> None:
@@ -91,8 +91,8 @@ class VectorizedMCMC:
         self.kernel, self.num_samples, self.num_chains = kernel, num_samples, num_chains
         self.initial_params, self.hook_fn = initial_params, hook_fn
         self.disable_progbar, self.chain_batch_size = disable_progbar, chain_batch_size
-        self._args: tuple = ()
-        self._kwargs: dict = {}
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
         self._session: Session | None = None
         self._states: list[Tensor] = []
         self._samples: dict[str, Tensor] | None = None
