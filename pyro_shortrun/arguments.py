@@ -20,7 +20,8 @@ def check_count(name: str, value: Any) -> None:
 def check_kind(name: str, value: Any, kind: type, example: str) -> None:
     """Refuse an argument that is given and not a ``kind``."""
     if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{name} must be a {kind.__name__} object such as {example}, got {value!r}.")
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise ValueError(f"{name} must be {article} {kind.__name__} object such as {example}, got {value!r}.")
 
 
 def check_between(name: str, value: Any, low: float, high: float, example: str) -> None:

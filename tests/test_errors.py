@@ -628,7 +628,7 @@ def test_every_row_frozen_at_the_start():
         ({"start": Prior}, r"start must be Prior\(\)"),
         ({"start": "prior"}, r"start must be Prior\(\)"),
         ({"start": init_to_median}, "start=Init"),
-        ({"objective": PathDensity}, r"objective must be a Objective.*PathDensity\(\)"),
+        ({"objective": PathDensity}, r"objective must be an Objective.*PathDensity\(\)"),
         ({"dynamics": 0.1}, r"dynamics must be a Dynamics.*Langevin\(0.1\)"),
     ],
 )
