@@ -184,6 +184,10 @@ class Trained:
     :param num_steps: SVI steps.
     :param num_draws: draws from the trained guide.
     :param loss: by default ``Trace_ELBO()``.
+
+    Called with the conditioned model and its arguments it returns a dict from site to ``(num_draws, *site shape)``.
+
+    Yao, Vehtari, Simpson, Gelman: Yes, but Did It Work? Evaluating Variational Inference, ICML 2018 (VSBC).
     """
 
     make_guide: Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -218,6 +222,11 @@ class Chains:
     :param make_kernel: from the conditioned model to a kernel, ``lambda m: ShortRunLangevin(m, adjust=True)``.
     :param warmup_steps: draws before the one that is kept; a chain that needs more shows up as miscalibrated.
     :param num_chains: chains, as many as draws.
+
+    Called with the conditioned model and its arguments it returns a dict from site to ``(num_chains, *site shape)``.
+
+    Talts, Betancourt, Simpson, Vehtari, Gelman: Validating Bayesian Inference Algorithms with Simulation-Based
+    Calibration, 2018.
     """
 
     make_kernel: Callable[[Callable[..., Any]], ShortRunLangevin]

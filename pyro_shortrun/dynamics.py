@@ -125,6 +125,8 @@ class Langevin(Dynamics):
     prior cannot throw the run out of floating-point range; at a clipped coordinate the Jacobian's row is that of the
     identity, so log q stays exact. Recipes that write :math:`s^2/2` and :math:`s`: :math:`\eta = s^2/2`.
 
+    States, gradients and noise are ``(rows, size)``, rows of the unconstrained space ``u``; units are those of ``u``.
+
     Nijkamp, Pang, Han, Zhou, Zhu, Wu: Learning Multi-layer Latent Variable Model via Variational Optimization of
     Short Run MCMC for Approximate Inference, ECCV 2020.
 
@@ -193,6 +195,8 @@ class Hamiltonian(Dynamics):
 
     Goes with :class:`~pyro_shortrun.Annealed` (its weight needs no density of a transition). Trajectories hold the
     positions in the middle of steps.
+
+    Position and momentum are ``(rows, size)`` each.
 
     Geffner, Domke: MCMC variational inference via uncorrected Hamiltonian annealing, NeurIPS 2021.
 
