@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from .arguments import check_count
 from .density_guide import DensityGuide
 from .ecdf import UniformBand, holm, plot_ecdf, symmetry_pvalue
+from .guide_start import FromGuide
 from .interop import ordinary_autograd, plain
 from .kernel import ShortRunLangevin
 from .simulation import Draws, Simulator, as_it_is, fixed_parameters
-from .start import Call, FromGuide
+from .start import Call
 from .vectorized import VectorizedMCMC
 
 LIKELIHOOD = "log_likelihood"

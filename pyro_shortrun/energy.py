@@ -17,10 +17,11 @@ from torch import Tensor
 from .arguments import check_count, check_kind
 from .chain import RunInfo, ShortRun
 from .dynamics import Dynamics, Langevin
+from .guide_start import FromGuide
 from .interop import is_weighted_from_outside, ordinary_autograd, plain
 from .program import Reading, Site, masked
 from .rows import where_rows
-from .start import Call, FromGuide, Prior, Start
+from .start import Call, Prior, Start
 from .step_size import StepSize
 from .tilted import Energy, TiltedPrior, energies, energy_of, run_in
 from .validation import check_start

@@ -19,11 +19,12 @@ from .arguments import check_count, check_kind
 from .chain import Gradients, RunInfo, Runner, ShortRun, run
 from .density_guide import DensityGuide
 from .dynamics import Dynamics, Langevin, back_off
+from .guide_start import FromGuide
 from .interop import emit, is_weighted_from_outside, ordinary_autograd, outer_shape
 from .layout import Layout
 from .objective import Objective, PathDensity
 from .program import Program, Reading
-from .start import Call, Drawn, FromGuide, Prior, Start, init_uniform
+from .start import Call, Drawn, Prior, Start, init_uniform
 from .step_size import StepSize
 from .structure import Structure, check_latents
 from .validation import check_masks, check_proper, check_start

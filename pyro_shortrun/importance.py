@@ -16,8 +16,9 @@ from torch import Tensor
 from .amortized import LangevinEncoderGuide
 from .arguments import check_count
 from .guide import ShortRunGuide
+from .guide_start import FromGuide
 from .interop import ordinary_autograd, plain
-from .start import Call, FromGuide, Start
+from .start import Call, Start
 
 _AT_ONCE = 1000  # draws
 _FEWEST = 25  # with fewer, no tail to fit

@@ -14,11 +14,12 @@ from .adaptation import Diagonal, Identity, Preconditioner
 from .arguments import check_count, check_kind, check_model
 from .compiled import Compiler
 from .dynamics import Dynamics, Langevin
+from .guide_start import FromGuide
 from .interop import ordinary_autograd, plain
 from .objective import Objective, PathDensity
 from .sampler import Sampler, Schedule, ShortRuns, Walk
 from .session import DrawStats, Session
-from .start import Call, FromGuide, Init, Persistent, Prior, Start, init_uniform
+from .start import Call, Init, Persistent, Prior, Start, init_uniform
 from .step_size import StepSize
 from .target import ModelTarget, PotentialTarget, Target
 from .validation import check_start

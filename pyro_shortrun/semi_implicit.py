@@ -20,9 +20,10 @@ from tqdm import tqdm
 from .arguments import check_between, check_count
 from .density_guide import DensityGuide
 from .evaluation import LogLikelihood
+from .guide_start import FromGuide
 from .interop import emit, ordinary_autograd, outer_shape
 from .mixing import MixingNetwork, Scope, SemiImplicit, check_mixtures, noise_law, scoped
-from .start import Call, FromGuide
+from .start import Call
 from .structure import Structure
 
 _NUMBERS_AT_ONCE = 2**24
