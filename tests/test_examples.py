@@ -19,8 +19,8 @@ LAYERS = (
     "arguments saving rows kinds layout transforms vectorize log_einsum step_size logdet program structure enumerated "
     "potential density tracing backend compiled dynamics base bridge objective steps reverse annealed plain mixture "
     "linearized noise chain isolate start guide_start replay validation interop weights density_guide guide elbo grid "
-    "sweep tilted energy predictive ancestral refiner teaching ais anomaly linear_chain amortized amortized_sampler target "
-    "adaptation sampler session kernel vectorized mixing evaluation semi_implicit export streaming ecdf importance "
+    "sweep tilted energy predictive ancestral refiner teaching ais anomaly linear_chain amortized amortized_sampler "
+    "target adaptation sampler session kernel vectorized mixing evaluation semi_implicit export streaming ecdf importance "
     "nested simulation calibration comparison phases sufficiency plots diagnostics"
 ).split()
 
