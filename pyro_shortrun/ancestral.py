@@ -11,7 +11,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .program import Program, Reading, Site, is_data
+from .program import Program, Reading
+from .sites import Site, is_data
 from .start import Call, Drawn, Start
 from .tilted import PriorPart
 

@@ -18,7 +18,7 @@ from .dynamics import Dynamics
 from .energy import NegativeSampler
 from .layout import Layout
 from .predictive import draw_sites
-from .program import Site, is_data, masked, plates_of
+from .sites import Site, is_data, masked, plates_of
 from .start import Call, Start
 from .tilted import TiltedPrior, energy_of
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from .enumerated import common_scale, enumerated_factors, marginal
 from .layout import Arrow, LatentSite, Layout
 from .potential import Density
-from .program import Binding, Program, Reading, Site, is_data, masked, plates_of
+from .program import Binding, Program, Reading
+from .sites import Site, is_data, masked, plates_of
 from .structure import Structure
 from .vectorize import map_chains, require_vmap
 

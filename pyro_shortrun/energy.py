@@ -19,8 +19,9 @@ from .chain import RunInfo, ShortRun
 from .dynamics import Dynamics, Langevin
 from .guide_start import FromGuide
 from .interop import is_weighted_from_outside, ordinary_autograd, plain
-from .program import Reading, Site, masked
+from .program import Reading
 from .rows import where_rows
+from .sites import Site, masked
 from .start import Call, Prior, Start
 from .step_size import StepSize
 from .tilted import Energy, TiltedPrior, energies, energy_of, run_in

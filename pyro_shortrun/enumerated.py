@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .layout import Plate
 from .log_einsum import VectorizableLogRing
-from .program import Site, plates_of
+from .sites import Site, plates_of
 
 
 def marginal(trace: poutine.Trace, sites: Mapping[str, Site], kept: Iterable[Plate]) -> Tensor:

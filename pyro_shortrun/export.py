@@ -17,7 +17,8 @@ from .amortized import LangevinEncoderGuide
 from .arguments import check_count
 from .guide import ShortRunGuide
 from .interop import ordinary_autograd, plain
-from .program import Reading, is_computed, is_data, plates_of
+from .program import Reading
+from .sites import is_computed, is_data, plates_of
 from .start import Call, init_uniform
 from .target import ModelTarget
 from .vectorize import map_chains

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .base import GaussianBase
 from .isolate import isolate
-from .program import masked, plates_of
+from .sites import masked, plates_of
 from .start import Call, Drawn, Start
 
 

@@ -16,7 +16,8 @@ from .comparison import draws_of, independent_draws
 from .dynamics import Dynamics
 from .energy import NegativeSampler
 from .interop import ordinary_autograd, plain
-from .program import Reading, masked
+from .program import Reading
+from .sites import masked
 from .start import Call, Start
 from .tilted import TiltedPrior, energies
 

@@ -7,171 +7,33 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyro
-import torch
 from pyro import poutine
-from pyro.distributions import Delta, Unit
-from pyro.distributions.util import scale_and_mask, sum_rightmost
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
-from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.discrete import infer_discrete
-from pyro.poutine.block_messenger import BlockMessenger
-from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, Transform, biject_to
+from torch.distributions import Transform
 
 from .arguments import arguments_of, check_model
+from .handlers import (
+    DRAWN,
+    Enumerate,
+    Hold,
+    Reader,
+    Replicate,
+    continuous_init,
+    look_through_blocks,
+    no_empty_plates,
+    own_dims,
+)
 from .kinds import of_arguments, of_trace, one_kind
-from .layout import Plate
-
-Site = Any  # a trace node: Pyro types it as a TypedDict whose entries may all be None
-
-
-def _look_through_blocks(model: Callable[..., Any]) -> tuple[Callable[..., Any], list[Callable[[Site], bool]]]:
-    """Rebuild ``model`` without its ``poutine.block`` wrappers and return what they hid.
-
-    A guide for ``poutine.block(model, hide=...)`` is a guide for the visible sites, but the hidden ones are still
-    part of the log density.
-    """
-    handler = getattr(model, "func", None)
-    if not (isinstance(handler, partial) and len(handler.args) == 2):
-        return model, []
-    messenger, inner = handler.args
-    if not isinstance(messenger, Messenger):
-        return model, []
-    inner, hidden = _look_through_blocks(inner)
-    if isinstance(messenger, BlockMessenger):
-        return inner, [*hidden, lambda msg: bool(messenger.hide_fn(msg))]
-    return messenger(inner), hidden
-
-
-class _Reader(Messenger):
-    """Puts values into the latent sites, and keeps transforms and log-Jacobians.
-
-    Exactly one of these at each latent: ``free`` (unconstrained values), ``bound`` (site values), or neither (the
-    model draws it).
-    """
-
-    def __init__(
-        self,
-        hidden: list[Callable[[Site], bool]],
-        indices: Mapping[str, Tensor],
-        given: Mapping[str, Tensor],
-        free: Mapping[str, Tensor] | None = None,
-        bound: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__()
-        self.hidden, self.indices, self.given = hidden, indices, given
-        self.free, self.bound = free, bound
-        self.unconstrained: dict[str, Tensor] = {}
-        self.transforms: dict[str, Transform] = {}
-
-    def _is_hidden(self, msg: Site) -> bool:
-        return any(hide(msg) for hide in self.hidden)
-
-    def _pyro_sample(self, msg: Site) -> None:
-        name = msg["name"]
-        msg["fn"] = _unvalidated(msg["fn"])
-        if site_is_subsample(msg):
-            if msg["value"] is None and name in self.indices:
-                msg["value"] = self.indices[name]
-        elif msg["is_observed"]:
-            return
-        elif name in self.given:
-            msg["value"], msg["is_observed"] = self.given[name], True
-        elif _is_discrete(msg):
-            if self._is_hidden(msg):
-                msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
-        elif self.free is not None:
-            if name not in self.free:
-                raise ValueError(
-                    f"latent site '{name}' appeared in the middle of a run: the model's latent sites must not "
-                    "depend on the values of other sites."
-                )
-            transform = self._transform(msg)
-            self.unconstrained[name] = self.free[name]
-            msg["value"] = transform(self.free[name])  # not "done": EnumMessenger must still see the site
-        elif self.bound is not None and name in self.bound:
-            msg["value"] = self.bound[name]
-
-    def _pyro_post_sample(self, msg: Site) -> None:
-        if _is_latent(msg) and not self._is_hidden(msg) and msg["name"] not in self.unconstrained:
-            value = msg["value"]
-            with helpful_support_errors(msg):
-                self.unconstrained[msg["name"]] = self._transform(msg).inv(value)
-
-    def _transform(self, msg: Site) -> Transform:
-        with helpful_support_errors(msg):
-            transform = biject_to(msg["fn"].support)
-        self.transforms[msg["name"]] = transform
-        return transform
-
-
-def _unvalidated(fn: Any) -> Any:
-    """A distribution that was built to check its values (before this run, as a module's priors are) without checks:
-    they cost time in every step, and cannot be traced."""
-    if not getattr(fn, "_validate_args", False):
-        return fn
-    fn = copy.copy(fn)
-    fn._validate_args = False
-    if isinstance(getattr(fn, "base_dist", None), Distribution):
-        fn.base_dist = _unvalidated(fn.base_dist)
-    return fn
-
-
-def _is_discrete(msg: Site) -> bool:
-    return bool(getattr(msg["fn"], "has_enumerate_support", False)) or bool(
-        getattr(getattr(msg["fn"], "support", None), "is_discrete", False)
-    )
-
-
-def _is_latent(msg: Site) -> bool:
-    """A continuous site that is neither observed nor a plate's subsample."""
-    return msg["type"] == "sample" and not msg["is_observed"] and not site_is_subsample(msg) and not _is_discrete(msg)
-
-
-def is_computed(site: Site) -> bool:
-    """A function of the latents: ``pyro.deterministic``, or what a reparametrisation leaves at the old name."""
-    fn = site["fn"]
-    while isinstance(getattr(fn, "base_dist", None), Distribution):
-        fn = fn.base_dist
-    return site["type"] == "sample" and site["is_observed"] and isinstance(fn, Delta)
-
-
-def is_data(site: Site) -> bool:
-    """An observed site that is neither computed from latents nor a ``pyro.factor``."""
-    observed = site["type"] == "sample" and site["is_observed"]
-    return bool(observed) and not is_computed(site) and not isinstance(site["fn"], Unit)
-
-
-def plates_of(site: Site) -> tuple[Plate, ...]:
-    """The vectorised plates around a site."""
-    return tuple(
-        Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in site["cond_indep_stack"] if f.vectorized
-    )
-
-
-@contextmanager
-def _own_dims() -> Iterator[None]:
-    """Pyro's allocators of plate and enumeration dims are global: start afresh, and give them back as they were."""
-    plates, enumeration = _DIM_ALLOCATOR._stack, dict(vars(_ENUM_ALLOCATOR))
-    _DIM_ALLOCATOR._stack = []
-    try:
-        yield
-    finally:
-        _DIM_ALLOCATOR._stack = plates
-        vars(_ENUM_ALLOCATOR).clear()
-        vars(_ENUM_ALLOCATOR).update(enumeration)
+from .sites import Site, is_discrete, plates_of
 
 
 @dataclass(frozen=True)
@@ -258,7 +120,7 @@ class Program:
 
     def __init__(self, model: Callable[..., Any]) -> None:
         check_model(model)
-        self._model, self._hidden = _look_through_blocks(model)
+        self._model, self._hidden = look_through_blocks(model)
         self._shows = False
 
     @contextmanager
@@ -279,7 +141,7 @@ class Program:
         """First dim for enumerated sites, or None where all latents are continuous."""
         sites = reading.trace.nodes.values()
         discrete = any(
-            s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s) and _is_discrete(s)
+            s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s) and is_discrete(s)
             for s in sites
         )
         return -1 - reading.nesting if discrete else None
@@ -293,7 +155,7 @@ class Program:
         init: Callable[..., Any] | None = None,
     ) -> Reading:
         """Run the model forwards: latents from the prior (or from a Pyro ``init_to_*`` function)."""
-        reader = _Reader(self._hidden, indices or {}, given or {})
+        reader = Reader(self._hidden, indices or {}, given or {})
         with pyro.validation_enabled(False):  # what is not finite is refused by name at the start of the run
             return self._read(reader, args, kwargs, init=init)
 
@@ -323,7 +185,7 @@ class Program:
                 f"latent site '{name}' lies in a sequential pyro.plate; write `with pyro.plate(...):` instead of "
                 "`for i in pyro.plate(...)`."
             )
-        if _is_discrete(site):
+        if is_discrete(site):
             if not hidden and site["infer"].get("enumerate") != "parallel":
                 raise ValueError(
                     f"latent site '{name}' is discrete: sum it out exactly with pyro.infer.config_enumerate(model) "
@@ -343,7 +205,7 @@ class Program:
     def run(self, bind: Binding, values: Mapping[str, Tensor], free: bool = True) -> Reading:
         """Run the model with latents at unconstrained values (``free``) or at site values."""
         given = {"free" if free else "bound": values}
-        reader = _Reader(self._hidden, bind.indices, bind.given, **given)
+        reader = Reader(self._hidden, bind.indices, bind.given, **given)
         return self._read(reader, bind.args, bind.kwargs, enum_dim=bind.enum_dim)
 
     def simulate(self, bind: Binding, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -353,8 +215,8 @@ class Program:
         """
         given = {**values, **bind.indices}
         tracer = poutine.trace()
-        with _own_dims(), poutine.block(), pyro.validation_enabled(False), tracer:
-            with _Replicate(given):
+        with own_dims(), poutine.block(), pyro.validation_enabled(False), tracer:
+            with Replicate(given):
                 self._model(*bind.args, **bind.kwargs)
         nodes = tracer.get_trace().nodes.items()
         return {k: s["value"] for k, s in nodes if s["type"] == "sample" and not site_is_subsample(s)}  # type: ignore
@@ -363,19 +225,19 @@ class Program:
         """Draw the enumerated sites from their joint distribution given the other latents and the data."""
 
         def held(*args: Any, **kwargs: Any) -> None:
-            with _Hold({**values, **bind.given, **bind.indices}):
+            with Hold({**values, **bind.given, **bind.indices}):
                 self._model(*args, **kwargs)
 
         tracer = poutine.trace()
         assert bind.enum_dim is not None
-        with _own_dims(), poutine.block(), pyro.validation_enabled(False), tracer:
+        with own_dims(), poutine.block(), pyro.validation_enabled(False), tracer:
             infer_discrete(held, first_available_dim=bind.enum_dim)(*bind.args, **bind.kwargs)
         sites: dict[str, Site] = tracer.get_trace().nodes
-        return {k: s["value"] for k, s in sites.items() if s["type"] == "sample" and s["infer"].get(_DRAWN)}
+        return {k: s["value"] for k, s in sites.items() if s["type"] == "sample" and s["infer"].get(DRAWN)}
 
     def _read(
         self,
-        reader: _Reader,
+        reader: Reader,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         enum_dim: int | None = None,
@@ -383,76 +245,13 @@ class Program:
     ) -> Reading:
         tracer = poutine.trace()
         shown = poutine.block(hide_types=["sample", "observe"]) if self._shows else poutine.block()
-        enumerate_ = nullcontext() if enum_dim is None else _Enumerate(first_available_dim=enum_dim)
-        model = self._model if init is None else _continuous_init(init)(self._model)
+        enumerate_ = nullcontext() if enum_dim is None else Enumerate(first_available_dim=enum_dim)
+        model = self._model if init is None else continuous_init(init)(self._model)
         told = one_kind(lambda: {**of_arguments(args, kwargs), **of_trace(tracer.trace)})
         fits = arguments_of(model, args, kwargs)
-        with told, fits, _own_dims(), shown, tracer, _no_empty_plates(), enumerate_, reader:
+        with told, fits, own_dims(), shown, tracer, no_empty_plates(), enumerate_, reader:
             model(*args, **kwargs)
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
-
-
-@contextmanager
-def _no_empty_plates() -> Iterator[None]:
-    """Pyro's plate says no more than that something is zero."""
-    try:
-        yield
-    except ZeroDivisionError as reason:
-        if "size cannot be zero" in str(reason):
-            raise ValueError("a plate of the model has size 0: leave empty batches out.") from reason
-        raise
-
-
-_DRAWN = "_pyro_shortrun_drawn"
-
-
-class _Hold(Messenger):
-    """Puts in values of latents and of subsamples; discrete latents without one are to be enumerated."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["name"] in self.values:
-            msg["value"] = self.values[msg["name"]]
-            msg["is_observed"] = not site_is_subsample(msg)
-        elif not msg["is_observed"] and _is_discrete(msg):
-            msg["infer"] = {**msg["infer"], "enumerate": "parallel", _DRAWN: True}
-
-
-class _Replicate(Messenger):
-    """Puts in values, of latents and of subsamples, and draws data anew, in the shape that they were observed in."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
-        elif is_data(msg):
-            batch = msg["fn"].batch_shape
-            seen = torch.as_tensor(msg["value"]).shape
-            wanted = torch.broadcast_shapes(batch, seen[: len(seen) - msg["fn"].event_dim])
-            if wanted != batch:
-                msg["fn"] = msg["fn"].expand(wanted)
-            msg["value"], msg["is_observed"], msg["done"] = None, False, False
-
-
-class _Enumerate(EnumMessenger):
-    """Pyro's, which reads shapes from ``value.data``; vmap forbids that."""
-
-    def _pyro_post_sample(self, msg: Site) -> None:
-        value = msg["value"]
-        if isinstance(value, Tensor):
-            msg["value"] = torch.empty((), device=value.device).expand(value.shape)
-        super()._pyro_post_sample(msg)
-        msg["value"] = value
-
-
-def _continuous_init(init: Callable[..., Any]) -> Messenger:
-    return InitMessenger(lambda site: (init_to_sample if _is_discrete(site) else init)(site))
 
 
 @dataclass(frozen=True)
@@ -464,8 +263,3 @@ class Binding:
     indices: Mapping[str, Tensor]
     given: Mapping[str, Tensor]
     enum_dim: int | None
-
-
-def masked(term: Tensor, mask: Any) -> Tensor:
-    """``term`` with zeros where ``poutine.mask`` takes a site out."""
-    return term if mask is None else scale_and_mask(term, mask=mask)

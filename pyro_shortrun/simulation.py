@@ -16,7 +16,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .density import LogDensity
-from .program import Program, is_data
+from .program import Program
+from .sites import is_data
 from .start import Call, init_uniform
 from .validation import check_proper
 from .vectorize import map_chains

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .kinds import of_arguments, of_trace, one_kind
 from .layout import LatentSite, Layout, Plate
-from .program import Binding, Program, Reading, is_data, plates_of
+from .program import Binding, Program, Reading
+from .sites import is_data, plates_of
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from .ancestral import AncestralSampler
 from .kinds import of_arguments, of_module, one_kind
-from .program import Site
 from .refiner import Refined, Refiner, evaluating, of_rows
+from .sites import Site
 
 
 @dataclass(frozen=True)

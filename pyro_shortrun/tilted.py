@@ -29,7 +29,8 @@ from .chain import Runner, ShortRun, run
 from .compiled import Compiler, density_of
 from .dynamics import Dynamics
 from .objective import PathDensity
-from .program import Binding, Program, Reading, Site, is_data, plates_of
+from .program import Binding, Program, Reading
+from .sites import Site, is_data, plates_of
 from .start import Call, Start
 from .structure import Structure, read_structure
 

@@ -16,12 +16,12 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 # From the bottom up: a module may import those before it.
 LAYERS = (
-    "arguments saving rows kinds layout transforms vectorize log_einsum step_size logdet program structure enumerated "
-    "potential density tracing backend compiled dynamics base bridge objective steps reverse annealed plain mixture "
-    "linearized noise chain isolate start guide_start replay validation interop weights density_guide guide elbo grid "
-    "sweep tilted energy predictive ancestral refiner teaching ais anomaly linear_chain amortized amortized_sampler "
-    "target adaptation sampler session kernel vectorized mixing evaluation semi_implicit export streaming ecdf importance "
-    "nested simulation calibration comparison phases sufficiency plots diagnostics"
+    "arguments saving rows kinds layout transforms vectorize log_einsum step_size logdet sites handlers program "
+    "structure enumerated potential density tracing backend compiled dynamics base bridge objective steps reverse "
+    "annealed plain mixture linearized noise chain isolate start guide_start replay validation interop weights "
+    "density_guide guide elbo grid sweep tilted energy predictive ancestral refiner teaching ais anomaly linear_chain "
+    "amortized amortized_sampler target adaptation sampler session kernel vectorized mixing evaluation semi_implicit "
+    "export streaming ecdf importance nested simulation calibration comparison phases sufficiency plots diagnostics"
 ).split()
 
 
