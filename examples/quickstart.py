@@ -300,7 +300,7 @@ def main(args: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--data", help="npz file with x_train and x_test; default: scikit-learn's digits")
-    out.add_argument("--epochs", type=int, default=30)
+    out.add_argument("--epochs", type=int, default=25)
     out.add_argument("--batch", type=int, default=125)
     out.add_argument("--lr", type=float, default=1e-3)
     out.add_argument("--num-steps", type=int, default=20, help="K, steps of a short run")
