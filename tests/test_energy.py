@@ -726,7 +726,7 @@ def test_refusals():
         one_layer(3.0)(x)
     model = one_layer(Quadratic())
     guide = AutoDelta(model)
-    with pytest.raises(ValueError, match="base_elbo must be a ELBO object"):
+    with pytest.raises(ValueError, match="base_elbo must be an ELBO object"):
         EnergyELBO(Trace_ELBO)
     with pytest.raises(ValueError, match="num_steps"):
         EnergyELBO(Trace_ELBO(), num_steps=0)
