@@ -26,7 +26,7 @@ from .linear_chain import (
     check_features,
     check_width,
 )
-from .program import Program, Reading
+from .program import Reading
 from .start import Call
 from .structure import Structure
 from .transforms import is_identity
@@ -276,15 +276,8 @@ class LangevinEncoderGuide(DensityGuide):
     # ---------------------------------------------------------------- one call
 
     @torch.no_grad()
-    def _read(
-        self,
-        program: Program,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        indices: dict[str, Any],
-        given: dict[str, Any],
-    ) -> Reading:
-        return super()._read(program, args, kwargs, indices, given)
+    def _read(self, draw: Callable[..., Reading]) -> Reading:
+        return super()._read(draw)
 
     def _admit(self, structure: Structure) -> None:
         name = _global_site(structure.layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import pyro
@@ -46,16 +47,9 @@ class DensityGuide(AutoGuide):
         """Draws, dict from site to ``(num_chains, num_samples, *site shape)``."""
         raise NotImplementedError
 
-    def _read(
-        self,
-        program: Program,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        indices: dict[str, Any],
-        given: dict[str, Any],
-    ) -> Reading:
-        """One run of the model, from which a call's shapes, plates and subsamples are read."""
-        return program.draw(args, kwargs, indices, given, init_uniform)
+    def _read(self, draw: Callable[..., Reading]) -> Reading:
+        """One run of the model, ``draw(init)``, from which a call's shapes, plates and subsamples are read."""
+        return draw(init_uniform)
 
     def _admit(self, structure: Structure) -> None:
         """Refuse latents that this guide cannot draw."""
@@ -136,7 +130,7 @@ class DensityGuide(AutoGuide):
         fixed_args, fixed_kwargs = self._arguments(args, kwargs)
         indices = {name: plate.indices for name, plate in plates.items() if plate.size is not None}
         given = values_of_other_parts() if program.hides else {}
-        reading = self._read(program, fixed_args, fixed_kwargs, indices, given)
+        reading = self._read(partial(program.draw, fixed_args, fixed_kwargs, indices, given))
         if chains > 1 and any(name in reading.trace.nodes for name in given):
             raise NotImplementedError(
                 f"{type(self).__name__} as a part of an AutoGuideList needs the other parts' values and takes one set "

@@ -23,7 +23,7 @@ from .guide_start import FromGuide
 from .interop import emit, is_weighted_from_outside, ordinary_autograd, outer_shape
 from .layout import Layout
 from .objective import Objective, PathDensity
-from .program import Program, Reading
+from .program import Reading
 from .start import Call, Drawn, Prior, Start, init_uniform
 from .step_size import StepSize
 from .structure import Structure, check_latents
@@ -287,22 +287,15 @@ class ShortRunGuide(DensityGuide):
             self._adapter = (FromGuide(self.start),)
         return self._adapter[0]
 
-    def _read(
-        self,
-        program: Program,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        indices: dict[str, Any],
-        given: dict[str, Any],
-    ) -> Reading:
+    def _read(self, draw: Callable[..., Reading]) -> Reading:
         """One run of the model, its latents drawn from the prior where the start is that."""
         with torch.set_grad_enabled(self.full_gradient):  # the start of a run is a draw, unless all is differentiated
             if not isinstance(self._start, Prior):  # improper priors cannot be drawn from
-                return super()._read(program, args, kwargs, indices, given)
+                return super()._read(draw)
             try:
-                return program.draw(args, kwargs, indices, given)
+                return draw()
             except NotImplementedError:
-                check_proper(program.draw(args, kwargs, indices, given, init_uniform))
+                check_proper(draw(init_uniform))
                 raise
 
     def _admit(self, structure: Structure) -> None:

@@ -67,10 +67,10 @@ class StepSize(PyroModule):
         """
         index = layout.site_index if self.per == "site" else layout.dim_index
         self._index = index.to(like.device)
-        self._count = {"shared": 1, "step": num_steps, "site": len(layout.sites), "dim": _count(index)}[self.per]
+        self._length = {"shared": 1, "step": num_steps, "site": len(layout.sites), "dim": _count(index)}[self.per]
         if self.is_set_up:
             return False
-        value = like.new_full((self._count,), self.init)
+        value = like.new_full((self._length,), self.init)
         if self.learnable:
             self.value = PyroParam(value, constraints.interval(0.0, self.max))
         else:
@@ -101,9 +101,9 @@ class StepSize(PyroModule):
     def forward(self, layout: Layout, num_steps: int) -> Tensor:
         """Values at every step and coordinate, ``(num_steps, size)``."""
         value = self._current
-        if len(value) != self._count:  # PyroParam reads the parameter store, by name
+        if len(value) != self._length:  # PyroParam reads the parameter store, by name
             raise ValueError(
-                f"this guide has {self._count} step sizes and Pyro's parameter store {len(value)}, another guide's: "
+                f"this guide has {self._length} step sizes and Pyro's parameter store {len(value)}, another guide's: "
                 "call pyro.clear_param_store() between guides, and go on with the newer one."
             )
         if self.per == "shared":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from packaging.version import Version
+
 import pyro_shortrun
 
 ROOT = Path(__file__).parents[1]
@@ -15,5 +17,6 @@ def test_versions_agree():
     changes = (ROOT / "CHANGELOG.md").read_text()
     version = re.search(r"^version: (\S+)$", citation, re.M)[1]
     date = re.search(r'^date-released: "(\S+)"$', citation, re.M)[1]
-    assert pyro_shortrun.__version__.split(".dev")[0] >= version
+    current, released = Version(pyro_shortrun.__version__), Version(version)
+    assert current == released or (current.is_devrelease and current > released)
     assert f"## [{version}] - {date}" in changes
