@@ -47,8 +47,9 @@ from teaching_images import (
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_shortrun import AncestralSampler, Langevin, MCMCTeaching, Refiner, ShortRunGuide, StepSize
+from pyro_shortrun import Langevin, MCMCTeaching, Refiner, ShortRunGuide, StepSize
 from pyro_shortrun.evaluation import squared_mmd
+from pyro_shortrun.teaching import AncestralSampler
 
 SNAPSHOTS = 4
 

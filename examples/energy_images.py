@@ -27,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_shortrun import EnergyELBO, sample_prior
+from pyro_shortrun.diagnostics import plot_images
 from pyro_shortrun.evaluation import squared_mmd
-from pyro_shortrun.plots import plot_images
 
 KINDS = (
     Kind("1 layer, maximum likelihood", (16,), False, True),

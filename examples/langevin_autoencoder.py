@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_shortrun import LangevinEncoderGuide
+from pyro_shortrun.diagnostics import plot_images
 from pyro_shortrun.evaluation import importance_log_likelihood
-from pyro_shortrun.plots import plot_images
 
 History = dict[str, list[float]]
 

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_shortrun import Annealed, Langevin, PathDensity, ShortRunGuide, StepSize
+from pyro_shortrun.diagnostics import plot_images, plot_reconstructions
 from pyro_shortrun.evaluation import importance_log_likelihood
-from pyro_shortrun.plots import plot_images, plot_reconstructions
 
 TOP, BOTTOM = 4, 8  # latent dimensions of z2 and z1
 SIGMA = 0.15  # noise of a pixel, on images in [0, 1]

@@ -48,8 +48,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
-from pyro_shortrun import Langevin, SemiImplicit, SemiImplicit_ELBO, ShortRunGuide, StepSize
-from pyro_shortrun.mixing import MixingNetwork
+from pyro_shortrun import Langevin, SemiImplicit_ELBO, ShortRunGuide, StepSize
+from pyro_shortrun.semi_implicit import MixingNetwork, SemiImplicit
 
 NOISE = 8
 

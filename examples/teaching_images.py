@@ -13,9 +13,9 @@ from benchmarks.anomaly import load
 from torch import Tensor, nn
 
 from pyro_shortrun import MCMCTeaching, Refiner
+from pyro_shortrun.diagnostics import plot_images
 from pyro_shortrun.evaluation import frechet_distance
-from pyro_shortrun.plots import plot_images
-from pyro_shortrun.refiner import Refined
+from pyro_shortrun.teaching import Refined
 
 SIGMA = 0.3  # noise of a pixel, on images in [-1, 1]
 

@@ -48,7 +48,8 @@ from teaching_images import (
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_shortrun import AncestralSampler, MCMCTeaching, Refiner
+from pyro_shortrun import MCMCTeaching, Refiner
+from pyro_shortrun.teaching import AncestralSampler
 
 SNAPSHOTS = 4
 METHODS = ("VAE alone", "taught", "dual")

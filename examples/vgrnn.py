@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
-from pyro_shortrun import SemiImplicit, SemiImplicit_ELBO
+from pyro_shortrun import SemiImplicit_ELBO
+from pyro_shortrun.semi_implicit import SemiImplicit
 
 NOISE = 16
 

@@ -14,17 +14,17 @@ from pyro.infer import MCMC, SVI, Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_shortrun import (
-    AncestralSampler,
     EnergyELBO,
     LangevinEncoderGuide,
     MCMCTeaching,
     Refiner,
-    Replay,
     ShortRunGuide,
     ShortRunLangevin,
     VectorizedMCMC,
     energy_prior,
 )
+from pyro_shortrun.starts import Replay
+from pyro_shortrun.teaching import AncestralSampler
 
 Fault = Callable[[Tensor], Tensor]
 

@@ -43,16 +43,8 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI
 
-from pyro_shortrun import (
-    Annealed,
-    GaussianReverse,
-    Langevin,
-    PathDensity,
-    ShortRunELBO,
-    ShortRunGuide,
-    StepSize,
-    tune_on_grid,
-)
+from pyro_shortrun import Annealed, GaussianReverse, Langevin, PathDensity, ShortRunELBO, ShortRunGuide, StepSize
+from pyro_shortrun.guides import tune_on_grid
 
 SMOKE = "SMOKE" in os.environ
 UPDATES, PARTICLES, DRAWS, POINTS = (2, 4, 100, 2) if SMOKE else (60, 32, 4000, 6)

@@ -40,7 +40,8 @@ from pyro.infer import SVI, Trace_ELBO
 from sklearn.datasets import load_digits
 from torch import nn
 
-from pyro_shortrun import LangevinEncoderGuide, Whitened
+from pyro_shortrun import LangevinEncoderGuide
+from pyro_shortrun.amortized import Whitened
 from pyro_shortrun.evaluation import importance_log_likelihood
 
 SMOKE = "SMOKE" in os.environ

@@ -47,8 +47,9 @@ from pyro.infer import SVI, Trace_ELBO
 from sklearn.datasets import load_digits
 from torch import nn
 
-from pyro_shortrun import AncestralSampler, MCMCTeaching, Refiner
+from pyro_shortrun import MCMCTeaching, Refiner
 from pyro_shortrun.evaluation import frechet_distance, squared_mmd
+from pyro_shortrun.teaching import AncestralSampler
 
 SMOKE = "SMOKE" in os.environ
 TOY, DIGITS, SAMPLES, SETS = (3, 3, 50, 2) if SMOKE else (1200, 300, 1000, 5)

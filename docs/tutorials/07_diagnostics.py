@@ -40,9 +40,10 @@ from pyro_shortrun import (
     ShortRunLangevin,
     StepSize,
     VectorizedMCMC,
+    psis,
     to_arviz,
 )
-from pyro_shortrun.diagnostics import compare_with_nuts, nested_rhat, plot_ranks, psis, sbc, step_sweep
+from pyro_shortrun.diagnostics import compare_with_nuts, nested_rhat, plot_ranks, sbc, step_sweep
 
 SMOKE = "SMOKE" in os.environ
 STEPS, DRAWS, NUTS_DRAWS, WARMUP, SIMULATIONS = (3, 200, 50, 50, 5) if SMOKE else (250, 2000, 1500, 200, 60)

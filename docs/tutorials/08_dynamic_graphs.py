@@ -43,7 +43,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 from torch.nn.functional import softplus
 
-from pyro_shortrun import SemiImplicit, SemiImplicit_ELBO
+from pyro_shortrun import SemiImplicit_ELBO
+from pyro_shortrun.semi_implicit import SemiImplicit
 
 SMOKE = "SMOKE" in os.environ
 GRAPHS, NODES, TIMES, EPOCHS = (2, 20, 5, 4) if SMOKE else (8, 60, 12, 400)

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_shortrun import EnergyELBO, Langevin, ShortRunGuide, StepSize, energy_prior
-from pyro_shortrun.anomaly import Bound, Energies, Joint, Latents, Reconstruction, Score, anomaly_scores
+from pyro_shortrun.evaluation import Bound, Energies, Joint, Latents, Reconstruction, Score, anomaly_scores
 
 sys.path.append(str(Path(__file__).parent))  # where an example outside this folder imports this one
 from record import Table, record  # noqa: E402

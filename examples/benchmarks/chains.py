@@ -30,8 +30,8 @@ from record import Table, Value, record
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_shortrun import Dense, Diagonal, ShortRunLangevin, VectorizedMCMC
-from pyro_shortrun.adaptation import Preconditioner
+from pyro_shortrun import ShortRunLangevin, VectorizedMCMC
+from pyro_shortrun.dynamics import Dense, Diagonal, Preconditioner
 
 Made = tuple[Callable, tuple[Tensor, ...]]
 

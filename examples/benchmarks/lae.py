@@ -47,7 +47,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
-from pyro_shortrun import Langevin, LangevinEncoderGuide, ShortRunGuide, StepSize, Whitened
+from pyro_shortrun import Langevin, LangevinEncoderGuide, ShortRunGuide, StepSize
+from pyro_shortrun.amortized import Whitened
 
 sys.path.append(str(Path(__file__).parent))  # where an example outside this folder imports this one
 from record import Table, record  # noqa: E402

@@ -26,7 +26,8 @@ from posteriordb_models import POSTERIORS, Posterior
 from record import Table, Value, record
 from tqdm import tqdm
 
-from pyro_shortrun import Dense, Diagonal, ShortRunLangevin, VectorizedMCMC
+from pyro_shortrun import ShortRunLangevin, VectorizedMCMC
+from pyro_shortrun.dynamics import Dense, Diagonal
 
 Arrays = dict[str, np.ndarray]
 

@@ -46,13 +46,13 @@ from pyro_shortrun import (
     Annealed,
     EnergyELBO,
     Langevin,
-    Replay,
     ShortRunGuide,
     StepSize,
     energy_prior,
     sample_prior,
     save_state,
 )
+from pyro_shortrun.starts import Replay
 
 LATENTS, EDGE, PULL = 8, 5.5, 500
 

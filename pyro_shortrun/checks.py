@@ -1,0 +1,116 @@
+"""Checks of arguments, and of tensors that have several devices or dtypes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Any
+
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse anything but a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    """Refuse an argument that is given and not a ``kind``."""
+    if value is not None and not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise ValueError(f"{name} must be {article} {kind.__name__} object such as {example}, got {value!r}.")
+
+
+def check_between(name: str, value: Any, low: float, high: float, example: str) -> None:
+    """Refuse anything but a number strictly between two others."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low < float(value) < high:
+        raise ValueError(f"{name} must be a number in ({low:g}, {high:g}), got {value!r}; try {example}.")
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model: the result of calling one, or a guide where the two are swapped."""
+    if not callable(model):
+        raise ValueError(
+            f"model must be a function with Pyro statements, got a {type(model).__name__}: pass the model itself and "
+            "not model(...); its arguments come with every call."
+        )
+    if isinstance(model, AutoGuide):
+        raise ValueError(f"model is a guide, {type(model).__name__}: the model comes first, (model, guide, *args).")
+
+
+@contextmanager
+def arguments_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Where the model cannot take its arguments, say whose they are; its own TypeErrors pass as they are."""
+    try:
+        yield
+    except TypeError as reason:
+        try:
+            inspect.signature(model).bind(*args, **kwargs)
+        except TypeError:
+            raise TypeError(
+                f"{reason}. The model's own arguments come with every call: svi.step(*args), guide(*args), "
+                "guide.sample_posterior(*args, num_samples=...), to_arviz(guide, *args), mcmc.run(*args)."
+            ) from reason
+        except ValueError:  # a callable without a signature
+            pass
+        raise
+
+
+# What torch says of two devices (and of tensors without data, as modules built for loading have them), and of dtypes.
+_SAYINGS = {
+    "device": re.compile("same device|expected device|meta tensor"),
+    "dtype": re.compile("same dtype|expected scalar type|can't be cast to the desired output type"),
+}
+
+
+@contextmanager
+def one_kind(named: Callable[[], Mapping[str, Tensor]]) -> Iterator[None]:
+    """Tell which tensors are of which device or dtype, where torch refuses to compute with those of two.
+
+    Nothing is checked beforehand: a model may move what it is given, numbers may be anywhere, and sums are promoted.
+
+    :param named: the tensors that are seen inside, by what a user calls them.
+    :raises ValueError: in place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as reason:
+        kind = next((k for k, saying in _SAYINGS.items() if saying.search(str(reason))), None)
+        if kind is None:
+            raise
+        casts = "can't be cast" in str(reason)  # whole numbers where the density wants others
+        real = [(k, t) for k, t in named().items() if kind == "device" or t.is_floating_point() or casts]
+        places = {str(getattr(t, kind)): name for name, t in reversed(real)}
+        found = ", ".join(f"{name} is {place}" for place, name in sorted(places.items()))
+        cause = str(reason).splitlines()[0].rstrip(".!")
+        raise ValueError(
+            f"tensors of several {kind}s: {found} ({cause}). Let all data, modules and constants have one: "
+            f"x.to({kind}), module.to({kind})."
+        ) from reason
+
+
+def of_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors in a call's arguments."""
+    named = {**{f"argument {i}": v for i, v in enumerate(args)}, **{f"argument '{k}'": v for k, v in kwargs.items()}}
+    leaves = {k: pytree.tree_leaves(v) for k, v in named.items()}
+    return {k: leaf for k, found in leaves.items() for leaf in found if isinstance(leaf, Tensor)}
+
+
+def of_trace(trace: Any) -> dict[str, Tensor]:
+    """The values of a trace's parameters and sites."""
+    words = {"param": "parameter", "sample": "site"}
+    nodes = [(f"{words[n['type']]} '{k}'", n["value"]) for k, n in trace.nodes.items() if n["type"] in words]
+    return {name: value for name, value in nodes if isinstance(value, Tensor)}
+
+
+def of_module(owner: str, module: Any) -> dict[str, Tensor]:
+    """A module's parameters; of any other function nothing is known."""
+    if not isinstance(module, nn.Module):
+        return {}
+    return {f"{owner} parameter '{k}'": p for k, p in module.named_parameters()}

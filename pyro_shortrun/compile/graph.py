@@ -1,0 +1,113 @@
+"""A function of tensors as a graph whose other tensors have become inputs, known by their role in a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from ..density.program import Binding
+
+Role = Hashable
+Function = Callable[..., Any]
+Constants = tuple["Role | Tensor", ...]
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a call's graphs depend on: tensors by role (the arguments', and parameters by name), and a key of the
+    arguments' shapes and of everything else."""
+
+    tensors: Mapping[Role, Tensor]
+    key: Hashable
+
+
+def roles(bind: Binding, batches: Mapping[str, Tensor]) -> Live:
+    """The tensors that a model sees in a call, by the way they come to it, and their shapes and the other arguments."""
+    sources = (bind.args, bind.kwargs, dict(bind.indices), dict(bind.given), dict(batches))
+    leaves, spec = pytree.tree_flatten(sources)
+    given: dict[Role, Tensor] = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    literals = tuple(_literal(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
+    shapes = tuple((role, *_spec(t)) for role, t in given.items())
+    tensors: dict[Role, Tensor] = dict(pyro.get_param_store()._params.items())
+    return Live(tensors | given, (shapes, literals, str(spec), bind.enum_dim))
+
+
+def _literal(leaf: Any) -> Hashable:
+    return (type(leaf), leaf) if isinstance(leaf, (int, float, str, bool, type(None))) else _Same(leaf)
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """An argument that is no tensor and no number: known by its identity, and kept, so that this is not used again."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _spec(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.stride(), t.dtype, t.device
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A compiled function whose constants have become inputs: each a role, or a tensor that has none."""
+
+    run: Function
+    constants: Constants
+    specs: tuple[tuple[Any, ...], ...]
+
+    @classmethod
+    def of(cls, run: Function, constants: Constants, live: Live) -> Graph:
+        """With the shapes that the constants have now."""
+        return cls(run, constants, tuple(map(_spec, bound(constants, live))))
+
+    def fits(self, live: Live) -> bool:
+        """Whether parameters still have the shapes that they had."""
+        known = all(isinstance(c, Tensor) or c in live.tensors for c in self.constants)
+        return known and self.specs == tuple(map(_spec, bound(self.constants, live)))
+
+    def wants_gradients(self, live: Live) -> bool:
+        """Whether the function depends on something that is to be trained."""
+        return any((c if isinstance(c, Tensor) else live.tensors[c]).requires_grad for c in self.constants)
+
+    def bind(self, live: Live) -> Function:
+        """The function with this call's tensors in their roles."""
+        values = bound(self.constants, live)
+        return lambda *inputs: self.run(*inputs, *values)
+
+
+def bound(constants: Constants, live: Live) -> list[Tensor]:
+    return [(c if isinstance(c, Tensor) else live.tensors[c]).detach() for c in constants]
+
+
+def trace(fn: Function, inputs: tuple[Tensor, ...], live: Live) -> tuple[GraphModule, Constants]:
+    """Trace ``fn(*inputs)``; what it reaches besides its inputs becomes an input too."""
+    inputs = tuple(t.clone() for t in inputs)  # the tracer takes inputs that are one tensor for one input
+    with pyro.validation_enabled(False), torch.no_grad():
+        module = make_fx(lambda *xs: fn(*xs))(*inputs)  # a bound method would count its self
+    role_of = {id(t): role for role, t in live.tensors.items()}
+    constants: dict[str, Role | Tensor] = {}
+    last = [n for n in module.graph.nodes if n.op == "placeholder"][-1]
+    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
+        value = getattr(module, node.target)
+        with module.graph.inserting_after(last):
+            new = module.graph.placeholder(f"constant_{len(constants)}")
+        constants[new.name] = role_of.get(id(value), value)
+        node.replace_all_uses_with(new)
+        module.graph.erase_node(node)
+        last = new
+    module.graph.eliminate_dead_code()
+    return GraphModule({}, module.graph), tuple(constants.values())

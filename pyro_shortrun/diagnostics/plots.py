@@ -1,0 +1,345 @@
+"""Pictures that ArviZ does not have: runs along their steps, step sizes, images, layers, the aggregate posterior.
+
+Matplotlib is imported where something is drawn. Every function takes the axes to draw on, or makes some, and returns
+them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import check_count
+from ..energy.predictive import sample_prior
+from ..runs.run import RunInfo
+from .reference import draws_of
+
+_POINTS = 2000  # of a scatter plot
+
+
+def plot_trajectories(
+    source: Any, trajectory: Mapping[str, Tensor] | None = None, axes: Any = None, label: str | None = None
+) -> Any:
+    """A run along its steps: log density, norm of the gradient, and how far each step goes.
+
+    Log density and gradient norm are means over the rows that still moved. How far a step goes is the mean length of
+    its displacement where the states are given, else that of its drift, mean step size times gradient norm.
+
+    :param source: a guide after a call, or a :class:`RunInfo`.
+    :param trajectory: what ``guide.trajectory(*args, num_chains=...)`` gave, ``(K + 1, chains, *site shape)`` by site;
+        lengths are over all coordinates of a chain.
+    :param axes: three axes.
+    :param label: of the lines, to compare several runs on the same axes.
+    :return: the axes.
+    :raises ValueError: where the guide has not run yet.
+    """
+    info = source if isinstance(source, RunInfo) else getattr(source, "info", None)
+    if not isinstance(info, RunInfo):
+        raise ValueError("plot_trajectories takes a guide that has run, such as ShortRunGuide after svi.step, or info.")
+    axes = _axes(axes, 1, 3, (10, 3))
+    if trajectory is None:
+        moved, name = info.step_size.mean(-1) * info.grad_norm, "drift"
+    else:
+        moved, name = _displacement(trajectory), "displacement"
+    found = (info.log_density, "log density of a row"), (info.grad_norm, "gradient norm"), (moved, f"{name} of a step")
+    for ax, (value, what) in zip(axes, found, strict=True):
+        ax.plot(_numpy(value), label=label)
+        ax.set(xlabel="step k", ylabel=what)
+    if label is not None:
+        axes[0].legend(fontsize=8)
+    return axes
+
+
+def _displacement(trajectory: Mapping[str, Tensor]) -> Tensor:
+    """Mean length of each step, ``(K,)``."""
+    flat = torch.cat([v.reshape(*v.shape[:2], -1) for v in trajectory.values()], -1)
+    return flat.diff(dim=0).norm(dim=-1).mean(1)
+
+
+class StepSizeHistory(Sequence[Any]):
+    """A guide's step sizes, recorded update by update; what :func:`plot_step_sizes` takes.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro_shortrun import ShortRunGuide
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> guide = ShortRunGuide(model)
+    >>> history = StepSizeHistory(guide)
+    >>> for _ in range(3):
+    ...     _ = guide()  # or svi.step(...)
+    ...     history.record()
+    >>> len(history), history[0].shape
+    (3, torch.Size([]))
+
+    :param guide: any object with ``step_sizes()``, such as :class:`~pyro_shortrun.ShortRunGuide`.
+    :raises ValueError: where it has none.
+    """
+
+    def __init__(self, guide: Any) -> None:
+        if not callable(getattr(guide, "step_sizes", None)):
+            raise ValueError(f"guide must have step_sizes(), as ShortRunGuide has, got {guide!r}.")
+        self._guide = guide
+        self._found: list[Any] = []
+
+    def record(self) -> None:
+        """Add the step sizes as they are now; after each update.
+
+        :raises RuntimeError: before the guide's first call.
+        """
+        now = self._guide.step_sizes()
+        self._found.append({k: v.cpu() for k, v in now.items()} if isinstance(now, Mapping) else now.cpu())
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._found[index]
+
+
+def plot_step_sizes(history: Sequence[Any], ax: Any = None, label: str | None = None) -> Any:
+    """Step sizes over training: a line for each of them.
+
+    :param history: a :class:`StepSizeHistory`, or a list of ``guide.step_sizes()`` after each update: numbers,
+        tensors, or dicts from site to these.
+    :param label: of the lines; sites have their names.
+    :return: the axes.
+    :raises ValueError: where the history is empty.
+    """
+    if not len(history):
+        raise ValueError("the history has no step sizes: append guide.step_sizes() after each update.")
+    ax = _ax(ax)
+    lines = {"": history} if not isinstance(history[0], Mapping) else {k: [h[k] for h in history] for k in history[0]}
+    for name, values in lines.items():
+        steps = np.stack([_numpy(v).reshape(-1) for v in values])
+        names = [name or label] + [None] * (steps.shape[1] - 1)
+        color = ax.plot(steps[:, 0], label=names[0])[0].get_color()
+        ax.plot(steps[:, 1:], color=color, alpha=0.5)
+    ax.set(xlabel="update", ylabel="step size", yscale="log")
+    if label is not None or "" not in lines:
+        ax.legend(fontsize=8)
+    return ax
+
+
+def plot_images(
+    images: Tensor,
+    ax: Any = None,
+    *,
+    columns: int | None = None,
+    shape: tuple[int, ...] | None = None,
+    title: str = "",
+    **options: Any,
+) -> Any:
+    """Images in a grid, row by row, with a white line between rows.
+
+    :param images: ``(..., pixels)``, or ``(..., *shape)`` where ``shape`` is given.
+    :param columns: of the grid; by default all images in one row.
+    :param shape: ``(height, width)`` or ``(height, width, channels)``; square ones without channels by default.
+    :param options: for ``imshow``; ``cmap="gray_r", vmin=0, vmax=1`` by default.
+    :return: the axes.
+    :raises ValueError: where the pixels do not fit the shape, or the images the columns.
+    """
+    ax = _ax(ax)
+    found = _tiles(images, shape)
+    columns = len(found) if columns is None else columns
+    check_count("columns", columns)
+    if len(found) % columns:
+        raise ValueError(f"{len(found)} images do not fill rows of {columns}: take fewer images, or other columns.")
+    height, width, *channels = found.shape[1:]
+    grid = found.reshape(-1, columns, height, width, *channels).swapaxes(1, 2)
+    ax.imshow(grid.reshape(-1, columns * width, *channels), **{"cmap": "gray_r", "vmin": 0, "vmax": 1, **options})
+    rows = len(found) // columns
+    ax.hlines(np.arange(1, rows) * height - 0.5, -0.5, columns * width - 0.5, color="white", linewidth=3)
+    ax.set_axis_off()
+    ax.set_title(title, loc="left", fontsize=8)
+    return ax
+
+
+def _tiles(images: Tensor, shape: tuple[int, ...] | None) -> np.ndarray:
+    """``(count, height, width[, channels])``."""
+    if shape is None:
+        side = math.isqrt(images.shape[-1])
+        shape = (side, side)
+    fits = images.shape[-1] == math.prod(shape) or tuple(images.shape[-len(shape) :]) == tuple(shape)
+    if not images.numel() or not fits:
+        raise ValueError(
+            f"images of shape {tuple(images.shape)} do not have {shape} pixels: pass shape=(height, width)."
+        )
+    return _numpy(images).reshape(-1, *shape)
+
+
+def plot_reconstructions(
+    x: Tensor,
+    reconstructed: Tensor | Mapping[str, Tensor],
+    axes: Any = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    **options: Any,
+) -> Any:
+    """Data above what was made of them, image by image.
+
+    :param x: ``(rows, pixels)``.
+    :param reconstructed: the same shape, or several of these under names.
+    :param axes: one for the data and one for each reconstruction.
+    :param shape: as for :func:`plot_images`, as ``options``.
+    :return: the axes.
+    :raises ValueError: where shapes differ.
+    """
+    named = reconstructed if isinstance(reconstructed, Mapping) else {"reconstructed": reconstructed}
+    for name, images in named.items():
+        if images.shape != x.shape:
+            raise ValueError(f"'{name}' has shape {tuple(images.shape)}, and the data {tuple(x.shape)}.")
+    axes = _axes(axes, 1 + len(named), 1, (9, 0.8 * (1 + len(named))))
+    for ax, (title, images) in zip(axes, {"data": x, **named}.items(), strict=True):
+        plot_images(images, ax, shape=shape, title=title, **options)
+    return axes
+
+
+@torch.no_grad()
+def plot_hierarchy(
+    model: Callable[..., Any],
+    source: Any,
+    *args: Any,
+    layers: Sequence[str],
+    image: str,
+    num_samples: int = 8,
+    rows: int = 6,
+    num_steps: int = 40,
+    step_size: float | None = None,
+    shape: tuple[int, ...] | None = None,
+    axes: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """What each layer of a hierarchy decides: images in which it and those below are drawn anew, those above held.
+
+    A panel for each layer. Along a row the layers above it stay at one draw of ``source``; the layer itself and all
+    that follows is drawn from the model given these, by :func:`~pyro_shortrun.sample_prior`, with the model's energies
+    where it has any. What varies along a row is what the layer and those below it decide.
+
+    :param model: a Pyro model.
+    :param source: a guide, whose posterior draw is held, or draws by site, ``(draws, *site shape)``; the first is held.
+    :param args: the model's arguments, as ``kwargs``.
+    :param layers: latent sites from top to bottom.
+    :param image: the site that holds images, ``(rows, pixels)``: a deterministic one, or the data.
+    :param num_samples: images in a row.
+    :param rows: data to show, the first ones.
+    :param num_steps: steps of runs in a tilted prior, with their ``step_size``.
+    :param shape: as for :func:`plot_images`.
+    :param axes: one for each layer.
+    :return: the axes.
+    :raises ValueError: where a layer or the image is no site of the model.
+    """
+    check_count("num_samples", num_samples)
+    held = {k: v[0, 0] for k, v in draws_of(_draws(source), args, kwargs, 1, 1).items()}
+    missing = [name for name in layers if name not in held]
+    if missing or not layers:
+        raise ValueError(f"layers must be latent sites of the source, which has {sorted(held)}; got {list(layers)}.")
+    axes = _axes(axes, 1, len(layers), (3.2 * len(layers), 2.6))
+    for i, (ax, name) in enumerate(zip(axes, layers, strict=True)):
+        given = {k: held[k] for k in layers[:i]}
+        options: dict[str, Any] = dict(num_samples=num_samples, num_steps=num_steps, step_size=step_size, given=given)
+        drawn = sample_prior(model, *args, **options, **kwargs)
+        if image not in drawn:
+            raise ValueError(f"image='{image}' is not one of the model's sites {sorted(drawn)}.")
+        images = drawn[image].transpose(0, 1)[:rows]
+        above = f" given {', '.join(layers[:i])}" if i else ""
+        plot_images(images.flatten(0, 1), ax, columns=num_samples, shape=shape, title=f"from {name} on{above}")
+    return axes
+
+
+def _draws(source: Any) -> Any:
+    """Draws by site with a leading dimension for chains."""
+    return {k: v.unsqueeze(0) for k, v in source.items()} if isinstance(source, Mapping) else source
+
+
+def plot_aggregate_posterior(
+    posterior: Any,
+    prior: Any = None,
+    axes: Any = None,
+    *,
+    sites: Sequence[str] | None = None,
+    coordinates: tuple[int, int] = (0, 1),
+    event_dim: int = 1,
+) -> Any:
+    r"""The aggregate posterior :math:`E_{p(x)}\, q(z \mid x)` against the prior that it should be equal to.
+
+    A panel for each site: two coordinates as points, one coordinate as histograms. Regions that the prior fills and
+    the posterior does not are where draws from the model decode to nothing in particular (and where an
+    :func:`~pyro_shortrun.energy_prior` helps).
+
+    :param posterior: draws by site, of any leading shape (chains, draws, data), or what :func:`to_arviz` gave.
+    :param prior: the same from the prior; by default that of the ArviZ object.
+    :param axes: one for each site.
+    :param sites: by default all that both have.
+    :param coordinates: the two that are shown.
+    :param event_dim: how many trailing dimensions of a value are the coordinates of one latent: 0 for scalar sites.
+    :return: the axes.
+    :raises ValueError: where there is no prior, or no common site.
+    """
+    a, b = _group(posterior, "posterior"), _group(posterior if prior is None else prior, "prior")
+    names = [k for k in a if k in b] if sites is None else list(sites)
+    missing = [k for k in names if k not in a or k not in b]
+    if missing or not names:
+        raise ValueError(f"posterior and prior must both have the sites; they have {sorted(a)} and {sorted(b)}.")
+    axes = _axes(axes, 1, len(names), (3.4 * len(names), 3.2))
+    for ax, name in zip(axes, names, strict=True):
+        pairs = [(_flat(values[name], event_dim), what) for values, what in ((b, "prior"), (a, "posterior"))]
+        for (value, what), color in zip(pairs, ("0.6", "C0"), strict=True):
+            _cloud(ax, value, coordinates, what, color)
+        ax.set_title(name, fontsize=8)
+    axes[0].legend(fontsize=8)
+    return axes
+
+
+def _group(source: Any, name: str) -> Mapping[str, Any]:
+    if hasattr(source, "groups"):  # of ArviZ
+        try:
+            group = source[name]
+        except KeyError as reason:
+            raise ValueError(f"the ArviZ object has no group '{name}': export it, or pass {name}=....") from reason
+        return {str(k): group[k].values for k in group.data_vars}
+    if not isinstance(source, Mapping) or not source:
+        raise ValueError(f"{name} must be draws by site, or an ArviZ object, got {source!r}.")
+    return source
+
+
+def _flat(value: Any, event_dim: int) -> np.ndarray:
+    """``(points, coordinates)``."""
+    array = _numpy(value)
+    event = array.shape[array.ndim - event_dim :]
+    return array.reshape(-1, math.prod(event))
+
+
+def _cloud(ax: Any, value: np.ndarray, coordinates: tuple[int, int], label: str, color: str) -> None:
+    if value.shape[1] < 2:
+        ax.hist(value[:, 0], bins=50, density=True, histtype="step", label=label, color=color)
+        return
+    first, second = coordinates
+    some = value[:: max(1, -(-len(value) // _POINTS))]
+    ax.scatter(some[:, first], some[:, second], s=3, alpha=0.5, label=label, color=color)
+    ax.set(xlabel=f"coordinate {first}", ylabel=f"coordinate {second}")
+
+
+def _axes(axes: Any, rows: int, columns: int, size: tuple[float, float]) -> np.ndarray:
+    """An array of the axes that were given, or of new ones."""
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        _, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+    found = np.atleast_1d(axes)
+    if found.size != rows * columns:
+        raise ValueError(f"needs {rows * columns} axes, got {found.size}.")
+    return found.reshape(-1)
+
+
+def _ax(ax: Any) -> Any:
+    """The one that was given, or a new one."""
+    return _axes(ax, 1, 1, (5, 3.2))[0]
+
+
+def _numpy(value: Any) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)

@@ -1,0 +1,202 @@
+"""The prior tilted by its energies, as a density of its own and short runs in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ..compile.executor import Compiler, density_of
+from ..density.call import Call
+from ..density.program import Binding, Program, Reading
+from ..density.sites import Site, is_data, plates_of
+from ..density.structure import Structure, read_structure
+from ..dynamics.dynamics import Dynamics
+from ..objectives.path import PathDensity
+from ..runs.run import Runner, ShortRun, run
+from ..starts.start import Start
+from .statement import energies, energy_of
+
+_OBJECTIVE = PathDensity()  # one, as compiled graphs are known by it; nothing is accounted for
+
+
+class _Ended(Exception):
+    """The model need not run on."""
+
+
+class PriorPart(Messenger):
+    """The model without its data and plain factors, ended after the site ``last``: the decoder does not run.
+
+    A run to the model's end (``last`` is None) tells which data come before the last energy: ``conditions``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        self.last: str | None = None
+        self.conditions: dict[str, Tensor] = {}
+        self._data: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Site) -> None:
+        plain_factor = isinstance(msg["fn"], dist.Unit) and energy_of(msg) is None
+        if not site_is_subsample(msg) and (plain_factor or is_data(msg)):
+            msg["stop"] = True  # no handler outside sees it
+            if self.last is None and not plain_factor:
+                self._data[msg["name"]] = msg["value"]
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if self.last is None and energy_of(msg) is not None:
+            self.conditions = dict(self._data)
+        if msg["name"] == self.last:
+            raise _Ended
+
+    def __exit__(self, *exc: Any) -> bool:  # type: ignore[override]
+        super().__exit__(*exc)
+        return exc[0] is _Ended
+
+
+class TiltedPrior:
+    r"""The latents of a model up to its last energy, with the energies, without observations:
+
+    .. math:: \log\pi(u) = \sum_i \log p(z_i \mid \text{parents}) - \sum_j E_j(z) + \log|dz/du| .
+
+    What comes after the last energy is normalised given the latents before it and integrates to one. Data before it
+    (:attr:`conditions`), which energies and latents may depend on, keep their values: Z is then that of
+    ``p(z | conditions)``.
+
+    :param model: a Pyro model.
+    :param compile: whether runs are compiled.
+    """
+
+    def __init__(self, model: Callable[..., Any], compile: bool = False) -> None:
+        self.model = model
+        self._part = PriorPart()
+        self._program = Program(self._part(model))
+        self._compiler = Compiler() if compile else None
+        self._structures: dict[tuple[Any, ...], Structure] = {}
+
+    @property
+    def conditions(self) -> Mapping[str, Tensor]:
+        """Data before the last energy, as of the last call."""
+        return self._part.conditions
+
+    @torch.no_grad()
+    def bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Mapping[str, Tensor] | None = None
+    ) -> Call | None:
+        """Read the model once; None where it has no energies, or nothing is left to run.
+
+        :param given: latents that are held at these values; their log-probabilities stay in the density.
+        :raises NotImplementedError: where ``poutine.scale`` or a subsampled plate weighs some of the prior only.
+        """
+        self._part.reset()
+        given = given or {}
+        reading = _up_to_last_energy(self._program.draw(args, kwargs, given=given))
+        if reading is None:
+            return None
+        late = [name for name in given if name not in reading.trace.nodes]
+        if late:
+            raise NotImplementedError(
+                f"given holds '{late[0]}', which comes after the last energy_prior: the latents before it would not be "
+                "conditioned on it. Leave it out, or make it an observation and use a guide."
+            )
+        if given and not reading.unconstrained and self._program.enum_dim(reading) is None:
+            return None
+        self._part.last = list(reading.trace.nodes)[-1]
+        self._program.check(reading)
+        _check_scales(reading)
+        bind = Binding(args, kwargs, reading.indices, given, self._program.enum_dim(reading))
+        signature = reading.signature
+        if signature not in self._structures:
+            self._structures[signature] = read_structure(self._program, reading, bind)
+        density = density_of(self._program, self._structures[signature], bind, self._compiler)
+        return Call(self._program, bind, reading, density, spare=[reading])
+
+    def discrete(self, call: Call, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The discrete latents that runs sum out, drawn given the ends of runs, ``(draws, *site shape)`` each."""
+        if call.bind.enum_dim is None:
+            return {}
+        count = len(next(iter(values.values())))
+        draws = [self._program.discrete(call.bind, {k: v[i] for k, v in values.items()}) for i in range(count)]
+        return {k: torch.stack([draw[k] for draw in draws]) for k in draws[0]}
+
+
+def _check_scales(reading: Reading) -> None:
+    """Only plates may scale, and all alike: runs would be in another prior."""
+    sites = [*reading.latents, *energies(reading).values()]
+    scales = {s["name"]: math.prod(p.scale for p in plates_of(s)) for s in sites}
+    if max(scales.values()) - min(scales.values()) > 1e-5 * max(scales.values()):
+        raise NotImplementedError(
+            "some latents or energies of the prior lie in a subsampled plate and others do not (full size / batch: "
+            f"{', '.join(f'{k} {v:.4g}' for k, v in scales.items())}): the latents left out belong to Z too. Use the "
+            "full plate, or local latents alone."
+        )
+    for site in sites:
+        by_plates = math.prod(p.scale for p in plates_of(site))
+        ratio = torch.as_tensor(site["scale"], dtype=torch.float64) / by_plates
+        if ((ratio - 1).abs() > 1e-5).any():
+            raise NotImplementedError(
+                f"poutine.scale weighs site '{site['name']}', and runs in the prior would be in another prior: leave "
+                "it out and change the learning rate instead."
+            )
+
+
+def _up_to_last_energy(reading: Reading) -> Reading | None:
+    """The reading without what the model did after its last energy."""
+    found = energies(reading)
+    if not found:
+        return None
+    trace, names = reading.trace.copy(), list(reading.trace.nodes)
+    for name in names[names.index(list(found)[-1]) + 1 :]:
+        trace.remove_node(name)
+    kept = {k: v for k, v in reading.unconstrained.items() if k in trace.nodes}
+    return replace(reading, trace=trace, unconstrained=kept)
+
+
+@torch.no_grad()
+def run_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chains: int) -> ShortRun:
+    """Short runs from ``start``, without graphs; nothing that is learnable shows to Pyro.
+
+    :raises ValueError: where a start is not finite, naming the site.
+    """
+    state, eta = begin_in(call, start, dynamics, num_steps, chains)
+    return go_on(call, dynamics, state, eta)
+
+
+@torch.no_grad()
+def begin_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chains: int) -> tuple[Tensor, Tensor]:
+    """Where runs begin, ``(chains, rows, size)``, and their step sizes, ``(num_steps, size)``."""
+    layout, like = call.density.layout, next(iter(call.reading.unconstrained.values()))
+    with poutine.block():
+        start.setup(call.density)
+        dynamics.step_size.setup(layout, num_steps, like)
+        dynamics.setup(like)
+        eta = cast(Tensor, dynamics.step_size(layout, num_steps)).detach()
+        drawn = start.draw(call, chains)
+        finite = drawn.log_density.isfinite()
+        if not finite.all():
+            chain = int((~finite).any(1).nonzero()[0])
+            raise ValueError(
+                "the prior's log density is not finite at the start of a run, first at "
+                f"{call.density.offender(drawn.state[chain])}: the energies may have diverged; lower their learning "
+                "rate, or set EnergyELBO(l2=...)."
+            )
+        call.density.expect(drawn.state, drawn.log_density)
+        return drawn.state, eta
+
+
+@torch.no_grad()
+def go_on(call: Call, dynamics: Dynamics, state: Tensor, eta: Tensor) -> ShortRun:
+    """A run from ``state`` with these step sizes."""
+    with poutine.block():
+        return run(Runner(call.density, dynamics, _OBJECTIVE, account=False), state, eta)

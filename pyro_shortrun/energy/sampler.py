@@ -1,0 +1,111 @@
+"""Negative samples: short runs in a tilted prior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_count, check_kind
+from ..density.call import Call
+from ..density.program import Reading
+from ..density.sites import Site, masked
+from ..dynamics.dynamics import Dynamics
+from ..dynamics.langevin import Langevin
+from ..dynamics.step_size import StepSize
+from ..runs.run import RunInfo, ShortRun
+from ..starts.from_guide import FromGuide
+from ..starts.prior import Prior
+from ..starts.start import Start, check_start
+from .prior import run_in
+from .statement import Energy, energies, energy_of
+
+
+class NegativeSampler:
+    """How runs in the prior are made.
+
+    :param num_steps: steps of a run.
+    :param step_size: ``eta``, 0.1 if None.
+    :param dynamics: instead of ``step_size``.
+    :param start: :class:`~pyro_shortrun.Prior` if None.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        step_size: float | None,
+        dynamics: Dynamics | None,
+        start: Start | Callable[..., Any] | None,
+    ) -> None:
+        check_count("num_steps", num_steps)
+        check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
+        check_start(start)
+        if dynamics is not None and step_size is not None:
+            raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
+        self.num_steps = num_steps
+        self.dynamics = dynamics or Langevin(StepSize(0.1 if step_size is None else step_size, learnable=False))
+        self.start = Prior() if start is None else start if isinstance(start, Start) else FromGuide(start)
+
+    def run(self, call: Call, chains: int) -> ShortRun:
+        """``chains`` runs of every row."""
+        return run_in(call, self.start, self.dynamics, self.num_steps, chains)
+
+
+@dataclass(frozen=True)
+class Negative:
+    """The negative phase: ``surrogate`` has the gradient of log Z, ``squares`` is the sum of squared energies."""
+
+    surrogate: Tensor
+    squares: Tensor | None
+    means: dict[str, float]
+    info: RunInfo
+    keep: Callable[[], None] = lambda: None
+
+    @classmethod
+    def at(cls, call: Call, end: Tensor, info: RunInfo, squared: bool = False) -> Negative:
+        """At the ends of runs, ``(chains, rows, size)``; rows that froze are left out, and the others weigh more.
+
+        :param squared: whether the squares are wanted.
+        """
+
+        def take(reading: Reading) -> tuple[Tensor, ...]:
+            terms = [Term.of(s) for s in energies(reading).values()]
+            return tuple(t for term in terms for t in (term.total, term.count, *([term.square()] if squared else [])))
+
+        value, *found = call.density.with_readings(end, take)
+        valid = ~info.frozen
+        kept = torch.where(valid, value, torch.zeros_like(value)).sum()
+        surrogate = kept * (call.density.layout.rows / valid.sum())
+        width = 3 if squared else 2
+        totals, counts, squares = found[::width], found[1::width], found[2::width] if squared else []
+        means = {k: mean_energy(t, n) for k, t, n in zip(energies(call.reading), totals, counts, strict=True)}
+        return cls(surrogate, torch.stack(squares).mean(1).sum() if squared else None, means, info)
+
+
+@dataclass(frozen=True)
+class Term:
+    """The site of an energy: its sum over elements that no mask takes out, their number, and its square's sum."""
+
+    total: Tensor
+    count: Tensor
+    energy: Energy
+    scale: Any
+    mask: Any
+
+    @classmethod
+    def of(cls, site: Site) -> Term:
+        value, energy = -site["fn"].log_factor.detach(), energy_of(site)
+        assert energy is not None
+        total, count = (masked(t, site["mask"]).sum() for t in (value, torch.ones_like(value)))
+        return cls(total, count, energy, site["scale"], site["mask"])
+
+    def square(self) -> Tensor:
+        """Scaled as the site is, with a gradient in the energy's own parameters alone."""
+        return masked(self.scale * self.energy.at_fixed_latents().square(), self.mask).sum()
+
+
+def mean_energy(totals: Tensor, counts: Tensor) -> float:
+    return (totals.sum() / counts.sum()).item()

@@ -1,0 +1,235 @@
+"""DensityGuide: what guides share that draw latents by the model's own log density."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+
+from ..compile.executor import Compiler, density_of
+from ..density.call import Call
+from ..density.handlers import init_uniform
+from ..density.program import Binding, Program, Reading
+from ..density.structure import Structure, check_data, check_latents, check_shapes, read_structure
+from ..tensors import isolate, ordinary_autograd, plain
+from .emit import values_of_other_parts
+
+
+def without_model(module: nn.Module | None) -> nn.Module | None:
+    """A shallow copy in which AutoGuides may lose their models when pickled (see AutoGuide.__getstate__)."""
+    if module is None or not any(isinstance(m, AutoGuide) for m in module.modules()):
+        return module
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__["_modules"] = {k: without_model(m) for k, m in module._modules.items()}
+    return copy
+
+
+_QUANTILE_DRAWS = 1000
+_Guide = TypeVar("_Guide", bound="DensityGuide")
+
+
+class DensityGuide(AutoGuide):
+    """A guide for ``model`` that binds its log density in every call. Subclasses say how they draw.
+
+    :param model: a Pyro model, looked at through its ``poutine.block`` wrappers.
+    :param compile: whether the density is traced and compiled.
+    :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
+    """
+
+    def __init__(self, model: Callable[..., Any], *, compile: bool, create_plates: Callable[..., Any] | None) -> None:
+        super().__init__(model, create_plates=create_plates)
+        self._program = (Program(model),)
+        self._structures: dict[tuple[Any, ...], Structure] = {}
+        self._first: Structure | None = None
+        self._conditioned: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._compiler = Compiler() if compile else None
+
+    # ---------------------------------------------------------------- what subclasses say
+
+    def sample_posterior(
+        self, *args: Any, num_samples: int = 1000, num_chains: int = 1, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Draws, dict from site to ``(num_chains, num_samples, *site shape)``."""
+        raise NotImplementedError
+
+    def _read(self, draw: Callable[..., Reading]) -> Reading:
+        """One run of the model, ``draw(init)``, from which a call's shapes, plates and subsamples are read."""
+        return draw(init_uniform)
+
+    def _admit(self, structure: Structure) -> None:
+        """Refuse latents that this guide cannot draw."""
+        check_latents(self._first, structure, needs_log_q=True)
+
+    def _begin(self, call: Call) -> None:
+        """Told the very first call."""
+        return None
+
+    def _prepare(self, call: Call) -> None:
+        """Told every call; creates parameters where they are missing."""
+        return None
+
+    # ---------------------------------------------------------------- what a user calls
+
+    def setup(self: _Guide, *args: Any, **kwargs: Any) -> _Guide:
+        """Create every parameter now, so that optimisers, ``state_dict``, DDP and ``ELBOModule`` see them.
+
+        :return: the guide itself.
+        """
+        with ordinary_autograd(), poutine.block(), self._pyro_context:
+            self._bind(args, kwargs)
+        return self
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior medians, estimated from 1000 draws (there is no closed form)."""
+        return {k: v.squeeze(0) for k, v in self.quantiles([0.5], *args, **kwargs).items()}
+
+    def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior quantiles, estimated from 1000 draws (there is no closed form).
+
+        :param quantiles: numbers between 0 and 1.
+        :return: dict from site to ``(len(quantiles), *site shape)``.
+        """
+        draws = self.sample_posterior(*args, num_samples=_QUANTILE_DRAWS, **kwargs)
+        levels = torch.as_tensor(quantiles)
+        return {k: v[0].quantile(levels.to(v), dim=0) for k, v in draws.items()}
+
+    def condition_on(self: _Guide, *args: Any, **kwargs: Any) -> _Guide:
+        """Keep these model arguments for all later calls, whatever arguments those have.
+
+        The posterior depends on the data, so ``Predictive(model, guide=guide)`` on new inputs, which passes *its*
+        arguments to the guide, is right only after ``guide.condition_on(*training_args)``.
+
+        :return: the guide itself. See :meth:`forget`.
+        """
+        self._conditioned = (args, kwargs)
+        return self
+
+    def forget(self: _Guide) -> _Guide:
+        """Undo :meth:`condition_on`."""
+        self._conditioned = None
+        return self
+
+    def attach(self: _Guide, model: Callable[..., Any]) -> _Guide:
+        """Give a model to an unpickled guide.
+
+        A start that is an AutoGuide and was pickled before its first call lost its model too; give it a new one.
+        """
+        self._model, self._program = (model,), (Program(model),)
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in :class:`torch.nn.Module`, after :meth:`setup`.
+
+        :raises RuntimeError: before :meth:`setup`, when there is nothing to load into.
+        """
+        if self._first is None:
+            raise RuntimeError("call guide.setup(*args) with the model's arguments before load_state_dict.")
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    # ---------------------------------------------------------------- one call's model
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int = 1) -> Call:
+        """Read the model once, check it against earlier calls, and bind its log density."""
+        program = self._get_program()
+        plates = self._given_plates(args, kwargs)
+        fixed_args, fixed_kwargs = self._arguments(args, kwargs)
+        indices = {name: plate.indices for name, plate in plates.items() if plate.size is not None}
+        given = values_of_other_parts() if program.hides else {}
+        reading = self._read(partial(program.draw, fixed_args, fixed_kwargs, indices, given))
+        if chains > 1 and any(name in reading.trace.nodes for name in given):
+            raise NotImplementedError(
+                f"{type(self).__name__} as a part of an AutoGuideList needs the other parts' values and takes one set "
+                "of them per call: use num_particles without vectorize_particles, and Predictive(parallel=False)."
+            )
+        if self._first is not None:
+            check_data(self._first, reading)
+        program.check(reading)
+        self._make_plates(plates, reading)
+        bind = Binding(fixed_args, fixed_kwargs, reading.indices, given, program.enum_dim(reading))
+        signature = reading.signature
+        if signature not in self._structures:
+            structure = read_structure(program, reading, bind)
+            self._admit(structure)
+            self._structures[signature] = structure
+        structure = self._structures[signature]
+        call = Call(program, bind, reading, density_of(program, structure, bind, self._compiler), spare=[reading])
+        if self._first is None:
+            self._begin(call)
+            self._first = structure
+            call.density.warn_if_rows_mix(structure.layout.pack(reading.unconstrained).unsqueeze(0).detach())
+        self._prepare(call)
+        return call
+
+    @staticmethod
+    def _constrain(
+        call: Call, u: Tensor, isolated: bool, known: tuple[Tensor, ...] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Site values at ``u`` and ``log |dz/du|``, with gradients to ``u`` only if ``isolated``.
+
+        :param known: log-Jacobian and values without gradients, if they are known.
+        """
+        names = [s.name for s in call.density.layout.sites]
+
+        def flat(state: Tensor) -> tuple[Tensor, ...]:
+            values, jacobian = call.density.constrain(state)
+            return jacobian, *(values[name] for name in names)
+
+        jacobian, *values = isolate(flat, [u], isolated, known)
+        return dict(zip(names, values, strict=True)), jacobian
+
+    def _get_program(self) -> Program:
+        if self._program is None:
+            raise RuntimeError(
+                "this guide was unpickled, and pickling drops the model (as for every Pyro AutoGuide): call "
+                "guide.attach(model) first."
+            )
+        return self._program[0]
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._conditioned is None:
+            return plain(args), plain(kwargs)
+        if args or kwargs:  # the model will run on these with latents drawn for the conditioned ones
+            check_shapes(self._get_program(), self._conditioned, (plain(args), plain(kwargs)))
+        return plain(self._conditioned[0]), plain(self._conditioned[1])
+
+    def _given_plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, pyro.plate]:
+        if self.master is not None:
+            self.plates = dict(getattr(self.master(), "plates", {}))
+        elif self.create_plates is None:
+            self.plates = {}
+        else:
+            plates = self.create_plates(*args, **kwargs)
+            plates = [plates] if isinstance(plates, pyro.plate) else list(plates)
+            if not all(isinstance(p, pyro.plate) for p in plates):
+                raise ValueError("create_plates() must return a pyro.plate or an iterable of them.")
+            self.plates = {p.name: p for p in plates}
+        return self.plates
+
+    def _make_plates(self, plates: dict[str, pyro.plate], reading: Reading) -> None:
+        """Plates that the user did not create, with the subsample of this call's model run."""
+        for frame in reading.frames:
+            if frame.name not in plates and (frame.around_latents or self.master is None):
+                index = reading.indices[frame.name] if frame.is_subsampled else None
+                plates[frame.name] = pyro.plate(frame.name, frame.full_size, dim=frame.dim, subsample=index)
+
+    # ---------------------------------------------------------------- state
+
+    def _check_prototype(self, part_trace: Any) -> None:
+        """Called by an AutoGuide that serves as start."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop the model and what hangs on a call, without touching the live guide (Pyro's own AutoGuide does)."""
+        for parameter in self.parameters():  # the weak references of Pyro's store, as PyroModule does with its own
+            parameter.__dict__.pop("unconstrained", None)
+        state = self.__dict__.copy()
+        state.update(_model=None, _program=None, master=None, plates={}, _conditioned=None)
+        state["_structures"] = {}
+        state["_modules"] = {k: without_model(m) for k, m in self._modules.items()}
+        return state

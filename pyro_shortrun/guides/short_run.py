@@ -1,0 +1,441 @@
+"""ShortRunGuide: a short MCMC run as a Pyro guide."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from ..checks import check_count, check_kind
+from ..density.call import Call
+from ..density.handlers import init_uniform
+from ..density.layout import Layout
+from ..density.program import Reading
+from ..density.structure import Structure, check_latents, check_masks, check_proper
+from ..dynamics.dynamics import Dynamics
+from ..dynamics.langevin import Langevin
+from ..dynamics.step_size import StepSize
+from ..objectives.objective import Objective
+from ..objectives.path import PathDensity
+from ..runs.pilot import back_off, pilot_chains, pilot_fails
+from ..runs.run import Gradients, RunInfo, Runner, ShortRun, run
+from ..starts.from_guide import FromGuide
+from ..starts.prior import Prior
+from ..starts.start import Start, StartDraw, check_start
+from ..tensors import ordinary_autograd
+from .base import DensityGuide
+from .draws import WeightedDraws, weigh
+from .emit import emit, is_weighted_from_outside, outer_shape
+
+_LOGGER = logging.getLogger("pyro_shortrun")
+_NOISE_AT_ONCE = 2**24  # numbers
+
+
+class ShortRunGuide(DensityGuide):
+    r"""A guide that draws the latents from a start and moves them by K steps of gradient dynamics.
+
+    The latents' unconstrained values ``u`` start at ``u_0 ~ q_0`` (the model's prior by default) and follow
+
+    .. math:: u_{k+1} = u_k + \eta_k \nabla \log\pi(u_k) + \sqrt{2 \eta_k}\, \epsilon_k , \qquad k = 0, \dots, K - 1,
+
+    on the model's own log joint :math:`\log\pi(u) = \log p(x, z(u)) + \log|dz/du|`. The guide reports the log density
+    of what it drew (see ``objective``), so that plain :class:`~pyro.infer.SVI` with
+    :class:`~pyro.infer.Trace_ELBO` trains the model *and* tunes the step sizes. Swap it for ``AutoNormal(model)``:
+
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> from pyro.infer import SVI, Trace_ELBO
+    >>> def model(x):
+    ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+    >>> guide = ShortRunGuide(model, num_steps=20, step_size=0.1)
+    >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    >>> loss = svi.step(torch.ones(3))
+    >>> draws = guide.sample_posterior(torch.ones(3), num_samples=5, num_chains=2)
+    >>> draws["loc"].shape
+    torch.Size([2, 5])
+
+    *Gradients.* The model's parameters get ``grad_theta log p_theta(x, z_K)`` with ``z_K`` held fixed, as maximum
+    likelihood by short runs prescribes; the step sizes (and a learned start) get the gradient of the bound through
+    the whole run. ``full_gradient=True`` lets the parameters have the exact gradient of the bound as well.
+
+    *Plates.* Latents that share a plate form independent rows with one log-determinant each. Latents outside the
+    plate besides are handled exactly through an arrowhead Jacobian. In a subsampled plate, the gradient of a local
+    latent is divided by ``full_size / size``, so that its posterior does not depend on the batch.
+
+    *Discrete latents* must be enumerated (``config_enumerate``, summed out exactly in ``log pi``) or hidden by
+    ``poutine.block``. The model is looked at through ``poutine.block``; the guide samples the visible sites.
+
+    Nijkamp, Pang, Han, Zhou, Zhu, Wu: Learning Multi-layer Latent Variable Model via Variational Optimization of
+    Short Run MCMC for Approximate Inference, ECCV 2020.
+
+    :param model: a Pyro model.
+    :param num_steps: ``K >= 1``.
+    :param step_size: ``eta``: a number (default 0.1), or a :class:`StepSize`. Recipes that write :math:`s^2/2` and
+        :math:`s` have ``eta = s ** 2 / 2``. A number is a first guess: at set-up it is halved until at most a quarter
+        of some pilot runs meet a step with ``eta * lambda_max(-H) >= 1`` (where log q would be wrong). If it had to
+        be halved, the drift per step is clipped at ``max_drift=1`` as well, and a logged warning says so. A
+        :class:`StepSize` is taken as it is.
+    :param dynamics: a :class:`~pyro_shortrun.dynamics.dynamics.Dynamics` instead of ``step_size``; default ``Langevin``.
+    :param start: :class:`Prior` (default), :class:`Persistent`, :class:`Init` or any Pyro guide over the same sites
+        (an ``AutoGuide``, an encoder), which is then trained too.
+    :param objective: how log q is accounted: :class:`PathDensity` (default), :class:`GaussianReverse`,
+        :class:`Annealed`, :class:`Mixture` or :class:`Linearized`.
+    :param tune_every: step sizes (and a learned start) get gradients in every ``tune_every``-th training call. In
+        the calls between, in training mode, the log-determinants in log q are those of the last tuned run, since
+        computing them is most of the cost; ``guide.eval()`` makes every log q exact. Every call in training mode
+        counts, also each of an ELBO's ``num_particles`` if they are not vectorised.
+    :param full_gradient: see above.
+    :param checkpoint: whether a tuned run keeps ``2 sqrt(K)`` states instead of K for its way back, and recomputes the
+        others; with :class:`PathDensity`.
+    :param compile: whether blocks of steps, forwards and back, are traced and compiled (some seconds per new shape), so
+        that Pyro is not in the loop. A model that cannot be traced runs eagerly with a logged warning.
+    :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
+    :raises ValueError: for arguments out of range, and at the first call for models that short runs cannot infer;
+        the message names the site and the remedy.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        num_steps: int = 20,
+        step_size: float | StepSize | None = None,
+        dynamics: Dynamics | None = None,
+        start: Start | Callable[..., Any] | None = None,
+        objective: Objective | None = None,
+        tune_every: int = 1,
+        full_gradient: bool = False,
+        checkpoint: bool = False,
+        compile: bool = False,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(model, compile=compile, create_plates=create_plates)
+        check_count("num_steps", num_steps)
+        check_count("tune_every", tune_every)
+        if dynamics is not None and step_size is not None:
+            raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
+        check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
+        check_kind("objective", objective, Objective, "PathDensity()")
+        check_start(start)
+        self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
+        self.checkpoint = checkpoint
+        self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
+        self.objective = PathDensity() if objective is None else objective
+        if isinstance(start, AutoGuide) and start.create_plates is not None:  # plates are the outer guide's business
+            self.create_plates = create_plates or start.create_plates
+            start.create_plates = None
+        self.objective.check(self.dynamics, checkpoint)
+        self.start = Prior() if start is None else start
+        self.info: RunInfo | None = None
+        self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
+        self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
+        self._calls = 0
+        self._warned = self._told = False
+        self.register_buffer("_carried", torch.zeros(()), persistent=False)
+
+    # ---------------------------------------------------------------- what a user calls
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw every latent site, inside its plates.
+
+        :return: dict from site name to value.
+        """
+        with ordinary_autograd() as grad_enabled:
+            outer = outer_shape()
+            call, result, log_q, gradients = self._play(args, kwargs, outer.numel(), grad_enabled)
+            known = None if result.landed is None else result.landed[1:]
+            values, jacobian = self._constrain(call, result.end, gradients is not Gradients.FULL, known)
+            log_q = log_q - jacobian if self._start.has_density else torch.zeros_like(jacobian)
+            return emit(call, self.plates, self._pyro_name, outer, values, result.end, log_q)
+
+    def log_weight(self, *args: Any, num_particles: int = 1, **kwargs: Any) -> Tensor:
+        r"""``log w = log p(x, z_K) - log q(z_K)`` of independent runs, ``(num_particles,)``, as ``Trace_ELBO`` finds it
+        by tracing guide and model, with the same gradients; for :class:`ShortRunELBO`.
+
+        :raises NotImplementedError: for a start whose density is not known, and where a support depends on parameters.
+        """
+        if not self._start.has_density:
+            raise NotImplementedError(f"{type(self._start).__name__} starts have no density: use Trace_ELBO.")
+        if is_weighted_from_outside():
+            raise NotImplementedError("poutine.scale, poutine.mask or a plate around ShortRunELBO: use Trace_ELBO.")
+        with ordinary_autograd() as grad_enabled, self._pyro_context:
+            call, result, log_q, gradients = self._play(args, kwargs, num_particles, grad_enabled)
+            density = call.density.differentiable(result.end, grad_enabled)
+            weight = math.prod(1.0 if call.density.layout.is_arrow else p.scale for p in call.density.layout.row_plates)
+            return (density - weight * log_q).sum(-1)
+
+    def _play(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int, grad_enabled: bool
+    ) -> tuple[Call, ShortRun, Tensor, Gradients]:
+        """A training or evaluation call: its run and ``log q(u_K)``, ``(chains, rows)``."""
+        masked = poutine.get_mask() is False
+        training = grad_enabled and not masked
+        call = self._bind(args, kwargs, chains)
+        tune = self._tunes(training)
+        carry = self.training and training and not tune and self._calls > 1 and self.objective.carries
+        account = not (masked or carry) and self._start.has_density
+        gradients = self._gradients(tune, training)
+        drawn, result = self._run(call, chains, account, gradients)
+        self._warn_once(result.info)
+        if self.training and training:
+            self._start.finish(call, result.end)
+        increment = result.increment
+        if account and self.training and grad_enabled:
+            self._carried = increment.detach().mean()
+        elif carry:
+            increment = self._carried.to(increment).expand_as(increment)
+            self.info = replace(result.info, carried=True)
+        return call, result, drawn.log_q - increment, gradients
+
+    @torch.no_grad()
+    def sample_posterior(
+        self, *args: Any, num_samples: int = 1000, num_chains: int = 1, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Independent runs, vectorised.
+
+        :param num_samples: draws per chain; every draw is a run of its own.
+        :param num_chains: leading dimension, for ArviZ.
+        :return: dict from site to ``(num_chains, num_samples, *site shape)``.
+        """
+        check_count("num_samples", num_samples)
+        check_count("num_chains", num_chains)
+        with ordinary_autograd(), poutine.block():
+            call = self._bind(args, kwargs)
+            draws = self._repeat(call, num_samples * num_chains, account=False).values
+        return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in draws.items()}
+
+    @torch.no_grad()
+    def weighted_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Call, WeightedDraws]:
+        """Independent runs with their log densities, and the call they were made in; for exporters."""
+        with ordinary_autograd(), poutine.block():
+            call = self._bind(args, kwargs)
+            return call, self._repeat(call, count, account=self._start.has_density and self.objective.weighs)
+
+    @torch.no_grad()
+    def trial(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        count: int,
+        factor: float = 1.0,
+        num_steps: int | None = None,
+    ) -> tuple[Call, StartDraw, ShortRun]:
+        """Independent runs with other step sizes, or of another length, than the guide's; for comparisons.
+
+        They leave the guide, :attr:`info` included, as it is. Step sizes of single steps are stretched over the run.
+        """
+        steps = num_steps or self.num_steps
+        with ordinary_autograd(), poutine.block():
+            call = self._bind(args, kwargs)
+            own = self.dynamics.step_size(call.density.layout, self.num_steps).detach()
+            eta = factor * own[torch.arange(steps, device=own.device) * self.num_steps // steps]
+            account = self.has_density
+            objective = self._informed(call, eta, Gradients.NONE) if account else self.objective
+            return call, *self._simulate(call, count, eta, objective, account, Gradients.NONE)
+
+    def _repeat(self, call: Call, count: int, account: bool) -> WeightedDraws:
+        parts = []
+        while count:
+            chains = min(count, self._at_once(call.density.layout))
+            drawn, result = self._run(call, chains, account, Gradients.NONE)
+            self._warn_once(result.info)
+            parts.append(weigh(call, drawn, result, account))
+            count -= chains
+        return WeightedDraws.join(parts)
+
+    def trajectory(self, *args: Any, num_chains: int = 1, **kwargs: Any) -> dict[str, Tensor]:
+        """The states of a run along its steps.
+
+        :return: dict from site to ``(num_steps + 1, num_chains, *site shape)``.
+        """
+        check_count("num_chains", num_chains)
+        with ordinary_autograd(), poutine.block():
+            call = self._bind(args, kwargs)
+            _, result = self._run(call, num_chains, False, Gradients.NONE, keep_states=True)
+            assert result.states is not None
+            flat = result.states.flatten(0, 1)
+            values, _ = call.density.constrain(flat)
+        shape = result.states.shape[:2]
+        return {k: v.detach().unflatten(0, shape) for k, v in values.items()}
+
+    @property
+    def has_density(self) -> bool:
+        """Whether the density of the start is known, so that there is a bound."""
+        return self._start.has_density
+
+    def step_sizes(self) -> Tensor | dict[str, Tensor]:
+        """Current step sizes: a tensor (shared, per step) or a dict from site to values (per site, per dimension).
+
+        :raises RuntimeError: before :meth:`setup` or a first call.
+        """
+        if self._first is None:
+            raise RuntimeError("the guide has no step sizes yet; call guide.setup(*args) with the model's arguments.")
+        return self.dynamics.step_size.by_site(self._first.layout)
+
+    # ---------------------------------------------------------------- one call, from arguments to sites
+
+    @property
+    def _start(self) -> Start:
+        if isinstance(self.start, Start):
+            return self.start
+        if not self._adapter:
+            self._adapter = (FromGuide(self.start),)
+        return self._adapter[0]
+
+    def _read(self, draw: Callable[..., Reading]) -> Reading:
+        """One run of the model, its latents drawn from the prior where the start is that."""
+        with torch.set_grad_enabled(self.full_gradient):  # the start of a run is a draw, unless all is differentiated
+            if not isinstance(self._start, Prior):  # improper priors cannot be drawn from
+                return super()._read(draw)
+            try:
+                return draw()
+            except NotImplementedError:
+                check_proper(draw(init_uniform))
+                raise
+
+    def _admit(self, structure: Structure) -> None:
+        check_latents(self._first, structure, self._start.has_density)
+
+    def _begin(self, call: Call) -> None:
+        if isinstance(self._start, Prior):
+            check_proper(call.reading)
+        self._start.setup(call.density)
+        if isinstance(self._start, FromGuide):
+            self._start.draw(call, 1)  # creates a lazily built guide's parameters
+
+    def _prepare(self, call: Call) -> None:
+        layout, like = call.density.layout, next(iter(call.reading.unconstrained.values())).detach()
+        self.objective.setup(self.num_steps, layout, like)
+        self.dynamics.setup(like)
+        created = self.dynamics.step_size.setup(layout, self.num_steps, like)
+        if created and self._backs_off and self.dynamics.step_size.is_at_init:  # a param store may know better
+            pilot = replace(call, spare=[])  # the call's own draw is kept for its run
+            back_off(self.dynamics, lambda: self._pilot_fails(pilot))
+
+    @torch.no_grad()
+    def _pilot_fails(self, call: Call) -> bool:
+        """Whether runs meet steps with ``eta * lambda_max(-H) >= 1``, whatever the objective will be."""
+        layout = call.density.layout
+        with poutine.block():
+            start = self._draw_start(call, pilot_chains(layout), Gradients.NONE).state
+            step_size = self.dynamics.step_size(layout, self.num_steps)
+            return pilot_fails(call.density, self.dynamics, start, step_size)
+
+    def _tunes(self, training: bool) -> bool:
+        """Whether this call differentiates in the guide's parameters; counts training calls."""
+        if not (training and self.training):
+            return training and self._start.has_density
+        self._calls += 1
+        return self._start.has_density and (self._calls - 1) % self.tune_every == 0
+
+    def _gradients(self, tune: bool, training: bool) -> Gradients:
+        if self.full_gradient and training:
+            return Gradients.FULL
+        return Gradients.GUIDE if tune else Gradients.NONE
+
+    def _run(
+        self, call: Call, chains: int, account: bool, gradients: Gradients, keep_states: bool = False
+    ) -> tuple[StartDraw, ShortRun]:
+        # Where nothing is differentiated, no pyro.param statement may show: SVI's optimiser moves every parameter it
+        # sees, by momentum, even if its gradient is zero.
+        silent = poutine.block() if gradients is Gradients.NONE else nullcontext()
+        with silent:
+            step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
+            objective = self._informed(call, step_size, gradients) if account else self.objective
+            drawn, result = self._simulate(call, chains, step_size, objective, account, gradients, keep_states)
+        self.info = result.info
+        return drawn, result
+
+    def _informed(self, call: Call, step_size: Tensor, gradients: Gradients) -> Objective:
+        """The objective, with what it wants to know from pilots."""
+        if not self.objective.takes_masks:
+            check_masks(self.objective, call.reading)
+        layout = call.density.layout
+        pilots = self.objective.pilots(layout, step_size, self.training and gradients is not Gradients.NONE)
+        if pilots is None:
+            return self.objective
+        missing = -(-pilots.count // max(layout.rows, 1))
+        with torch.no_grad(), poutine.block():
+            while missing > 0:
+                chains = min(missing, self._at_once(layout))
+                self._simulate(replace(call, spare=[]), chains, step_size, pilots, True, Gradients.NONE)
+                missing -= chains
+        return pilots.objective()
+
+    def _at_once(self, layout: Layout) -> int:
+        """How many chains to run together."""
+        return max(1, _NOISE_AT_ONCE // max(self.num_steps * layout.rows * layout.size, 1))
+
+    def _simulate(
+        self,
+        call: Call,
+        chains: int,
+        step_size: Tensor,
+        objective: Objective,
+        account: bool,
+        gradients: Gradients,
+        keep_states: bool = False,
+    ) -> tuple[StartDraw, ShortRun]:
+        """``chains`` draws, each of as many runs as the objective wants."""
+        copies = objective.copies if account else 1
+        drawn = self._draw_start(replace(call, isolated=gradients is Gradients.GUIDE), chains * copies, gradients)
+        call.density.expect(drawn.state, drawn.log_density)
+        beta = self.objective.temperatures(len(step_size), drawn.state)
+        runner = Runner(call.density, self.dynamics, objective, account, self.checkpoint, drawn.base, beta)
+        result = run(runner, drawn.state, step_size, None, gradients, keep_states, drawn.log_q)
+        return (drawn, result) if copies == 1 else (drawn.every(copies), result.every(copies))
+
+    def _draw_start(self, call: Call, chains: int, gradients: Gradients) -> StartDraw:
+        learned = isinstance(self._start, FromGuide)
+        attached = gradients is Gradients.FULL or (learned and gradients is Gradients.GUIDE)
+        with torch.set_grad_enabled(attached):
+            drawn = self._start.draw(call, chains)
+        finite = drawn.log_density.isfinite() & drawn.log_q.isfinite()
+        if not finite.all():
+            chain = int((~finite).any(1).nonzero()[0])
+            raise ValueError(
+                "the model's log density is not finite at the start of the run, first at "
+                f"{call.density.offender(drawn.state[chain].detach())}: check the data for NaN, the observation's "
+                "support, and the priors, or pass another start, such as start=Init(init_to_median)."
+            )
+        if attached:
+            return drawn
+        return replace(
+            drawn,
+            state=drawn.state.detach(),
+            log_q=drawn.log_q.detach(),
+            log_density=drawn.log_density.detach(),
+        )
+
+    def _warn_once(self, info: RunInfo) -> None:
+        if not self._told and info.singular.float().mean() > 0.25:
+            self._told = True
+            _LOGGER.warning(
+                "%d of %d rows took a step with eta * curvature >= 1: their log q, and the loss, is not reliable "
+                "(guide.info.noninvertible; told once). Use a smaller step size.",
+                info.noninvertible,
+                info.singular.numel(),
+            )
+        if not self._warned and info.frozen.any():
+            self._warned = True
+            warnings.warn(
+                f"{info.nonfinite} of {info.frozen.numel()} rows met a non-finite density or gradient and stay at "
+                "their last finite state (counted in guide.info.nonfinite; this warning is shown once). Try a smaller "
+                "step_size, or start=Init(init_to_median).",
+                stacklevel=3,
+            )
+
+    # ---------------------------------------------------------------- state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "info": None, "_adapter": ()}

@@ -1,0 +1,288 @@
+"""A run in one file that is never half written: parameters, chains, optimisers, plain values, random states."""
+
+from __future__ import annotations
+
+import copy
+import glob
+import os
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from pyro.params.param_store import ParamStoreDict
+from torch import Tensor
+
+FORMAT = 1
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_SCALARS = (np.bool_, np.integer, np.floating)
+_FORGOTTEN = 3600.0  # seconds after which a file that nobody goes on writing belongs to a process that is dead
+
+
+def save_state(path: str | os.PathLike[str], /, **parts: Any) -> None:
+    r"""Write ``parts`` and the states of all random number generators to a file, for :func:`load_state`.
+
+    A part is an object with ``state_dict`` and ``load_state_dict`` (any ``torch.nn.Module``: guides, networks,
+    energies, the :class:`~pyro_shortrun.starts.Replay` buffer of an EnergyELBO; torch optimisers and schedulers;
+    :class:`~pyro_shortrun.VectorizedMCMC`), a Pyro optimiser, Pyro's parameter store, a ``torch.Generator``, or a plain
+    value: numbers, strings, tensors, and lists, tuples and dicts of them.
+
+    The file is written beside ``path`` and renamed when it is on disk: whenever the process ends, ``path`` holds the
+    old state or the new one, whole; of several processes that write to it, that of the last. What a killed process
+    leaves (``.run.pt.*.part``) goes at a later call, when it is an hour old.
+
+    >>> import tempfile, torch
+    >>> from pyro_shortrun import load_state, save_state
+    >>> net = torch.nn.Linear(2, 1)
+    >>> path = tempfile.mkdtemp() + "/run.pt"
+    >>> save_state(path, net=net, epoch=3)
+    >>> load_state(path, net=net)
+    {'epoch': 3}
+
+    :param path: the file; its folder must exist.
+    :param parts: what to save, by names that :func:`load_state` is given again.
+    :raises TypeError: for a part, or something in it, that cannot be loaded without running foreign code
+        (``torch.load(..., weights_only=True)``).
+    :raises ValueError: for a Pyro optimiser of parameters that Pyro's store has no names for.
+    """
+    content = {
+        "format": FORMAT,
+        "random": _random_states(),
+        "parts": {name: {"type": type(part).__name__, **_saved(name, part)} for name, part in parts.items()},
+    }
+    with replacing(Path(path)) as scratch:
+        torch.save(content, scratch)
+    remove_leftovers(Path(path).parent, Path(path).name)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, no other process's, which takes its place at the end; or goes, after an
+    exception."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield scratch
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Files that :func:`replacing` had begun for ``name``, or any, when its process was killed."""
+    pattern = "*" if name is None else glob.escape(name)
+    for scratch in folder.glob(f".{pattern}.*.part"):
+        with suppress(FileNotFoundError):  # its process may be alive after all
+            if time.time() - scratch.stat().st_mtime > _FORGOTTEN:
+                scratch.unlink()
+
+
+def load_state(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
+    """Restore objects and random number generators from :func:`save_state`, so that a run goes on bit for bit.
+
+    All or nothing: where one part does not fit, every part is left as it was. Build the objects as for a new run, and
+    create lazy parameters first: ``guide.setup(*args)``, or one call of model and guide for Pyro's parameter store.
+
+    :param path: a file of :func:`save_state`; tensors go to the devices of the parts they belong to.
+    :param parts: all objects that were saved, by the same names.
+    :returns: the plain values that were saved, by name (tensors on the CPU).
+    :raises ValueError: where the file is no such file, or of a newer version; where parts are missing, unknown, or of
+        another type; where a part's tensors have other names, shapes or dtypes.
+    """
+    content = _read(path)
+    saved = content["parts"]
+    _check_names(path, saved, parts)
+    with ExitStack() as undo:
+        for name, part in parts.items():
+            try:
+                undo.callback(_way_back(part))
+                _restore(part, saved[name]["state"])
+            except Exception as reason:
+                why = " ".join(str(reason).split())
+                raise ValueError(
+                    f"{name!r} in {path} does not fit this {type(part).__name__} (nothing was changed): {why} Build it "
+                    "as it was when saved, and create lazy parameters first, as with guide.setup(*args)."
+                ) from reason
+        _set_random_states(content["random"])
+        undo.pop_all()
+    return {name: entry["value"] for name, entry in saved.items() if "value" in entry}
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _is_stateful(part: Any) -> bool:
+    return isinstance(part, PyroOptim | ParamStoreDict | torch.Generator) or (
+        hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+    )
+
+
+def _saved(name: str, part: Any) -> dict[str, Any]:
+    return {"state": _plain(name, _state(part))} if _is_stateful(part) else {"value": _plain(name, part)}
+
+
+def _state(part: Any) -> Any:
+    if isinstance(part, PyroOptim):
+        state = {**part._state_waiting_to_be_consumed, **part.get_state()}
+        if None in state:
+            raise ValueError(
+                "Pyro's optimisers know parameters by their names in the parameter store, which some of this one's do "
+                "not have (module_local_params, or a store that was cleared): use torch.optim."
+            )
+        return state
+    if isinstance(part, ParamStoreDict):
+        return {name: part._params[name].detach() for name in part.keys()}
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def _way_back(part: Any) -> Callable[[], None]:
+    """Restores the present state; a sampler that has not run yet, or a guide without its parameters, has none."""
+    try:
+        state = copy.deepcopy(_state(part))
+    except RuntimeError:
+        return lambda: None
+
+    def restore() -> None:
+        with suppress(RuntimeError):
+            _restore(part, state)
+
+    return restore
+
+
+def _restore(part: Any, state: Any) -> None:
+    if isinstance(part, PyroOptim):
+        _restore_pyro_optimiser(part, state)
+    elif isinstance(part, ParamStoreDict):
+        _restore_store(part, state)
+    elif isinstance(part, torch.Generator):
+        part.set_state(state)
+    else:
+        if isinstance(part, torch.nn.Module):
+            _check_dtypes(part.state_dict(), state)
+        part.load_state_dict(state)
+
+
+def _restore_pyro_optimiser(part: PyroOptim, state: dict[str, Any]) -> None:
+    """Optimisers of parameters that were stepped already take their state now, the others at their first step."""
+    store, waiting = pyro.get_param_store(), dict(state)
+    for parameter, optimiser in part.optim_objs.items():
+        name = store.param_name(parameter)
+        if name not in waiting:
+            raise ValueError(f"no state was saved for parameter {name!r}.")
+        own = waiting.pop(name)
+        if "scheduler" in own:
+            optimiser.load_state_dict(own["scheduler"])
+            optimiser.optimizer.load_state_dict(own["optimizer"])
+        else:
+            optimiser.load_state_dict(own)
+    part._state_waiting_to_be_consumed = waiting
+
+
+def _restore_store(part: ParamStoreDict, state: dict[str, Tensor]) -> None:
+    """Unconstrained values, in place, so that optimisers and modules keep their parameters."""
+    if missing := set(state) ^ set(part.keys()):
+        raise ValueError(f"parameters {sorted(missing)} are in one of the two only.")
+    _check_dtypes(part._params, state)
+    for name, value in state.items():
+        if part._params[name].shape != value.shape:
+            raise ValueError(f"{name!r} has shape {tuple(part._params[name].shape)}, saved {tuple(value.shape)}.")
+    with torch.no_grad():
+        for name, value in state.items():
+            part._params[name].copy_(value)
+
+
+def _check_dtypes(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """torch would convert, and the run go on with other numbers."""
+    for name, value in saved.items():
+        kind = getattr(own.get(name), "dtype", None)
+        if isinstance(value, Tensor) and kind not in (None, value.dtype):
+            raise ValueError(f"{name!r} is {kind}, saved {value.dtype}.")
+
+
+# ---------------------------------------------------------------- the file
+
+
+def _plain(where: str, value: Any) -> Any:
+    """The same in types that load without running foreign code."""
+    if type(value) in (Tensor, torch.nn.Parameter):
+        return _compact(value.detach())
+    if type(value) in _PLAIN or isinstance(value, torch.dtype | torch.device):
+        return value
+    if isinstance(value, _SCALARS):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value.copy())
+    if isinstance(value, Mapping):
+        return {_plain(f"{where} (keys)", k): _plain(f"{where}[{k!r}]", v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_plain(f"{where}[{i}]", v) for i, v in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which a file without code cannot hold: give an object with state_dict "
+        "and load_state_dict, or numbers, strings, tensors and lists, tuples and dicts of them."
+    )
+
+
+def _compact(value: Tensor) -> Tensor:
+    """Alone in its memory: a row of a table is saved as a row, not as the table."""
+    whole = value.layout is not torch.strided or value.untyped_storage().nbytes() == value.nbytes
+    return value if whole else value.clone(memory_format=torch.contiguous_format)
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as reason:
+        raise ValueError(f"{path} is no file of save_state, or is damaged: {reason}") from reason
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise ValueError(f"{path} is no file of save_state.")
+    if content["format"] > FORMAT:
+        raise ValueError(f"{path} has format {content['format']}, this version reads {FORMAT}: update pyro_shortrun.")
+    if missing := {"parts", "random"} - set(content):
+        raise ValueError(f"{path} is no file of save_state: it has no {sorted(missing)}.")
+    return content
+
+
+def _check_names(path: str | os.PathLike[str], saved: dict[str, dict[str, Any]], parts: dict[str, Any]) -> None:
+    stateful = {name for name, entry in saved.items() if "state" in entry}
+    if missing := stateful - set(parts):
+        raise ValueError(f"{path} has {sorted(missing)} too: give the objects, load_state(path, {min(missing)}=...).")
+    if unknown := set(parts) - stateful:
+        raise ValueError(f"{path} has no state of {sorted(unknown)}; it has that of {sorted(stateful)}.")
+    for name, part in parts.items():
+        if type(part).__name__ != saved[name]["type"]:
+            raise ValueError(f"{name!r} in {path} is a {saved[name]['type']}, got a {type(part).__name__}.")
+
+
+# ---------------------------------------------------------------- random number generators
+
+
+def _random_states() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

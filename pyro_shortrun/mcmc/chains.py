@@ -1,0 +1,155 @@
+"""Chains under way: what :class:`~pyro_shortrun.mcmc.kernel.ShortRunLangevin` and VectorizedMCMC advance draw by draw."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tensors import moved, ordinary_autograd
+from .target import Target
+from .transitions import Sampler, State, Stats
+
+
+@dataclass(frozen=True)
+class DrawStats:
+    """Statistics of every kept draw, ``{name: (num_samples,)}``: ``lp`` (log density in unconstrained space, up to a
+    constant), ``acceptance_rate``, ``grad_norm``, ``step_size``, ``nonfinite`` (proposals, or rows of a short run, that
+    were not finite)."""
+
+    values: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        length = len(next(iter(self.values.values()))) if self.values else 0
+        return f"DrawStats({', '.join(self.values)}: {length} draws)"
+
+
+class Session:
+    """Chains under way: a sampler, its state, and the statistics of every kept draw."""
+
+    def __init__(self, sampler: Sampler, warmup_steps: int) -> None:
+        self.sampler, self.warmup_steps = sampler, warmup_steps
+        self.done = 0  # draws, warm-up included
+        self._stats: list[Stats] = []
+        self._last: Stats | None = None
+        self._warned = False
+        self.state: State
+
+    @property
+    def target(self) -> Target:
+        """What is sampled."""
+        return self.sampler.target
+
+    def check_vectorizes(self, u: Tensor | None, params: Mapping[str, Tensor] | None) -> None:
+        """Refuse a model that cannot be vectorised over chains, naming the operation."""
+        if u is None:
+            u = self.target.states(params or {})[:2]
+        self.target.current(len(u)).require_vectorization(u)
+
+    def begin(self, num_chains: int, params: Mapping[str, Tensor] | None) -> None:
+        """Put the chains where they start."""
+        if params is None:
+            self.state = self.sampler.fresh(num_chains)
+        else:
+            self.move_to(params)
+
+    def move_to(self, params: Mapping[str, Tensor]) -> None:
+        """Go on from other values.
+
+        :raises ValueError: where the log density, or its gradient, is not finite there.
+        """
+        state = self.sampler.evaluate(self.target.states(params).detach())
+        if not (state.log_density.isfinite().all() and state.grad.isfinite().all()):
+            raise ValueError("the log density, or its gradient, is not finite at the initial_params given.")
+        self.state = state
+
+    def params(self) -> dict[str, Tensor]:
+        """Values of the only chain."""
+        return {k: v[0].clone() for k, v in self.target.params(self.state.u).items()}  # hooks may write into them
+
+    def all_params(self) -> dict[str, Tensor]:
+        """Values of all chains."""
+        return {k: v.clone() for k, v in self.target.params(self.state.u).items()}
+
+    def draw(self) -> None:
+        """One draw of every chain."""
+        warming = self.done < self.warmup_steps
+        with ordinary_autograd():
+            self.state, stats = self.sampler.draw(self.state, warming)
+        self.done += 1
+        self._warn_once(stats, warming)
+        if not warming:
+            self._stats.append(stats)
+        self._last = stats
+
+    def forget_after(self, kept: int) -> None:
+        """Drop what was noted of draws beyond so many kept ones: an interrupt may come before a draw is kept."""
+        del self._stats[kept:]
+        self.done = min(self.done, self.warmup_steps + kept)
+
+    def _warn_once(self, stats: Stats, warming: bool) -> None:
+        fault = None if self._warned else self.sampler.fault(self.state, stats, warming)
+        if fault is not None:
+            self._warned = True
+            warnings.warn(
+                f"{fault}; this warning is shown once. Use a smaller step_size, or adjust=True.", stacklevel=4
+            )
+
+    def logging(self) -> OrderedDict[str, Any]:
+        """For progress bars."""
+        if self._last is None:
+            return OrderedDict()
+        size, accept = self._last["step_size"][0].item(), self._last["acceptance_rate"].mean().item()
+        return OrderedDict([("step size", f"{size:.2e}"), ("acc. prob", f"{accept:.3f}")])
+
+    def stats(self) -> Stats:
+        """Statistics of the kept draws, ``(chains, draws)``."""
+        if not self._stats:
+            return {k: torch.zeros(len(self.state.u), 0) for k in ("lp", "acceptance_rate", "nonfinite")}
+        return {k: torch.stack([s[k] for s in self._stats], 1) for k in self._stats[0]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a continued run needs: tensors, numbers, lists and dicts."""
+        state = {k: getattr(self.state, k).clone() for k in ("u", "log_density", "grad")}
+        return {
+            "kind": self.sampler.kind,
+            "done": self.done,
+            "state": state,
+            "stats": self.stats(),
+            "sampler": self.sampler.state_dict(),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        :raises ValueError: where the sampler or the dtype is another one, or the density at the saved state is not the
+            saved one.
+        """
+        if saved["kind"] != self.sampler.kind:
+            raise ValueError(
+                f"the saved run is of {saved['kind']}, this one of {self.sampler.kind}: use the same kernel."
+            )
+        if saved["state"]["u"].shape != self.state.u.shape:
+            raise ValueError("the saved chains have another shape than this model's; resume with the same model.")
+        if saved["state"]["u"].dtype != self.state.u.dtype:
+            raise ValueError(
+                f"the saved chains are {saved['state']['u'].dtype}, this model's latents {self.state.u.dtype}: resume "
+                "with the same dtype."
+            )
+        device = self.state.u.device
+        state = State(**moved(saved["state"], device))
+        here = self.sampler.evaluate(state.u).log_density
+        if not (self.target.is_subsampled or torch.allclose(here, state.log_density, rtol=1e-3, atol=1e-3)):
+            raise ValueError("the saved chains have another log density here: resume with the same model and data.")
+        self.done, self.state = saved["done"], state
+        self.sampler.load_state_dict(saved["sampler"])
+        kept = max(self.done - self.warmup_steps, 0)
+        stats = moved(saved["stats"], device)
+        self._stats = [{k: v[:, i] for k, v in stats.items()} for i in range(kept)]
+        if self._stats:
+            self._last = self._stats[-1]

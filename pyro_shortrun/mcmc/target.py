@@ -1,0 +1,232 @@
+"""What chains sample: a density with its start, and the names of its coordinates."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compile.executor import Compiler, density_of
+from ..density.call import Call
+from ..density.handlers import init_uniform
+from ..density.interface import Density
+from ..density.model import LogDensity
+from ..density.potential import PotentialDensity
+from ..density.transforms import same_transform
+from ..starts.start import Start, StartDraw
+
+_LOGGER = logging.getLogger("pyro_shortrun")
+_TRIES = 100
+_PROBES = 8
+_CONSTRAIN_AT_ONCE = 4096  # draws
+
+
+class Target(ABC):
+    """What is sampled, and from where."""
+
+    density: Density
+
+    @property
+    def is_subsampled(self) -> bool:
+        """Whether the density is that of a random mini-batch."""
+        return False
+
+    def current(self, chains: int) -> Density:
+        """The density for the next evaluation; on a fresh mini-batch per chain where the model subsamples."""
+        return self.density
+
+    @abstractmethod
+    def start(self, chains: int) -> StartDraw:
+        """Finite start states."""
+
+    @abstractmethod
+    def constrain(self, u: Tensor, at_once: int | None = None) -> dict[str, Tensor]:
+        """Site values ``(chains, *shape)`` of states, computed ``at_once`` states at a time."""
+
+    @property
+    @abstractmethod
+    def transforms(self) -> dict[str, Any]:
+        """From constrained to unconstrained space, by site, where the map is the same in all draws."""
+
+    def params(self, u: Tensor) -> dict[str, Tensor]:
+        """States as what Pyro calls params: ``(chains, *shape)`` by site, in unconstrained space."""
+        return self.density.layout.unpack(u)
+
+    def states(self, params: Mapping[str, Tensor]) -> Tensor:
+        """The reverse of :meth:`params`.
+
+        :raises ValueError: where a site is missing or has another shape.
+        """
+        layout = self.density.layout
+        check_params(params, {s.name: tuple(s.shape) for s in layout.sites}, self.density.structure.device)
+        return layout.pack(params)
+
+
+class ModelTarget(Target):
+    """A Pyro model's log joint.
+
+    :raises NotImplementedError: where a latent lies in a subsampled plate.
+    """
+
+    def __init__(self, call: Call, start: Start, compiler: Compiler | None = None) -> None:
+        self._start, self._subsampled = start, call.reading.subsampled
+        call = _with_true_rows(call, start)
+        density = density_of(call.program, call.density.structure, call.bind, compiler)
+        self.call = replace(call, density=density)
+        self.density: LogDensity = self.call.density
+        local = [s.name for s in self.density.layout.sites if s.scale != 1]
+        if local:
+            raise NotImplementedError(
+                f"latent site '{local[0]}' lies in a subsampled plate, and a chain keeps one state per element: use "
+                "the full plate, or ShortRunGuide for local latents in mini-batches."
+            )
+        self._transforms = _fixed_transforms(call)
+
+    @property
+    def transforms(self) -> dict[str, Any]:
+        return self._transforms
+
+    @property
+    def _moving(self) -> set[str]:
+        """Sites whose support depends on other sites: their params are site values."""
+        return {s.name for s in self.density.layout.sites} - set(self._transforms)
+
+    def params(self, u: Tensor) -> dict[str, Tensor]:
+        values = super().params(u)
+        return (
+            {**values, **{k: v for k, v in self.constrain(u).items() if k in self._moving}} if self._moving else values
+        )
+
+    def states(self, params: Mapping[str, Tensor]) -> Tensor:
+        if not self._moving:
+            return super().states(params)
+        shapes = {s["name"]: tuple(s["value"].shape) for s in self.call.reading.latents if s["name"] in self._moving}
+        free = {k: tuple(v.shape) for k, v in self.call.reading.unconstrained.items()}
+        check_params(params, {**free, **shapes}, self.density.structure.device)
+        values = {k: self._transforms[k].inv(v) if k in self._transforms else v for k, v in params.items()}
+        chains = [dict(zip(values, one, strict=True)) for one in zip(*values.values(), strict=True)]
+        return torch.stack([self.call.density.unconstrain(one) for one in chains])
+
+    @property
+    def is_subsampled(self) -> bool:
+        return bool(self._subsampled)
+
+    def current(self, chains: int) -> LogDensity:
+        density = self.call.density
+        if not self._subsampled:
+            return density
+        device = density.structure.device
+        draws = {k: _batches(chains, full, size, device) for k, (full, size) in self._subsampled.items()}
+        return density.on_batches(draws)
+
+    def start(self, chains: int) -> StartDraw:
+        drawn = self._start.draw(self.call, chains)
+        for _ in range(_TRIES):
+            bad = ~_finite(drawn)
+            if not bad.any():
+                self.density.expect(drawn.state, drawn.log_density)
+                return StartDraw(drawn.state.detach(), drawn.log_q.detach(), drawn.log_density.detach())
+            again = self._start.draw(self.call, chains)
+            drawn = StartDraw(
+                torch.where(bad.unsqueeze(-1), again.state, drawn.state),
+                torch.where(bad, again.log_q, drawn.log_q),
+                torch.where(bad, again.log_density, drawn.log_density),
+            )
+        bad_chain = int((~_finite(drawn)).any(1).nonzero()[0])
+        raise ValueError(
+            "the model's log density is not finite at the start of a chain, first at "
+            f"{self.call.density.offender(drawn.state[bad_chain].detach())}: check the data for NaN, the observation's "
+            "support, and the priors, or pass another start, such as start=Init(init_to_median)."
+        )
+
+    def constrain(self, u: Tensor, at_once: int | None = None) -> dict[str, Tensor]:
+        with torch.no_grad():
+            parts = [self.call.density.constrain(part)[0] for part in u.split(at_once or _CONSTRAIN_AT_ONCE)]
+        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+
+def _fixed_transforms(call: Call) -> dict[str, Any]:
+    bind = call.bind
+    other = call.program.draw(bind.args, bind.kwargs, bind.indices, bind.given, init_uniform).transforms
+    return {k: t.inv for k, t in call.reading.transforms.items() if same_transform(t, other[k])}
+
+
+def _with_true_rows(call: Call, start: Start) -> Call:
+    """The call, with all latents in one row where elements of a plate influence each other in spite of the plate."""
+    start.setup(call.density)
+    states = start.draw(call, _PROBES).state.detach()
+    if call.density.is_random(states) or not call.density.rows_mix(states):
+        return call
+    _LOGGER.warning(
+        "elements of plate %s influence each other's log density although a plate declares them independent: they "
+        "are moved, and accepted, together.",
+        call.density.row_names,
+    )
+    return call.jointly()
+
+
+def check_params(params: Mapping[str, Tensor], shapes: Mapping[str, tuple[Any, ...]], device: torch.device) -> None:
+    """Refuse initial params that are not ``(chains, *shape)`` floating-point tensors of just these sites there."""
+    unknown = sorted(set(params) - set(shapes))
+    if unknown:
+        raise ValueError(f"initial_params name '{unknown[0]}', which is not one of the sites {sorted(shapes)}.")
+    for name, shape in shapes.items():
+        if name not in params:
+            raise ValueError(f"initial_params lack the site '{name}'.")
+        if not (isinstance(params[name], Tensor) and params[name].is_floating_point()):
+            raise ValueError(f"initial_params['{name}'] must be a floating-point tensor, got {params[name]!r}.")
+        if tuple(params[name].shape[1:]) != shape:
+            raise ValueError(
+                f"initial_params['{name}'] has shape {tuple(params[name].shape)} but must be "
+                f"(num_chains, *{shape}), in unconstrained space."
+            )
+        if params[name].device != device:
+            raise ValueError(
+                f"initial_params['{name}'] is on {params[name].device} and the model's latents are on {device}: "
+                "move it there."
+            )
+
+
+def _finite(drawn: StartDraw) -> Tensor:
+    return drawn.log_density.isfinite() & drawn.log_q.isfinite()
+
+
+def _batches(chains: int, full: int, size: int, device: torch.device) -> Tensor:
+    """Independent subsamples without replacement, ``(chains, size)``."""
+    return torch.rand(chains, full, device=device).topk(size).indices
+
+
+class PotentialTarget(Target):
+    """A ``potential_fn``; runs start at ``N(initial, 1)`` in unconstrained space.
+
+    :param transforms: from constrained to unconstrained space, by name.
+    """
+
+    def __init__(
+        self, potential_fn: Callable[..., Any], initial: Mapping[str, Tensor], transforms: Mapping[str, Any] | None
+    ) -> None:
+        self._transforms = dict(transforms or {})
+        one = {k: v[0] for k, v in initial.items()}
+        self.density = PotentialDensity(potential_fn, one)
+        self._center = self.density.layout.pack(initial)
+
+    @property
+    def transforms(self) -> dict[str, Any]:
+        return self._transforms
+
+    def start(self, chains: int) -> StartDraw:
+        base = torch.distributions.Normal(self._center, 1.0)
+        u = base.sample()
+        value = self.density(u)
+        if not value.isfinite().all():
+            raise ValueError("potential_fn is not finite at a start drawn from N(initial_params, 1).")
+        return StartDraw(u, base.log_prob(u).sum(-1), value.detach())
+
+    def constrain(self, u: Tensor, at_once: int | None = None) -> dict[str, Tensor]:
+        values = self.density.layout.unpack(u)
+        return {k: self._transforms[k].inv(v) if k in self._transforms else v for k, v in values.items()}

@@ -1,0 +1,24 @@
+"""How a run accounts for log q."""
+
+from .annealed import Annealed
+from .linearized import Linearized
+from .logdet import Automatic, Exact, Lanczos, LogDet
+from .mixture import Mixture
+from .objective import Objective
+from .path import PathDensity
+from .reverse import GaussianReverse
+from .transition import Transition
+
+__all__ = [
+    "Annealed",
+    "Automatic",
+    "Exact",
+    "GaussianReverse",
+    "Lanczos",
+    "Linearized",
+    "LogDet",
+    "Mixture",
+    "Objective",
+    "PathDensity",
+    "Transition",
+]

@@ -1,0 +1,238 @@
+"""Bounds by annealed importance sampling: targets that move from the start's density to the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+from ..density.interface import Density
+from ..density.layout import Layout
+from ..dynamics.dynamics import Dynamics
+from ..dynamics.hamiltonian import Hamiltonian
+from ..starts.base import Base
+from .objective import Objective
+from .reverse_kernels import Mirror, Reverse
+from .transition import Column, State, Transition, settings
+
+
+@dataclass(frozen=True)
+class Tempered(Transition):
+    """What Langevin and Hamiltonian bridges share: gradients of the tempered targets
+    ``pi_k = q_0^(1 - beta_k) pi^(beta_k)``."""
+
+    dynamics: Dynamics
+    base: Base
+
+    @property
+    def _rule(self) -> tuple[Any, ...]:
+        return self.dynamics, settings(self.dynamics), type(self.base), tuple(t.dim() for t in self.base.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.base.tensors
+
+    def evaluate(
+        self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
+    ) -> tuple[Tensor, ...]:
+        """``log pi`` and the gradients of ``log pi`` and ``log q_0``, scaled alike."""
+        value, grad, slope = self.base.evaluate(density, u, tensors, create_graph)
+        if density.layout.is_arrow and self.base.is_weighted:
+            return value, grad, slope
+        return value, grad, slope / density.layout.drift_scale(u)
+
+
+def mixed(slopes: Sequence[Tensor], beta: Tensor) -> Tensor:
+    """Gradient of a tempered target."""
+    grad, base = slopes
+    return beta * grad + (1 - beta) * base
+
+
+def weighed(density: Density, terms: Tensor) -> Tensor:
+    """Terms per coordinate summed over a row; an arrowhead's local ones count ``full_size / size`` times."""
+    return (terms / density.layout.drift_scale(terms) if density.layout.is_arrow else terms).sum(-1)
+
+
+def around(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``K`` steps: what belongs to the step that ends at each of ``K + 1`` arrivals, and to the one that begins.
+    Before the first and after the last one it does not matter."""
+    return torch.cat([values[:1], values]), torch.cat([values, values[-1:]])
+
+
+@dataclass(frozen=True)
+class LangevinBridge(Tempered):
+    """Langevin steps, each weighed at its end by a reverse step.
+
+    The state is ``(u_{k-1}, u_k)``, and for a reverse that learns also the drift at ``u_{k-1}``.
+    """
+
+    reverse: Reverse
+
+    ends_at_arrival = True
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        return *self._rule, self.reverse.key
+
+    @property
+    def learns(self) -> bool:
+        return self.reverse.learns
+
+    def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
+        return (start, start, torch.zeros_like(start)) if self.learns else (start, start)
+
+    def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        return *around(step_size), *around(beta.unsqueeze(-1))
+
+    def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
+        ends = step_size.new_ones(len(step_size) + 1, 1)
+        ends[0] = 0
+        return ends, *(torch.cat([t[:1], t]) for t in self.reverse.parameters)
+
+    def move(
+        self, density: Density, state: State, found: Sequence[Tensor], column: Column
+    ) -> tuple[State, Tensor | None]:
+        before, u = state[:2]
+        eta, ahead, beta, beta_ahead = column.values
+        ends, *parameters = column.constants
+        scale = density.layout.drift_scale(u)
+        mean = self.dynamics.mean(u, mixed(found, beta), eta, scale)
+        extra = weighed(density, ends * self.reverse.log_density(before, u, mean, eta, parameters))
+        proposal = self.dynamics.step(u, mixed(found, beta_ahead), ahead, column.noise, scale)
+        return (u, proposal, mean - u) if self.learns else (u, proposal), extra
+
+    def departure(self, density: Density, noise: Tensor) -> Tensor | None:
+        return weighed(density, 0.5 * noise.square())
+
+    def learn(self, states: State, last: State, valid: Tensor) -> None:
+        before, u, drift = states
+        drift = torch.cat([drift[2:], last[2].unsqueeze(0)])
+        self.reverse.learn(before[1:], u[1:], drift, valid)
+
+
+@dataclass(frozen=True)
+class HamiltonianBridge(Tempered):
+    """Leapfrog steps with a partial refreshment of the momentum after each.
+
+    An arrival is the middle of a step, where its one gradient is taken. The state is ``(last middle, this middle,
+    momentum)``.
+    """
+
+    kept: Tensor
+
+    offset = 1
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        return self._rule
+
+    def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
+        return start, start + 0.5 * (2 * step_size[0]).sqrt() * noise, noise
+
+    def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        ahead = torch.cat([step_size[1:], step_size[-1:]])
+        return step_size, ahead, beta.unsqueeze(-1), self.kept.expand(len(step_size), 1)
+
+    def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
+        begins = step_size.new_ones(len(step_size), 1)
+        begins[-1] = 0
+        return (begins,)
+
+    def move(
+        self, density: Density, state: State, found: Sequence[Tensor], column: Column
+    ) -> tuple[State, Tensor | None]:
+        _, u, momentum = state
+        eta, ahead, beta, kept = column.values
+        scale = density.layout.drift_scale(u)
+        length, length_ahead = (2 * eta).sqrt(), (2 * ahead).sqrt()
+        drift = self.dynamics.mean(u, mixed(found, beta), eta, scale) - u  # eta times the gradient, clipped
+        pushed = momentum + 2 * drift / length
+        refreshed = kept * pushed + (1 - kept.square()).sqrt() * column.noise
+        end = u + 0.5 * length * pushed
+        extra = weighed(density, 0.5 * (momentum.square() - pushed.square()))
+        return (u, end + column.constants[0] * 0.5 * length_ahead * refreshed, refreshed), extra
+
+
+class Annealed(PyroModule, Objective):
+    r"""Annealed importance sampling along the run: a bound without determinants.
+
+    The targets move from the start's density to the model's, :math:`\pi_k \propto q_0^{1-\beta_k} \pi^{\beta_k}` with
+    :math:`0 < \beta_1 < \dots < \beta_K = 1`; step k is one for :math:`\pi_k`. With :class:`Langevin` dynamics the
+    reverse of a step is weighed by a Langevin step for the same target:
+
+    .. math::
+        \log w = \log\pi(u_K) - \log q_0(u_0) + \sum_k \log r_k(u_{k-1} \mid u_k) - \log f_k(u_k \mid u_{k-1}),
+        \qquad f_k(u' \mid u) = r_k(u' \mid u) = N\big(u';\, u + \eta_k \nabla\log\pi_k(u),\, 2 \eta_k\big) .
+
+    With :class:`Hamiltonian` dynamics a step is a leapfrog step, which keeps volume, and the momenta are weighed
+    instead: the sum is that of :math:`\log N(v'_k; 0, I) - \log N(v_k; 0, I)` for the momentum before (:math:`v_k`)
+    and after (:math:`v'_k`) each step.
+
+    In nats, one value per row. ``E[log w] <= log p(x)`` and ``E[exp(log w)] = p(x)`` for any step size, so importance
+    weights and ``RenyiELBO`` apply. It is exact as K grows and steps shrink. Without tempering this bound would be the
+    start's own for small steps. ``info.log_det`` holds the mean increments.
+
+    Needs dynamics with noise and a start whose density is known everywhere: :class:`Prior`, or an ``AutoNormal``,
+    ``AutoDiagonalNormal`` or ``AutoMultivariateNormal``, which is then trained by the same loop, as
+    the temperatures are. Cost per step: one gradient of the model's log density (and of the start's), one Hessian
+    product on the way back.
+
+    Neal: Annealed importance sampling, 2001; Thin, Kotelevskii, Doucet, Durmus, Moulines, Panov: Monte Carlo
+    variational auto-encoders, ICML 2021; Geffner, Domke: MCMC variational inference via uncorrected Hamiltonian
+    annealing, NeurIPS 2021; Zhang, Hsu, Li, Finn, Grosse: Differentiable annealed importance sampling and the perils of
+    gradient noise, NeurIPS 2021.
+
+    :param learnable: whether SVI tunes the temperatures, which begin at ``k / K``.
+    :raises ValueError: for dynamics without noise, and where the guide has ``checkpoint=True``.
+    :raises NotImplementedError: for a start whose density is not known everywhere.
+    """
+
+    tempers = True
+    carries = False
+    _reverse: Reverse = Mirror()
+    increments: Any  # a PyroParam, or a buffer
+
+    def __init__(self, learnable: bool = True) -> None:
+        super().__init__()
+        self.learnable = learnable
+
+    def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:
+        if "increments_unconstrained" in self._parameters or "increments" in self._buffers:
+            return
+        even = like.new_full((num_steps,), 1.0 / num_steps)
+        if self.learnable and num_steps > 1:
+            self.increments = PyroParam(even, constraints.simplex)
+        else:
+            self.register_buffer("increments", even)
+
+    def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
+        if len(self.increments) != num_steps:
+            raise ValueError(
+                f"there are {len(self.increments)} temperatures for {num_steps} steps: another guide's are in Pyro's "
+                "parameter store under the same name; call pyro.clear_param_store() between guides."
+            )
+        beta = self.increments.cumsum(0)
+        return beta / beta[-1]
+
+    def check(self, dynamics: Dynamics, checkpoint: bool) -> None:
+        name = type(self).__name__
+        if not (dynamics.has_transition_density or dynamics.has_momentum):
+            raise ValueError(f"{name} needs dynamics with noise, such as Langevin(0.1): its weights are those of it.")
+        if checkpoint:
+            raise ValueError(f"checkpoint=True is for PathDensity(): leave it out with {name}(), which keeps K states.")
+
+    def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition | None:
+        if base is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} needs the density of the start everywhere, not only at draws: use "
+                "start=Prior(), AutoNormal(model), AutoDiagonalNormal(model) or AutoMultivariateNormal(model)."
+            )
+        if isinstance(dynamics, Hamiltonian):
+            return HamiltonianBridge(dynamics, base, dynamics.kept)
+        return LangevinBridge(dynamics, base, self._reverse)

@@ -1,0 +1,98 @@
+"""The interface of an objective: how a run accounts for log q."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..density.interface import Density
+from ..density.layout import Layout
+from ..dynamics.dynamics import Dynamics
+from ..starts.base import Base
+from .transition import Transition
+
+
+class Accounted(NamedTuple):
+    """What a step adds: ``increment`` to ``log w`` and whether the step was ``singular``, ``(chains, rows)``."""
+
+    increment: Tensor
+    singular: Tensor
+
+
+class Objective:
+    r"""Accounts for the log weight of a run,
+
+    .. math:: \log w = \log\pi(u_K) - \log q_0(u_0) + \sum_k \text{increment}_k ,
+
+    so that ``log q(u_K) = log q_0(u_0) - sum of increments`` is what the guide reports to Pyro; in nats, ``(chains,
+    rows)``.
+    """
+
+    tempers = False  # whether targets move from the start's density to the model's
+    copies = 1  # runs that make one draw
+    weighs = True  # whether E[exp(log w)] = p(x), so that log q makes importance weights
+    takes_masks = True  # whether latents that poutine.mask takes out of the density may be there
+    carries = True  # whether increments cost so much that calls between tunings take those of the last tuned one
+
+    def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:
+        """Create parameters (once), in the dtype and on the device of ``like``."""
+        return None
+
+    def check(self, dynamics: Dynamics, checkpoint: bool) -> None:
+        """Refuse what does not go with this objective."""
+        if dynamics.has_momentum:
+            raise ValueError(f"{type(dynamics).__name__} is for objective=Annealed(), not {type(self).__name__}.")
+
+    def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition | None:
+        """How the run goes and is weighed, where :meth:`account` is not enough to tell.
+
+        :param base: density of the start, where it is known everywhere.
+        :param account: whether the log weight is asked for.
+        """
+        return None
+
+    def pilots(self, layout: Layout, step_size: Tensor, training: bool) -> Pilots | None:
+        """What is to be found out by other runs before each run that is weighed, if anything."""
+        return None
+
+    def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
+        """``beta_k`` of each step, ``(num_steps,)``."""
+        return like.new_ones(num_steps)
+
+    def draw(self, like: Tensor, layout: Layout) -> Tensor | None:
+        """Auxiliary randomness of one run, shared by its steps; None if none is needed."""
+        return None
+
+    def account(
+        self,
+        density: Density,
+        dynamics: Dynamics,
+        u: Tensor,
+        grad: Tensor,
+        step_size: Tensor,
+        aux: Tensor | None,
+        create_graph: bool,
+    ) -> Accounted:
+        """The increment of the step from ``u``, where ``grad`` is ``grad log pi(u)`` with a graph to ``u``."""
+        raise NotImplementedError(f"the increments of {type(self).__name__} are not those of single steps.")
+
+
+class Pilots(Objective):
+    """Runs that are made for what they tell: ``count`` rows (times chains), then :meth:`objective`."""
+
+    count: int
+
+    def objective(self) -> Objective:
+        """How to weigh a run, from what was learned."""
+        raise NotImplementedError
+
+
+def check_jacobian(objective: Objective, dynamics: Dynamics) -> None:
+    """Refuse a dynamics that does not say the Jacobian of its step, where log q is made of that."""
+    if not dynamics.has_jacobian:
+        kind, name = type(dynamics).__name__, type(objective).__name__
+        raise ValueError(
+            f"{name} needs the Jacobian of a step, which {kind} does not say: define {kind}.jacobian(grad, step_size, "
+            "scale), or use objective=Annealed()."
+        )

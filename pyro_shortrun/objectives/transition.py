@@ -1,0 +1,136 @@
+"""The interface of a transition: what a run carries from arrival to arrival and adds to its log weight."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..density.interface import Density
+from ..dynamics.dynamics import Dynamics
+from .logdet import LogDet
+
+State = tuple[Tensor, ...]
+
+
+class Column(NamedTuple):
+    """What one arrival is given: ``values`` are differentiated in, ``constants`` are not; ``noise`` is that of the step
+    which begins here, ``(chains, rows, size)``."""
+
+    values: tuple[Tensor, ...]
+    constants: tuple[Tensor, ...]
+    noise: Tensor
+
+
+class Transition(ABC):
+    """Arithmetic of arrivals.
+
+    A state is ``(u, proposal, *others)``, each ``(chains, rows, ...)``: the last position that was reached, the one to
+    be judged at the next arrival, and what else the run carries.
+
+    ``offset`` is how many steps' noise :meth:`begin` takes; ``ends_at_arrival`` tells whether the end of the last
+    step is an arrival too, so that there are ``K + 1``, and not ``K``.
+    """
+
+    offset = 0
+    ends_at_arrival = False
+
+    @property
+    @abstractmethod
+    def key(self) -> tuple[Any, ...]:
+        """Everything that decides the arithmetic."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether :meth:`learn` is to be called."""
+        return False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Further tensors to be differentiated in, the same for all arrivals."""
+        return ()
+
+    def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
+        """The state before the first arrival, ``noise`` being that of the first step."""
+        return start, start
+
+    @abstractmethod
+    def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        """What every arrival is given and differentiated in, ``(arrivals, width)`` each, from ``(K, size)`` and
+        ``(K,)``."""
+
+    def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
+        """What every arrival is given besides, ``(arrivals, ...)`` each."""
+        return ()
+
+    @abstractmethod
+    def evaluate(
+        self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
+    ) -> tuple[Tensor, ...]:
+        """``log pi(u)``, its gradient, and what else :meth:`move` needs.
+
+        :param u: requires gradients.
+        """
+
+    @abstractmethod
+    def move(
+        self, density: Density, state: State, found: Sequence[Tensor], column: Column
+    ) -> tuple[State, Tensor | None]:
+        """The next state, beginning with ``state[1]``, and what this arrival adds to the log weight, ``(chains,
+        rows)``, if anything. ``found`` is from :meth:`evaluate`."""
+
+    def departure(self, density: Density, noise: Tensor) -> Tensor | None:
+        """What the step that begins with ``noise`` adds when it arrives, ``(chains, rows)``, if anything."""
+        return None
+
+    def finish(self, first: State, last: State, step_size: Tensor, log_q: Tensor | None) -> Tensor | None:
+        """What first and last state add to the log weight, ``(chains, rows)``, if anything.
+
+        :param last: its first element is the end of the run.
+        :param log_q: log density of the start, ``(chains, rows)``.
+        """
+        return None
+
+    def learn(self, states: State, last: State, valid: Tensor) -> None:
+        """Told the states before all arrivals, ``(arrivals, chains, rows, ...)`` each, and the last one."""
+        return None
+
+
+@dataclass(frozen=True)
+class PlainBridge(Transition):
+    """Steps of the dynamics as they are."""
+
+    dynamics: Dynamics
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        return type(self), self.dynamics, settings(self.dynamics)
+
+    def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        return (step_size,)
+
+    def evaluate(
+        self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
+    ) -> tuple[Tensor, ...]:
+        return density.value_and_grad(u, create_graph)
+
+
+def check_whole(density: Density, objective: str) -> None:
+    """Refuse an arrowhead of which only a part is there: what is not a sum over its coordinates cannot be scaled."""
+    arrow = density.layout.arrow
+    if arrow is not None and arrow.weight != 1:
+        raise NotImplementedError(f"{objective} cannot weigh a subsampled model's global latents: use PathDensity().")
+
+
+def settings(thing: object) -> tuple[Any, ...]:
+    """Numbers that an object was made with, and those of its log-determinant."""
+    found = [
+        (k, settings(v) if isinstance(v, LogDet) else v)
+        for k, v in vars(thing).items()
+        if k != "training" and isinstance(v, (bool, int, float, LogDet))
+    ]
+    return type(thing), *found

@@ -1,0 +1,60 @@
+"""Pilot runs: a first guess of the step size is lowered until they succeed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..density.interface import Density
+from ..density.layout import Layout
+from ..dynamics.dynamics import Dynamics
+from ..dynamics.langevin import Langevin
+from ..objectives.path import PathDensity
+from .run import Runner, run
+
+_LOGGER = logging.getLogger("pyro_shortrun")
+
+_MAX_HALVINGS = 20
+_STIFF_DRIFT = 1.0
+_PILOT_ROWS = 16
+_FAILURES = 0.25  # share of rows
+
+
+def back_off(dynamics: Dynamics, fails: Callable[[], bool]) -> None:
+    """Halve a step size that was a first guess while pilot runs fail, with the drift clipped more tightly."""
+    first, halvings = dynamics.step_size.init, 0
+    while halvings < _MAX_HALVINGS and fails():
+        dynamics.step_size.shrink(0.5)
+        dynamics.max_drift = _STIFF_DRIFT
+        halvings += 1
+    if halvings:
+        _LOGGER.warning(
+            "step_size %g is too large for this model (eta * curvature > 1 along pilot runs from the start): "
+            "beginning at %.2g with max_drift=%g. Pass StepSize(%g) to insist on it.",
+            first,
+            first * 0.5**halvings,
+            _STIFF_DRIFT,
+            first,
+        )
+
+
+def pilot_chains(layout: Layout) -> int:
+    """How many chains make a pilot."""
+    return max(1, _PILOT_ROWS // max(layout.rows, 1))
+
+
+@torch.no_grad()
+def pilot_fails(density: Density, dynamics: Dynamics, start: Tensor, step_size: Tensor) -> bool:
+    """Whether more than a quarter of Langevin runs from ``start`` meet a non-finite state or steps with
+    ``eta * lambda_max(-H) >= 1``: whatever the objective will be, such a step folds the space.
+
+    :param start: states ``(chains, rows, size)``.
+    :param step_size: ``(K, size)``.
+    """
+    # With a step size of its own, which is not used: a module that is given to another one changes its name.
+    judge = Langevin(noise=dynamics.has_noise, max_drift=dynamics.max_drift)
+    info = run(Runner(density, judge, PathDensity()), start, step_size).info
+    return bool((info.frozen | info.singular).float().mean() > _FAILURES)

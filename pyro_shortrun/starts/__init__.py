@@ -1,0 +1,21 @@
+"""Where runs start, and the density of that."""
+
+from .base import Base, GaussianBase, PriorBase
+from .from_guide import FromGuide
+from .gaussian import Init
+from .kept import Persistent, Replay
+from .prior import Prior
+from .start import Start, StartDraw
+
+__all__ = [
+    "Base",
+    "FromGuide",
+    "GaussianBase",
+    "Init",
+    "Persistent",
+    "Prior",
+    "PriorBase",
+    "Replay",
+    "Start",
+    "StartDraw",
+]

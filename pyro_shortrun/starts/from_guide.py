@@ -1,0 +1,178 @@
+"""Any Pyro guide as the start of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from ..density.call import Call
+from ..density.sites import masked, plates_of
+from ..tensors import isolate
+from .base import GaussianBase
+from .start import Start, StartDraw
+
+
+class FromGuide(Start):
+    """Adapter that lets any Pyro guide over the same sites be a start (an ``AutoGuide``, an encoder).
+
+    Like any guide, it should mask what the model masks (``poutine.mask``).
+
+    :param guide: a callable with the model's arguments.
+    """
+
+    def __init__(self, guide: Callable[..., Any]) -> None:
+        self._guide = guide
+        self._orders: dict[str, Any] = {}  # of the last layout
+
+    def draw(self, call: Call, chains: int) -> StartDraw:
+        base = self._gaussian(call)
+        if base is None:
+            u, log_q = call.replicate(lambda: self._draw_one(call), chains, "start")
+            return StartDraw(u, log_q, call.density.eager(u.detach()))
+        u, terms = base.draw(chains)
+        layout = call.density.layout
+        log_q = (terms / layout.drift_scale(u) if layout.is_arrow else terms).sum(-1)
+        return StartDraw(u, log_q, call.density.eager(u.detach()), base)
+
+    def _gaussian(self, call: Call) -> GaussianBase | None:
+        """The guide's density in unconstrained space, where it is one of Pyro's Gaussian AutoGuides."""
+        guide: Any = self._guide
+        known = isinstance(guide, (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal))
+        if not known or any(s["mask"] is not None for s in call.reading.latents):
+            return None
+        layout = call.density.layout
+        if isinstance(guide, AutoNormal):
+            trace = self._trace(call)
+            fns = {s.name: _innermost(trace.nodes[f"{s.name}_unconstrained"]["fn"]) for s in layout.sites}
+            shapes = {s.name: s.shape for s in layout.sites}
+            loc = layout.pack({k: fn.loc.expand(shapes[k]) for k, fn in fns.items()})
+            return GaussianBase(loc, layout.pack({k: fn.scale.expand(shapes[k]) for k, fn in fns.items()}))
+        order = self._order(call)
+        fn = guide.get_posterior()
+        if isinstance(guide, AutoDiagonalNormal):
+            return GaussianBase(fn.base_dist.loc[order], fn.base_dist.scale[order])
+        if order.shape[0] > 1 or (order.diff() != 1).any():  # its factor would not be triangular
+            return None
+        return GaussianBase(fn.loc.unsqueeze(0), fn.scale_tril.unsqueeze(0))
+
+    def _order(self, call: Call) -> Tensor:
+        """Where each coordinate of the rows is in the flat latent of an AutoContinuous, ``(rows, size)``."""
+        guide, layout = cast(Any, self._guide), call.density.layout
+        if guide.prototype_trace is None:
+            self._trace(call)  # creates its parameters
+        if self._orders.get("layout") is not layout:
+            flat = torch.arange(guide.latent_dim, dtype=torch.float64, device=guide.loc.device)
+            values = {site["name"]: value for site, value in guide._unpack_latent(flat)}
+            rows = layout.pack({s.name: values[s.name].reshape(s.shape) for s in layout.sites})
+            self._orders.update(layout=layout, order=rows.long())
+        return self._orders["order"]
+
+    def _trace(self, call: Call) -> Any:
+        tracer = poutine.trace()
+        with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), tracer:
+            with _SameSubsample(call.bind.indices), _told_divergence(self._guide):
+                self._guide(*call.bind.args, **call.bind.kwargs)
+        trace = tracer.get_trace()
+        _check_sites(call, trace)
+        return trace
+
+    def _draw_one(self, call: Call) -> tuple[Tensor, Tensor]:
+        trace = self._trace(call)
+        layout = call.density.layout
+        names = [s.name for s in layout.sites]
+        trace.compute_log_prob()
+        values = [trace.nodes[name]["value"] for name in names]
+
+        def to_state(*given: Tensor) -> tuple[Tensor, ...]:
+            u = call.density.unconstrain(dict(zip(names, given, strict=True)))
+            return u, call.density.constrain(u.unsqueeze(0))[1][0]
+
+        u, log_q = isolate(to_state, values, call.isolated)
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                log_q = log_q + self._rows(call, name, site)
+        return u, log_q
+
+    def splits(self, call: Call) -> bool:
+        """Whether the guide's density is a product over rows, each of them drawn inside the rows' plates."""
+        if self._gaussian(call) is not None:
+            return True
+        rows = {p.name for p in call.density.layout.row_plates}
+        sites = [s for s in self._trace(call).nodes.values() if s["type"] == "sample" and not site_is_subsample(s)]
+        return all(rows <= {p.name for p in plates_of(s)} for s in sites)
+
+    @staticmethod
+    def _rows(call: Call, name: str, site: Mapping[str, Any]) -> Tensor:
+        layout = call.density.layout
+        term, plates = masked(site["unscaled_log_prob"], site["mask"]), plates_of(site)
+        inside = {p.name for p in layout.row_plates} <= {p.name for p in plates}
+        scale = 1.0
+        for plate in layout.row_plates:
+            scale = scale * plate.scale
+        if not inside and scale != 1 and not layout.is_arrow:
+            raise NotImplementedError(
+                f"the start guide samples '{name}' outside the subsampled plates of the model's latents; use a "
+                "start that keeps the plates, such as AutoNormal(model, create_plates=...)."
+            )
+        if inside and layout.is_arrow:
+            term = scale * term
+        return layout.sum_to_rows(term, plates)
+
+
+@contextmanager
+def _told_divergence(guide: Any) -> Iterator[None]:
+    """Torch says no more than that some parameter of a distribution is not finite."""
+    try:
+        yield
+    except ValueError as reason:
+        named = guide.named_parameters() if isinstance(guide, nn.Module) else ()
+        if bad := [name for name, p in named if not p.isfinite().all()]:
+            raise ValueError(
+                f"training has diverged: the start guide's parameters {bad[:3]} are not finite. Begin anew with a "
+                "smaller step_size (as a number: it is then tried before the first step, and lowered) or learning rate."
+            ) from reason
+        raise
+
+
+def _check_sites(call: Call, trace: Any) -> None:
+    """Refuse a start that is another model's."""
+    latents = {s["name"]: s["value"].shape for s in call.reading.latents}
+    if missing := [name for name in latents if name not in trace.nodes]:
+        raise ValueError(
+            f"the start guide does not sample {missing}; it must sample every latent site of the model that "
+            "ShortRunGuide infers: build it for the same model, start=AutoNormal(model)."
+        )
+    for name, shape in latents.items():
+        found = trace.nodes[name]["value"].shape
+        if len(found) < len(shape) or any(n not in (1, m) for n, m in zip(found[::-1], shape[::-1], strict=False)):
+            raise ValueError(
+                f"the start guide samples '{name}' in shape {tuple(found)}, the model in shape {tuple(shape)}: build "
+                "it for the same model and data, start=AutoNormal(model)."
+            )
+
+
+def _innermost(fn: Any) -> Any:
+    """A distribution without its ``Independent`` wrappers."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
+class _SameSubsample(Messenger):
+    """Gives plates the subsample that the model has in this call."""
+
+    def __init__(self, indices: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.indices = indices
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.indices:
+            msg["value"] = self.indices[msg["name"]]

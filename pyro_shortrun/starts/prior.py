@@ -1,0 +1,57 @@
+"""Prior: every run starts at a fresh draw from the model's own prior."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from ..density.call import Call
+from .base import PriorBase
+from .start import Start, StartDraw
+
+_LOGGER = logging.getLogger("pyro_shortrun")
+
+
+class Prior(Start):
+    r"""Fresh draws from the model's own prior, for every run: the papers' start.
+
+    ``log q_0(u) = log p(z(u)) + log |dz/du|`` over the latent sites alone; ``pyro.factor`` terms do not belong to it.
+    Rows whose log density is not finite are drawn again (a logged warning says so once). The start is then the prior
+    cut to where the model's density is finite while ``log q_0`` stays the prior's, so that the bound is too high by
+    ``-log P(finite)`` per row.
+
+    :param tries: how often a row is drawn again before the run is refused.
+    :raises ValueError: at a call, for an improper prior, and where rows are not finite after all tries.
+    """
+
+    def __init__(self, tries: int = 20) -> None:
+        self.tries = tries
+        self._told = False
+
+    def draw(self, call: Call, chains: int) -> StartDraw:
+        known = call.density.start_terms(call.spare[-1]) if chains == 1 and call.spare else None
+        u = call.prior(chains)
+        value, prior = known or call.density.with_start(u)
+        first = bad = ~(value.isfinite() & prior.isfinite())
+        for _ in range(self.tries):
+            if not bad.any():
+                break
+            with torch.no_grad():
+                again = torch.stack([call.redraw() if row.any() else one for row, one in zip(bad, u, strict=True)])
+            u = torch.where(bad.unsqueeze(-1), again, u)
+            value, prior = call.density.with_start(u)
+            bad = ~(value.isfinite() & prior.isfinite())
+        if first.any() and not bad.any():  # else the run is refused
+            self._tell(int(first.sum()), first.numel())
+        return StartDraw(u, prior, value, PriorBase())
+
+    def _tell(self, bad: int, rows: int) -> None:
+        if not self._told:
+            self._told = True
+            _LOGGER.warning(
+                "%d of %d start rows had no finite log density and were drawn again: the bound is too high by "
+                "-log P(finite). Consider start=Init(init_to_median).",
+                bad,
+                rows,
+            )

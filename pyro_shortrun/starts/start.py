@@ -1,0 +1,68 @@
+"""The interface of a start: where a run begins."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from ..density.call import Call
+from ..density.model import LogDensity
+from .base import Base
+
+_LOGGER = logging.getLogger("pyro_shortrun")
+
+
+@dataclass(frozen=True)
+class StartDraw:
+    """Start states ``(chains, rows, size)``, their log density and ``log pi`` there, ``(chains, rows)``, and their
+    density everywhere, if it is known."""
+
+    state: Tensor
+    log_q: Tensor
+    log_density: Tensor
+    base: Base | None = None
+
+    def every(self, count: int) -> StartDraw:
+        """Only the first of every ``count`` chains."""
+        return replace(
+            self, state=self.state[::count], log_q=self.log_q[::count], log_density=self.log_density[::count]
+        )
+
+
+class Start(ABC):
+    """A distribution of ``u_0``.
+
+    ``has_density`` tells whether ``log q_0`` is known, so that there is a bound to tune by.
+    """
+
+    has_density = True
+
+    def setup(self, density: LogDensity) -> None:
+        """Create what the start stores."""
+        return None
+
+    @abstractmethod
+    def draw(self, call: Call, chains: int) -> StartDraw:
+        """Draw ``u_0`` for every row of every chain."""
+
+    def finish(self, call: Call, end: Tensor) -> None:
+        """Told the end of every training run."""
+        return None
+
+
+def check_start(start: Any) -> None:
+    """Refuse what is neither a Start nor a guide."""
+    if start is not None and (isinstance(start, type) or not (isinstance(start, Start) or callable(start))):
+        raise ValueError(f"start must be Prior(), Persistent(), Init(...) or a Pyro guide, got {start!r}.")
+    if isinstance(start, PyroModule) and start._pyro_context.used:
+        raise ValueError(
+            "the start was called before it was given to ShortRunGuide, and its parameters are in Pyro's store "
+            f"under its own name: pass a function, start=lambda *args: {type(start).__name__.lower()}(*args)."
+        )
+    if getattr(start, "__module__", "") == "pyro.infer.autoguide.initialization":
+        raise ValueError(f"start={start!r} is an initialisation, not a guide: use start=Init({start!r}).")

@@ -1,0 +1,755 @@
+"""Bad input: an error that names the site or argument and the remedy, before the first step of any run."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoNormal,
+    init_to_median,
+    init_to_value,
+)
+from torch import Tensor, nn
+
+from pyro_shortrun import (
+    Init,
+    Langevin,
+    PathDensity,
+    Persistent,
+    Prior,
+    ShortRunGuide,
+    ShortRunLangevin,
+    StepSize,
+    VectorizedMCMC,
+    psis,
+)
+from pyro_shortrun.diagnostics import compare_with_nuts
+from pyro_shortrun.evaluation import importance_log_likelihood
+from pyro_shortrun.objectives import Lanczos
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def local(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def regression(x: Tensor, y: Tensor | None = None) -> None:
+    """Globals only, and an observed site that is not observed at prediction time."""
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+
+def latent_regression(x: Tensor, y: Tensor | None = None) -> None:
+    """As ``regression``, with a latent of every datum besides."""
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(w * x, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def refuses(guide: ShortRunGuide, args: tuple, error: type[Exception], *words: str) -> None:
+    """The first call raises ``error`` with each of ``words`` (regular expressions), and no step was taken."""
+    with pytest.raises(error) as caught:
+        guide(*args)
+    for word in words:
+        assert re.search(word, str(caught.value)), f"{word!r} is not in: {caught.value}"
+    assert guide.info is None
+
+
+# ------------------------------------------------------------------------------------------------ constructor
+
+
+@pytest.mark.parametrize("name", ["num_steps", "tune_every"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, None])
+def test_counts_must_be_positive_integers(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be an integer >= 1, got {value}"):
+        ShortRunGuide(local, **{name: value})
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, math.nan, math.inf, -math.inf, "large"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda eta: ShortRunGuide(local, step_size=eta), Langevin, StepSize],
+    ids=["ShortRunGuide", "Langevin", "StepSize"],
+)
+def test_step_size_must_be_positive_and_finite(make, value):
+    with pytest.raises(ValueError, match=r"step_size must be a finite number > 0, got .*try"):
+        make(value)
+
+
+@pytest.mark.parametrize("bound", [0.05, 0.1, -1.0, math.nan, math.inf])
+def test_step_size_must_be_below_a_finite_max(bound):
+    with pytest.raises(ValueError, match="step_size 0.1 must be below max=.*larger finite max"):
+        StepSize(0.1, max=bound)
+
+
+def test_step_size_names_its_kinds():
+    with pytest.raises(ValueError, match="'shared', 'step', 'site' or 'dim', got 'layer'"):
+        StepSize(0.1, per="layer")  # type: ignore[arg-type]
+
+
+def test_dynamics_has_its_own_step_size():
+    with pytest.raises(ValueError, match=r"step_size or dynamics, not both.*Langevin\(step_size\)"):
+        ShortRunGuide(local, step_size=0.1, dynamics=Langevin(0.1))
+
+
+@pytest.mark.parametrize(
+    "make,name",
+    [
+        (lambda: Langevin(0.1, max_drift=0.0), "max_drift"),
+        (lambda: Langevin(0.1, max_drift=math.nan), "max_drift"),
+        (lambda: Init(init_to_value, scale=0.0), "scale"),
+        (lambda: Persistent(refresh=1.5), "refresh"),
+        (lambda: Lanczos(num_probes=0), "num_probes"),
+    ],
+)
+def test_other_arguments_out_of_range(make, name):
+    with pytest.raises(ValueError, match=name):
+        make()
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def test_discrete_latent_that_is_not_enumerated():
+    def model(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    refuses(ShortRunGuide(model), (torch.ones(3),), ValueError, "'k' is discrete", "config_enumerate", "poutine.block")
+
+
+def test_discrete_latent_with_infinite_support():
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Poisson(2.0), infer={"enumerate": "parallel"})
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z + k, 1.0), obs=x)
+
+    refuses(ShortRunGuide(model), (torch.ones(3),), ValueError, "'k'", "infinite support", "marginalise")
+
+
+def test_hidden_discrete_latent_with_infinite_support():
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Poisson(2.0))
+        pyro.sample("x", dist.Normal(z + k, 1.0), obs=x)
+
+    guide = ShortRunGuide(poutine.block(model, hide=["k"]))
+    refuses(guide, (torch.tensor(1.0),), ValueError, "'k'", "infinite support")
+
+
+@pytest.mark.parametrize("observed", [True, False])
+def test_model_without_latents(observed):
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            if observed:
+                pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    refuses(ShortRunGuide(model), (torch.ones(3),), ValueError, "no continuous latent sites", "empty guide")
+
+
+def test_model_whose_only_latents_are_enumerated():
+    @pyro.infer.config_enumerate
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    refuses(ShortRunGuide(model), (torch.ones(3),), ValueError, "no continuous latent sites")
+
+
+def test_sequential_plate_with_latents():
+    def model(x: Tensor) -> None:
+        for i in pyro.plate("data", len(x)):
+            z = pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    refuses(ShortRunGuide(model), (torch.ones(3),), NotImplementedError, "'z_0'", "sequential", "with pyro.plate")
+
+
+def test_sequential_plate_without_latents_is_fine():
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        for i in pyro.plate("data", len(x)):
+            pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    guide = ShortRunGuide(model, num_steps=2, step_size=0.01)
+    assert math.isfinite(SVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO()).step(torch.ones(3)))
+
+
+def test_latents_of_mixed_dtypes():
+    def model(x: Tensor) -> None:
+        pyro.sample("a", dist.Normal(torch.zeros((), dtype=torch.float32), 1.0))
+        b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    x = torch.ones((), dtype=torch.float64)
+    refuses(ShortRunGuide(model), (x,), ValueError, "'a' is torch.float32", "'b' is torch.float64", "cast")
+
+
+def test_hidden_continuous_latent_without_a_value():
+    model = poutine.block(latent_regression, hide=["w"])
+    refuses(ShortRunGuide(model), (torch.ones(3), torch.ones(3)), ValueError, "'w' is hidden", "append the part")
+
+
+def test_parts_of_a_list_in_the_wrong_order():
+    guide = AutoGuideList(latent_regression)
+    guide.append(ShortRunGuide(poutine.block(latent_regression, expose=["z"])))
+    guide.append(AutoNormal(poutine.block(latent_regression, expose=["w"])))
+    with pytest.raises(ValueError, match="'w' is hidden.*append the part that samples it first"):
+        poutine.trace(guide).get_trace(torch.ones(3), torch.ones(3))
+
+
+def test_list_called_without_a_trace():
+    """The short run finds the other parts' draws in the trace: the error says so also after training."""
+    x, y = torch.ones(3), torch.ones(3)
+    guide = AutoGuideList(latent_regression)
+    guide.append(AutoNormal(poutine.block(latent_regression, expose=["w"])))
+    guide.append(ShortRunGuide(poutine.block(latent_regression, expose=["z"]), num_steps=2, step_size=0.01))
+    for trained in (False, True):
+        if trained:
+            SVI(latent_regression, guide, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO()).step(x, y)
+        with pytest.raises(ValueError, match="'w' is hidden.*run under poutine.trace"):
+            guide(x, y)
+
+
+def test_create_plates_must_return_plates():
+    guide = ShortRunGuide(local, create_plates=lambda x: ["data"])
+    refuses(guide, (torch.ones(3),), ValueError, "create_plates.*pyro.plate")
+
+
+def test_plate_around_the_guide_that_collides_with_the_models():
+    guide = ShortRunGuide(local, num_steps=1, step_size=0.01)
+    with pytest.raises(ValueError, match=r"dim to the left of -\d"):
+        with pyro.plate("around", 2, dim=-1):
+            guide(torch.ones(3))
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_data_that_are_not_finite(bad):
+    x = torch.tensor([0.5, bad, 1.0])
+    refuses(ShortRunGuide(local), (x,), ValueError, "not finite at the start", "site 'x'", "check the data")
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [
+        lambda z: dist.LogNormal(z, 1.0),
+        lambda z: dist.Gamma(z.exp(), 1.0),
+        lambda z: dist.Beta(z.exp(), 2.0),
+        lambda z: dist.HalfNormal(z.exp()),
+        lambda z: dist.Uniform(0.0, 1.0 + z.exp()),
+        lambda z: dist.Pareto(1.0, z.exp()),
+    ],
+    ids=["LogNormal", "Gamma", "Beta", "HalfNormal", "Uniform", "Pareto"],
+)
+def test_observation_outside_the_support(likelihood):
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", likelihood(z), obs=x)
+
+    refuses(ShortRunGuide(model), (torch.tensor([0.5, -1.0]),), ValueError, "'x'", "support")
+
+
+def test_density_that_is_not_finite_for_one_chain_of_many():
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("wall", torch.where(z < 1e3, 0.0, -math.inf) + 0 * x.sum())
+
+    start = Init(init_to_value(values={"z": torch.tensor(2e3)}))
+    refuses(ShortRunGuide(model, start=start), (torch.ones(2),), ValueError, "site 'wall'", "start=Init")
+
+
+def test_error_does_not_spoil_the_guide():
+    """The same guide then infers good data as a new one does."""
+    x = torch.tensor([0.5, -1.0])
+    fresh, spoilt = (ShortRunGuide(local, num_steps=3, dynamics=Langevin(0.1)) for _ in range(2))
+    with pytest.raises(ValueError, match="site 'x'"):
+        spoilt(torch.full((2,), math.nan))
+    draws = []
+    for guide in (fresh, spoilt):
+        guide.setup(x)
+        pyro.set_rng_seed(1)
+        draws.append(guide(x)["z"])
+    torch.testing.assert_close(draws[0], draws[1])
+
+
+# ------------------------------------------------------------------------------------------------ between calls
+
+
+def test_latent_whose_shape_changes():
+    def model(n: int) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(n), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(), 1.0), obs=torch.tensor(1.0))
+
+    guide = ShortRunGuide(model, num_steps=2, step_size=0.01)
+    guide(3)
+    with pytest.raises(ValueError, match="site 'z' has 4 values in a row, 3 when the guide was set up"):
+        guide(4)
+    guide(3)
+
+
+def test_latents_that_change():
+    def model(wide: bool) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if wide:
+            z = z + pyro.sample("extra", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    guide = ShortRunGuide(model, num_steps=2, step_size=0.01)
+    guide(False)
+    with pytest.raises(ValueError, match=r"latent sites changed.*\['z'\].*\['extra', 'z'\].*one guide per model"):
+        guide(True)
+
+
+def test_observed_site_that_is_not_observed_at_prediction():
+    x, y = torch.ones(4), torch.zeros(4)
+    guide = ShortRunGuide(regression, num_steps=2, step_size=0.01)
+    guide(x, y)
+    for call in (guide, guide.sample_posterior, guide.median, Predictive(regression, guide=guide, num_samples=2)):
+        with pytest.raises(ValueError, match=r"site 'y' was observed.*guide.condition_on\(\*training_args\)"):
+            call(torch.ones(2))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_condition_on_with_local_latents_of_another_size(trained):
+    guide = ShortRunGuide(latent_regression, num_steps=2, step_size=0.01)
+    train = (torch.ones(4), torch.zeros(4))
+    if trained:
+        guide(*train)
+    guide.condition_on(*train)
+    with pytest.raises(ValueError, match=r"site 'z'.*\(4,\).*\(3,\).*guide.forget\(\)"):
+        guide(torch.ones(3))
+
+
+def test_condition_on_with_global_latents_takes_any_size():
+    guide = ShortRunGuide(regression, num_steps=2, step_size=0.01).condition_on(torch.ones(4), torch.zeros(4))
+    assert guide(torch.ones(3))["w"].shape == ()
+
+
+# ------------------------------------------------------------------------------------------------ starts
+
+
+def test_start_guide_that_misses_a_site():
+    def start(x: Tensor, y: Tensor) -> None:
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    guide = ShortRunGuide(latent_regression, start=start)
+    refuses(guide, (torch.ones(3), torch.ones(3)), ValueError, r"start guide does not sample \['z'\]", "every latent")
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal, AutoDelta])
+def test_start_guide_of_another_model(kind):
+    def renamed(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("v", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    args = torch.ones(3), torch.ones(3)
+    guide = ShortRunGuide(regression, step_size=0.01, start=kind(renamed))
+    refuses(guide, args, ValueError, r"start guide does not sample \['w'\]", "for the same model")
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal, AutoDelta])
+def test_start_guide_of_another_shape(kind):
+    def model(x: Tensor, size: int = 3) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(w.sum(), 1.0), obs=x)
+
+    guide = ShortRunGuide(model, step_size=0.01, start=kind(lambda x: model(x, 2)))
+    refuses(guide, (torch.tensor(1.0),), ValueError, r"samples 'w' in shape \(2,\), the model in shape \(3,\)")
+
+
+def test_start_guide_whose_training_diverged():
+    args = torch.ones(3), torch.ones(3)
+    start = AutoNormal(regression)
+    guide = ShortRunGuide(regression, step_size=0.01, start=start).setup(*args)
+    with torch.no_grad():
+        start.locs.w_unconstrained.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"training has diverged: .*locs\.w.* not finite.*smaller step_size"):
+        guide(*args)
+
+
+def test_start_guide_that_flattens_a_subsampled_plate():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    def start(x: Tensor) -> None:
+        flat = pyro.sample("flat", dist.Normal(torch.zeros(2), 1.0).to_event(1), infer={"is_auxiliary": True})
+        with pyro.plate("data", len(x), subsample_size=2):
+            pyro.sample("z", dist.Delta(flat))
+
+    guide = ShortRunGuide(model, start=start)
+    refuses(guide, (torch.ones(6),), NotImplementedError, "start guide samples 'flat' outside", "create_plates")
+
+
+def test_persistent_with_a_changed_number_of_data():
+    guide = ShortRunGuide(local, num_steps=2, step_size=0.01, start=Persistent())
+    guide(torch.ones(4))
+    with pytest.raises(ValueError, match=r"keeps 4 states.*now has 3 elements.*subsample_size.*Prior\(\)"):
+        guide(torch.ones(3))
+
+
+def test_persistent_with_vectorised_particles():
+    guide = ShortRunGuide(local, num_steps=2, step_size=0.01, start=Persistent())
+    elbo = Trace_ELBO(num_particles=3, vectorize_particles=True)
+    with pytest.raises(NotImplementedError, match="one state per datum.*num_particles=1"):
+        elbo.loss_and_grads(local, guide, torch.ones(4))
+
+
+def test_persistent_with_shared_latents_beside_a_subsampled_plate():
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(w, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    guide = ShortRunGuide(model, start=Persistent())
+    refuses(guide, (torch.ones(6),), NotImplementedError, "subsampled", r"full batch or Prior\(\)")
+
+
+def test_subsampled_plates_that_do_not_nest():
+    """Local latents in two different subsampled plates: log q of neither can be scaled."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("a", 6, subsample_size=3):
+            pyro.sample("z_a", dist.Normal(0.0, 1.0))
+        with pyro.plate("b", 4, subsample_size=2):
+            pyro.sample("z_b", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    refuses(ShortRunGuide(model), (torch.tensor(0.0),), NotImplementedError, "'z_(a|b)'", "full batch")
+
+
+# ------------------------------------------------------------------------------------------------ state
+
+
+def test_step_sizes_before_setup():
+    with pytest.raises(RuntimeError, match=r"guide.setup\(\*args\)"):
+        ShortRunGuide(local).step_sizes()
+
+
+def test_load_state_dict_before_setup():
+    state = ShortRunGuide(local, step_size=0.01).setup(torch.ones(3)).state_dict()
+    assert state
+    with pytest.raises(RuntimeError, match=r"guide.setup\(\*args\).*before load_state_dict"):
+        ShortRunGuide(local, step_size=0.01).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [lambda g: pickle.loads(pickle.dumps(g)), copy.deepcopy], ids=["pickle", "deepcopy"]
+)
+def test_unpickled_guide_needs_its_model(duplicate):
+    x = torch.ones(3)
+    loaded = duplicate(ShortRunGuide(local, num_steps=2, step_size=0.01).setup(x))
+    for call in (loaded, loaded.setup, loaded.sample_posterior, loaded.trajectory):
+        with pytest.raises(RuntimeError, match=r"guide.attach\(model\)"):
+            call(x)
+
+
+@pytest.mark.parametrize("name", ["num_samples", "num_chains"])
+def test_numbers_of_draws(name):
+    guide = ShortRunGuide(local, num_steps=2, step_size=0.01)
+    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got 0"):
+        guide.sample_posterior(torch.ones(3), **{name: 0})
+
+
+# ------------------------------------------------------------------------------------------------ warnings
+
+
+def test_random_model_warns_once():
+    dropout = nn.Dropout(0.5)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(dropout(z), 1.0).to_event(1), obs=x)
+
+    x = torch.ones(8, 3)
+    guide = ShortRunGuide(model, num_steps=2, step_size=0.01)
+    with pytest.warns(UserWarning, match="log density is random.*dropout in eval mode"):
+        guide(x)
+    guide(x)
+    dropout.eval()
+    ShortRunGuide(model, num_steps=2, step_size=0.01)(x)
+
+
+def test_rows_coupled_by_batch_norm_warn_once():
+    norm = nn.BatchNorm1d(3)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(norm(z), 1.0).to_event(1), obs=x)
+
+    x = torch.ones(8, 3)
+    guide = ShortRunGuide(model, num_steps=2, step_size=0.01)
+    with pytest.warns(UserWarning, match="plate 'data' influence each other.*batch normalisation in eval mode"):
+        guide(x)
+    guide(x)
+    norm.eval()
+    ShortRunGuide(model, num_steps=2, step_size=0.01)(x)
+
+
+# ------------------------------------------------------------------------------------------------ during a run
+
+
+def nan_value(z: Tensor) -> Tensor:
+    return torch.where(z > 1, math.nan, 0.0)
+
+
+def infinite_value(z: Tensor) -> Tensor:
+    return torch.where(z > 1, -math.inf, 0.0)
+
+
+def nan_gradient(z: Tensor) -> Tensor:
+    """Zero everywhere; its gradient is zero below 1 and NaN above."""
+    return torch.where(z > 1, (0 * torch.where(z > 1, z, 1.0)).sqrt(), 0.0)
+
+
+def walled(wall):
+    """Rows with ``x = 4`` are drawn towards 2 and meet the wall at 1; rows with ``x = -4`` do not."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("wall", wall(z))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    return model
+
+
+def zero(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Delta(torch.zeros(len(x))))
+
+
+@pytest.mark.parametrize(
+    "wall,steps", [(nan_value, 4), (nan_value, 10), (infinite_value, 4), (infinite_value, 10), (nan_gradient, 10)]
+)
+def test_rows_that_leave_the_finite_region_stay_at_their_last_finite_state(wall, steps):
+    """From 0 and without noise ``z_k = +-2 (1 - 0.8^k)`` at eta = 0.1, so that the fourth step would pass the wall."""
+    model, x = walled(wall), torch.tensor([4.0, -4.0, 4.0, -4.0, -4.0])
+    guide = ShortRunGuide(model, num_steps=steps, dynamics=Langevin(0.1, noise=False), start=zero)
+    svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO())
+    with pytest.warns(UserWarning, match="2 of 5 rows.*last finite state.*Try a smaller step_size") as caught:
+        loss = svi.step(x)
+    assert len(caught) == 1
+    assert math.isfinite(loss)
+    with warnings.catch_warnings(record=True) as again:
+        warnings.simplefilter("always")
+        assert svi.step(x) == pytest.approx(loss)
+        svi.evaluate_loss(x)
+        z = guide(x)["z"]
+    assert not again, "warned more than once"
+    below, other = 2 * (1 - 0.8**3), -2 * (1 - 0.8**steps)
+    torch.testing.assert_close(z, torch.tensor([below, other, below, other, other]))
+    assert guide.info is not None
+    assert guide.info.frozen.tolist() == [[True, False, True, False, False]]
+    assert guide.info.nonfinite == 2
+    assert guide.info.log_density.isfinite().all() and guide.info.grad_norm.isfinite().all()
+    assert "2 of 5 rows frozen" in repr(guide.info)
+
+
+def test_run_that_ends_before_the_wall_freezes_nothing():
+    model, x = walled(nan_value), torch.tensor([4.0, -4.0])
+    guide = ShortRunGuide(model, num_steps=3, dynamics=Langevin(0.1, noise=False), start=zero)
+    torch.testing.assert_close(guide(x)["z"], torch.tensor([1.0, -1.0]) * 2 * (1 - 0.8**3))
+    assert guide.info is not None and guide.info.nonfinite == 0
+
+
+@pytest.mark.parametrize("wall", [nan_value, infinite_value, nan_gradient])
+def test_frozen_rows_leak_nothing_into_gradients(wall):
+    """Training goes on: every gradient is finite, and the step size moves although some rows freeze."""
+
+    def start(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.full((4,), 0.1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.01))
+
+    model, x = walled(wall), torch.tensor([4.0, -4.0, 4.0, -4.0])
+    guide = ShortRunGuide(model, num_steps=10, dynamics=Langevin(0.1), start=start)
+    with pytest.warns(UserWarning, match="last finite state"):
+        Trace_ELBO().loss_and_grads(model, guide, x)
+    assert guide.info is not None and 0 < guide.info.nonfinite < 4
+    store = pyro.get_param_store()
+    grads = {name: store[name].unconstrained().grad for name in store.keys()}
+    assert len(grads) == 2
+    for name, grad in grads.items():
+        assert grad is not None and grad.isfinite().all(), name
+    eta = next(grad for name, grad in grads.items() if name != "loc")
+    assert eta.abs() > 0
+
+
+def test_every_row_frozen_at_the_start():
+    """A start whose gradient is NaN already: the run does not move, and the loss is that of the start."""
+    model, x = walled(nan_gradient), torch.tensor([1.0, 2.0])
+
+    def start(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(torch.full((len(x),), 1.5)))
+
+    guide = ShortRunGuide(model, num_steps=3, dynamics=Langevin(0.1), start=start)
+    with pytest.warns(UserWarning, match="2 of 2 rows"):
+        loss = Trace_ELBO().loss(model, guide, x)
+    expected = dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.5)) * 2 + dist.Normal(1.5, 1.0).log_prob(x).sum()
+    assert loss == pytest.approx(-expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments,match",
+    [
+        ({"start": Prior}, r"start must be Prior\(\)"),
+        ({"start": "prior"}, r"start must be Prior\(\)"),
+        ({"start": init_to_median}, "start=Init"),
+        ({"objective": PathDensity}, r"objective must be an Objective.*PathDensity\(\)"),
+        ({"dynamics": 0.1}, r"dynamics must be a Dynamics.*Langevin\(0.1\)"),
+    ],
+)
+def test_classes_and_strings_where_objects_belong(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        ShortRunGuide(lambda: None, **arguments)
+
+
+@pytest.mark.parametrize("make", [ShortRunGuide, ShortRunLangevin], ids=["guide", "kernel"])
+def test_model_that_is_called_instead_of_passed(make):
+    with pytest.raises(ValueError, match=r"model must be a function.*got a Tensor.*not model\(\.\.\.\)"):
+        make(torch.ones(3))
+
+
+@pytest.mark.parametrize("judge", [psis, compare_with_nuts])
+def test_model_and_guide_swapped(judge):
+    with pytest.raises(ValueError, match="model is a guide, ShortRunGuide: the model comes first"):
+        judge(ShortRunGuide(regression), regression, torch.ones(3), torch.ones(3))
+
+
+def test_source_without_draws_is_refused_before_the_reference_runs():
+    def untouched(x: Tensor) -> None:
+        raise AssertionError("the model ran")
+
+    with pytest.raises(ValueError, match="draws come from a guide.*AutoNormal"):
+        compare_with_nuts(untouched, AutoNormal, torch.ones(3))
+    with pytest.raises(ValueError, match="call mcmc.run"):
+        compare_with_nuts(untouched, VectorizedMCMC(ShortRunLangevin(untouched), num_samples=4), torch.ones(3))
+
+
+@pytest.mark.parametrize("call", [ShortRunGuide.sample_posterior, ShortRunGuide.trajectory, ShortRunGuide.setup])
+def test_calls_without_the_models_arguments(call):
+    with pytest.raises(TypeError, match=r"missing 1 required .* 'x'.*guide\.sample_posterior\(\*args"):
+        call(ShortRunGuide(regression))
+
+
+def test_type_errors_inside_the_model_stay_as_they_are():
+    def model(x: Tensor) -> None:
+        len(1)  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError) as caught:
+        ShortRunGuide(model)(torch.ones(3))
+    assert "has no len()" in str(caught.value) and "every call" not in str(caught.value)
+
+
+def test_whole_numbers_as_data_of_a_density_of_reals():
+    def model(y: Tensor) -> None:
+        logit = pyro.sample("logit", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=logit), obs=y)
+
+    guide = ShortRunGuide(model, step_size=0.01)
+    refuses(guide, (torch.tensor([0, 1, 1]),), ValueError, "several dtypes", "argument 0 is torch.int64", r"x\.to")
+
+
+def test_statistics_before_the_run():
+    mcmc = VectorizedMCMC(ShortRunLangevin(local), num_samples=4)
+    for ask in (mcmc.summary, mcmc.diagnostics, mcmc.get_samples):
+        with pytest.raises(RuntimeError, match=r"call run\(\*args\) first"):
+            ask()
+
+
+def test_a_step_size_may_be_any_one_number():
+    import numpy as np
+
+    assert StepSize(torch.tensor(0.1)).init == pytest.approx(0.1)
+    assert StepSize(np.float32(0.25)).init == 0.25
+
+
+def test_blocks_of_an_arrowhead_that_mix_warn():
+    mix = torch.randn(4, 4)
+
+    def model() -> None:
+        g = pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(g, 1.0))
+            pyro.sample("x", dist.Normal(z @ mix, 1.0), obs=torch.zeros(4))
+
+    with pytest.warns(UserWarning, match="'data' influence each other"):
+        ShortRunGuide(model, num_steps=1, step_size=StepSize(0.01)).setup()
+
+
+def test_evaluation_refuses_a_subsample():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 20, subsample_size=5) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    with pytest.raises(ValueError, match="subsampled plate"):
+        importance_log_likelihood(model, {"z": torch.zeros(9, 5)}, torch.ones(20))
+
+
+def test_rows_drawn_again_are_told(caplog):
+    def model() -> None:
+        with pyro.plate("rows", 8):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("f", torch.where(z > 0.0, torch.zeros(()), torch.tensor(-torch.inf)))
+
+    ShortRunGuide(model, num_steps=1, step_size=StepSize(1e-6))()
+    assert "drawn again" in caplog.text and "-log P(finite)" in caplog.text
+
+
+def test_data_that_are_not_finite_are_no_start_to_draw_again(caplog):
+    with pytest.raises(ValueError, match="nan"):
+        ShortRunGuide(local, num_steps=1)(torch.tensor([1.0, math.nan]))
+    assert "drawn again" not in caplog.text
+
+
+def test_step_sizes_of_another_guide_are_named():
+    x = torch.ones(3)
+    older = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.1, per="step")).setup(x)
+    pyro.clear_param_store()
+    ShortRunGuide(local, num_steps=3, step_size=StepSize(0.1, per="step")).setup(x)
+    with pytest.raises(ValueError, match=r"2 step sizes and Pyro's parameter store 3.*clear_param_store"):
+        older(x)
+
+
+def test_many_singular_rows_are_told(caplog):
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.2), obs=torch.tensor(0.1))
+
+    ShortRunGuide(model, num_steps=3, step_size=StepSize(0.1, learnable=False))()
+    assert "log q, and the loss, is not reliable" in caplog.text
