@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import check_count
 from ..energy.predictive import sample_prior
-from ..runs.run import RunInfo
+from ..runs.record import RunInfo
 from .reference import draws_of
 
 _POINTS = 2000  # of a scatter plot

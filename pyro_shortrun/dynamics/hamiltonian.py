@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ..checks import check_between
-from .dynamics import Dynamics
+from .momentum import Arrived, Leap, MomentumDynamics, gain, leapfrog
 from .step_size import StepSize
 
 
-class Hamiltonian(Dynamics):
+class Hamiltonian(MomentumDynamics):
     r"""Underdamped dynamics: leapfrog steps with a partial refreshment of the momentum.
 
     .. math::
@@ -44,7 +44,7 @@ class Hamiltonian(Dynamics):
     0.2
     """
 
-    has_momentum = True
+    midway = True
     share: Any
 
     def __init__(
@@ -72,3 +72,12 @@ class Hamiltonian(Dynamics):
     def kept(self) -> Tensor:
         """The part of the momentum that a step leaves, ``1 - delta``."""
         return 1 - self.share
+
+    def depart(self, start: Tensor, noise: Tensor, step_size: Tensor) -> tuple[Tensor, Tensor]:
+        return start + 0.5 * leapfrog(step_size) * noise, noise
+
+    def arrive(self, u: Tensor, momentum: Tensor, here: Leap, ahead: Leap, kept: Tensor, noise: Tensor) -> Arrived:
+        pushed = momentum + 2 * here.drift / here.length
+        refreshed = self.refreshed(pushed, kept, noise)
+        end = u + 0.5 * here.length * pushed
+        return Arrived(end + ahead.exists * 0.5 * ahead.length * refreshed, refreshed, gain(momentum, pushed))

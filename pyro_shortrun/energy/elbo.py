@@ -19,7 +19,7 @@ from ..density.call import Call
 from ..density.sites import Site
 from ..dynamics.dynamics import Dynamics
 from ..guides.emit import is_weighted_from_outside
-from ..runs.run import RunInfo, ShortRun
+from ..runs.record import RunInfo, ShortRun
 from ..starts.start import Start
 from ..tensors import ordinary_autograd, plain, where_rows
 from .prior import TiltedPrior

@@ -21,7 +21,8 @@ from ..density.sites import Site, is_data, plates_of
 from ..density.structure import Structure, read_structure
 from ..dynamics.dynamics import Dynamics
 from ..objectives.path import PathDensity
-from ..runs.run import Runner, ShortRun, run
+from ..runs.record import ShortRun
+from ..runs.run import run
 from ..starts.start import Start
 from .statement import energies, energy_of
 
@@ -199,4 +200,4 @@ def begin_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chain
 def go_on(call: Call, dynamics: Dynamics, state: Tensor, eta: Tensor) -> ShortRun:
     """A run from ``state`` with these step sizes."""
     with poutine.block():
-        return run(Runner(call.density, dynamics, _OBJECTIVE, account=False), state, eta)
+        return run(call.density, dynamics, _OBJECTIVE, state, eta, account=False)

@@ -16,7 +16,7 @@ from ..density.sites import Site, masked
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
 from ..dynamics.step_size import StepSize
-from ..runs.run import RunInfo, ShortRun
+from ..runs.record import RunInfo, ShortRun
 from ..starts.from_guide import FromGuide
 from ..starts.prior import Prior
 from ..starts.start import Start, check_start

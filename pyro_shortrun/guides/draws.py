@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..density.call import Call
-from ..runs.run import ShortRun
+from ..runs.record import ShortRun
 from ..starts.start import StartDraw
 
 

@@ -27,7 +27,8 @@ from ..dynamics.step_size import StepSize
 from ..objectives.objective import Objective
 from ..objectives.path import PathDensity
 from ..runs.pilot import back_off, pilot_chains, pilot_fails
-from ..runs.run import Gradients, RunInfo, Runner, ShortRun, run
+from ..runs.record import RunInfo, ShortRun
+from ..runs.run import Gradients, run
 from ..starts.from_guide import FromGuide
 from ..starts.prior import Prior
 from ..starts.start import Start, StartDraw, check_start
@@ -134,7 +135,7 @@ class ShortRunGuide(DensityGuide):
         if isinstance(start, AutoGuide) and start.create_plates is not None:  # plates are the outer guide's business
             self.create_plates = create_plates or start.create_plates
             start.create_plates = None
-        self.objective.check(self.dynamics, checkpoint)
+        self.objective.check(self.dynamics)
         self.start = Prior() if start is None else start
         self.info: RunInfo | None = None
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
@@ -389,10 +390,17 @@ class ShortRunGuide(DensityGuide):
         """``chains`` draws, each of as many runs as the objective wants."""
         copies = objective.copies if account else 1
         drawn = self._draw_start(replace(call, isolated=gradients is Gradients.GUIDE), chains * copies, gradients)
-        call.density.expect(drawn.state, drawn.log_density)
-        beta = self.objective.temperatures(len(step_size), drawn.state)
-        runner = Runner(call.density, self.dynamics, objective, account, self.checkpoint, drawn.base, beta)
-        result = run(runner, drawn.state, step_size, None, gradients, keep_states, drawn.log_q)
+        result = run(
+            call.density,
+            self.dynamics,
+            objective,
+            drawn,
+            step_size,
+            account=account,
+            gradients=gradients,
+            keep_states=keep_states,
+            checkpoint=self.checkpoint,
+        )
         return (drawn, result) if copies == 1 else (drawn.every(copies), result.every(copies))
 
     def _draw_start(self, call: Call, chains: int, gradients: Gradients) -> StartDraw:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_kind
 from ..density.call import Call
-from ..runs.run import ShortRun
+from ..runs.record import ShortRun
 from ..starts.start import StartDraw
 from .short_run import ShortRunGuide
 

@@ -18,7 +18,7 @@ from ..dynamics.dynamics import Dynamics
 from ..dynamics.metric import Preconditioner
 from ..objectives.objective import Objective
 from ..runs.pilot import back_off, pilot_chains, pilot_fails
-from ..runs.run import Gradients, Runner, run
+from ..runs.run import Gradients, run
 from ..starts.start import StartDraw
 from ..tensors import moved, where_rows
 from .target import Target
@@ -295,8 +295,8 @@ class ShortRuns(Sampler):
         for *start, part in parts:
             begin, density = StartDraw(*start), self.target.current(len(start[0]))
             eta = self.dynamics.step_size.forward(density.layout, self.num_steps)
-            runner = Runner(density, self.dynamics, self._objective, account=tunes)
-            result = run(runner, begin.state, eta, part, Gradients.GUIDE if tunes else Gradients.NONE)
+            gradients = Gradients.GUIDE if tunes else Gradients.NONE
+            result = run(density, self.dynamics, self._objective, begin, eta, part, account=tunes, gradients=gradients)
             if tunes:
                 bound = density(result.end) + result.increment - begin.log_q
                 self._collect(bound.sum() / drawn.log_q.numel())

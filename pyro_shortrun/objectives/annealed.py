@@ -15,16 +15,16 @@ from torch.distributions import constraints
 from ..density.interface import Density
 from ..density.layout import Layout
 from ..dynamics.dynamics import Dynamics
-from ..dynamics.hamiltonian import Hamiltonian
+from ..dynamics.momentum import Leap, MomentumDynamics, leapfrog
 from ..starts.base import Base
 from .objective import Objective
 from .reverse_kernels import Mirror, Reverse
-from .transition import Column, State, Transition, settings
+from .transition import Column, Departure, State, Transition, settings
 
 
 @dataclass(frozen=True)
 class Tempered(Transition):
-    """What Langevin and Hamiltonian bridges share: gradients of the tempered targets
+    """What Langevin and momentum transitions share: gradients of the tempered targets
     ``pi_k = q_0^(1 - beta_k) pi^(beta_k)``."""
 
     dynamics: Dynamics
@@ -65,8 +65,13 @@ def around(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([values[:1], values]), torch.cat([values, values[-1:]])
 
 
+def ahead_of(values: Tensor) -> Tensor:
+    """Of ``K`` steps: what belongs to the step after each; after the last one it does not matter."""
+    return torch.cat([values[1:], values[-1:]])
+
+
 @dataclass(frozen=True)
-class LangevinBridge(Tempered):
+class LangevinTransition(Tempered):
     """Langevin steps, each weighed at its end by a reverse step.
 
     The state is ``(u_{k-1}, u_k)``, and for a reverse that learns also the drift at ``u_{k-1}``.
@@ -74,7 +79,7 @@ class LangevinBridge(Tempered):
 
     reverse: Reverse
 
-    ends_at_arrival = True
+    ends_at_arrival = looks_back = True
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
@@ -107,8 +112,10 @@ class LangevinBridge(Tempered):
         proposal = self.dynamics.step(u, mixed(found, beta_ahead), ahead, column.noise, scale)
         return (u, proposal, mean - u) if self.learns else (u, proposal), extra
 
-    def departure(self, density: Density, noise: Tensor) -> Tensor | None:
-        return weighed(density, 0.5 * noise.square())
+    def departure(
+        self, density: Density, u: Tensor, grad: Tensor, column: Column, create_graph: bool
+    ) -> Departure | None:
+        return Departure(weighed(density, 0.5 * column.noise.square()))
 
     def learn(self, states: State, last: State, valid: Tensor) -> None:
         before, u, drift = states
@@ -117,46 +124,61 @@ class LangevinBridge(Tempered):
 
 
 @dataclass(frozen=True)
-class HamiltonianBridge(Tempered):
-    """Leapfrog steps with a partial refreshment of the momentum after each.
+class MomentumTransition(Tempered):
+    """Steps with a momentum, weighed by what their kicks add to its log density.
 
-    An arrival is the middle of a step, where its one gradient is taken. The state is ``(last middle, this middle,
-    momentum)``.
+    The state is ``(last arrival, this arrival, momentum)``.
     """
 
-    kept: Tensor
+    dynamics: MomentumDynamics
 
-    offset = 1
+    @property
+    def offset(self) -> int:  # type: ignore[override]
+        return int(self.dynamics.midway)
+
+    @property
+    def ends_at_arrival(self) -> bool:  # type: ignore[override]
+        return not self.dynamics.midway
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
         return self._rule
 
     def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
-        return start, start + 0.5 * (2 * step_size[0]).sqrt() * noise, noise
+        return start, *self.dynamics.depart(start, noise, step_size[0])
 
     def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-        ahead = torch.cat([step_size[1:], step_size[-1:]])
-        return step_size, ahead, beta.unsqueeze(-1), self.kept.expand(len(step_size), 1)
+        beta = beta.unsqueeze(-1)
+        if self.dynamics.midway:
+            here, ahead = (step_size, beta), (ahead_of(step_size), ahead_of(beta))
+        else:
+            here, ahead = zip(around(step_size), around(beta), strict=True)
+        kept = self.dynamics.kept.expand(len(here[0]), 1)
+        return here[0], ahead[0], here[1], ahead[1], kept
 
     def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
-        begins = step_size.new_ones(len(step_size), 1)
+        ends, begins = (step_size.new_ones(len(step_size) + self.ends_at_arrival, 1) for _ in range(2))
         begins[-1] = 0
-        return (begins,)
+        if self.ends_at_arrival:
+            ends[0] = 0
+        return ends, begins
 
     def move(
         self, density: Density, state: State, found: Sequence[Tensor], column: Column
     ) -> tuple[State, Tensor | None]:
         _, u, momentum = state
-        eta, ahead, beta, kept = column.values
-        scale = density.layout.drift_scale(u)
-        length, length_ahead = (2 * eta).sqrt(), (2 * ahead).sqrt()
-        drift = self.dynamics.mean(u, mixed(found, beta), eta, scale) - u  # eta times the gradient, clipped
-        pushed = momentum + 2 * drift / length
-        refreshed = kept * pushed + (1 - kept.square()).sqrt() * column.noise
-        end = u + 0.5 * length * pushed
-        extra = weighed(density, 0.5 * (momentum.square() - pushed.square()))
-        return (u, end + column.constants[0] * 0.5 * length_ahead * refreshed, refreshed), extra
+        eta, eta_ahead, beta, beta_ahead, kept = column.values
+        ends, begins = column.constants
+        here = self._leap(density, u, found, eta, beta, ends)
+        ahead = self._leap(density, u, found, eta_ahead, beta_ahead, begins)
+        proposal, momentum, gained = self.dynamics.arrive(u, momentum, here, ahead, kept, column.noise)
+        return (u, proposal, momentum), weighed(density, gained)
+
+    def _leap(
+        self, density: Density, u: Tensor, slopes: Sequence[Tensor], eta: Tensor, beta: Tensor, exists: Tensor
+    ) -> Leap:
+        drift = self.dynamics.drift(mixed(slopes, beta), eta, density.layout.drift_scale(u))
+        return Leap(leapfrog(eta), drift, exists)
 
 
 class Annealed(PyroModule, Objective):
@@ -220,19 +242,17 @@ class Annealed(PyroModule, Objective):
         beta = self.increments.cumsum(0)
         return beta / beta[-1]
 
-    def check(self, dynamics: Dynamics, checkpoint: bool) -> None:
-        name = type(self).__name__
+    def check(self, dynamics: Dynamics) -> None:
         if not (dynamics.has_transition_density or dynamics.has_momentum):
+            name = type(self).__name__
             raise ValueError(f"{name} needs dynamics with noise, such as Langevin(0.1): its weights are those of it.")
-        if checkpoint:
-            raise ValueError(f"checkpoint=True is for PathDensity(): leave it out with {name}(), which keeps K states.")
 
-    def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition | None:
+    def transition(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition:
         if base is None:
             raise NotImplementedError(
                 f"{type(self).__name__} needs the density of the start everywhere, not only at draws: use "
                 "start=Prior(), AutoNormal(model), AutoDiagonalNormal(model) or AutoMultivariateNormal(model)."
             )
-        if isinstance(dynamics, Hamiltonian):
-            return HamiltonianBridge(dynamics, base, dynamics.kept)
-        return LangevinBridge(dynamics, base, self._reverse)
+        if isinstance(dynamics, MomentumDynamics):
+            return MomentumTransition(dynamics, base)
+        return LangevinTransition(dynamics, base, self._reverse)

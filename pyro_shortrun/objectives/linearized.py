@@ -12,11 +12,11 @@ from ..density.interface import Density
 from ..dynamics.dynamics import Dynamics
 from ..starts.base import Base
 from .objective import Objective, check_jacobian
-from .transition import Column, PlainBridge, State, Transition, check_whole
+from .transition import Column, Plain, State, Transition, check_whole
 
 
 @dataclass(frozen=True)
-class LinearizedBridge(PlainBridge):
+class LinearizedTransition(Plain):
     """The state is ``(u_{k-1}, u_k, P_k)``."""
 
     base: Base
@@ -69,23 +69,22 @@ class Linearized(Objective):
     ``AutoNormal``, ``AutoDiagonalNormal`` or ``AutoMultivariateNormal``. Cost per step: ``size`` Hessian products, and
     their derivatives on the way back; ``size ** 2`` numbers per row and step.
 
-    :raises ValueError: where the guide has ``checkpoint=True``.
     :raises NotImplementedError: for other starts, latents in ``poutine.mask``, and a subsampled plate that does not
         hold all latents.
     """
 
     carries = weighs = takes_masks = False
 
-    def check(self, dynamics: Dynamics, checkpoint: bool) -> None:
-        super().check(dynamics, checkpoint)
+    def check(self, dynamics: Dynamics) -> None:
+        super().check(dynamics)
         check_jacobian(self, dynamics)
-        if checkpoint:
-            raise ValueError("checkpoint=True is for PathDensity(): leave it out with Linearized().")
 
-    def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition | None:
-        if account and base is None:
+    def transition(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition:
+        if not account:
+            return Plain(dynamics)
+        if base is None:
             raise NotImplementedError(
                 "Linearized needs the covariance of the start: use start=Prior(), AutoNormal(model), "
                 "AutoDiagonalNormal(model) or AutoMultivariateNormal(model)."
             )
-        return LinearizedBridge(dynamics, base) if account and base is not None else None
+        return LinearizedTransition(dynamics, base)

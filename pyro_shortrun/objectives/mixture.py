@@ -14,11 +14,11 @@ from ..density.interface import Density
 from ..dynamics.dynamics import Dynamics
 from ..starts.base import Base
 from .objective import Objective
-from .transition import Column, PlainBridge, State, Transition, check_whole
+from .transition import Column, Plain, State, Transition, check_whole
 
 
 @dataclass(frozen=True)
-class MixtureBridge(PlainBridge):
+class MixtureTransition(Plain):
     """The state is ``(u_{k-1}, u_k, mean of u_k given u_{k-1})``."""
 
     copies: int
@@ -75,12 +75,10 @@ class Mixture(Objective):
             raise ValueError(f"Mixture needs at least 2 runs, got {num_runs!r}: with one the bound does not exist.")
         self.copies = num_runs
 
-    def check(self, dynamics: Dynamics, checkpoint: bool) -> None:
-        super().check(dynamics, checkpoint)
+    def check(self, dynamics: Dynamics) -> None:
+        super().check(dynamics)
         if not dynamics.has_transition_density:
             raise ValueError("Mixture needs dynamics with noise, such as Langevin(0.1): its components are Gaussians.")
-        if checkpoint:
-            raise ValueError("checkpoint=True is for PathDensity(): leave it out with Mixture().")
 
-    def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition | None:
-        return MixtureBridge(dynamics, self.copies) if account else None
+    def transition(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition:
+        return MixtureTransition(dynamics, self.copies) if account else Plain(dynamics)

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
-from ..density.interface import Density
 from ..density.layout import Layout
 from ..dynamics.dynamics import Dynamics
 from ..starts.base import Base
 from .transition import Transition
-
-
-class Accounted(NamedTuple):
-    """What a step adds: ``increment`` to ``log w`` and whether the step was ``singular``, ``(chains, rows)``."""
-
-    increment: Tensor
-    singular: Tensor
 
 
 class Objective:
@@ -26,7 +16,7 @@ class Objective:
     .. math:: \log w = \log\pi(u_K) - \log q_0(u_0) + \sum_k \text{increment}_k ,
 
     so that ``log q(u_K) = log q_0(u_0) - sum of increments`` is what the guide reports to Pyro; in nats, ``(chains,
-    rows)``.
+    rows)``. A new one says how a run goes and is weighed, in :meth:`transition`; everything else has a default.
     """
 
     tempers = False  # whether targets move from the start's density to the model's
@@ -35,22 +25,22 @@ class Objective:
     takes_masks = True  # whether latents that poutine.mask takes out of the density may be there
     carries = True  # whether increments cost so much that calls between tunings take those of the last tuned one
 
-    def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:
-        """Create parameters (once), in the dtype and on the device of ``like``."""
-        return None
-
-    def check(self, dynamics: Dynamics, checkpoint: bool) -> None:
-        """Refuse what does not go with this objective."""
-        if dynamics.has_momentum:
-            raise ValueError(f"{type(dynamics).__name__} is for objective=Annealed(), not {type(self).__name__}.")
-
-    def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition | None:
-        """How the run goes and is weighed, where :meth:`account` is not enough to tell.
+    def transition(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition:
+        """How the run goes and is weighed.
 
         :param base: density of the start, where it is known everywhere.
         :param account: whether the log weight is asked for.
         """
+        raise NotImplementedError(f"{type(self).__name__} does not say how a run is weighed.")
+
+    def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:
+        """Create parameters (once), in the dtype and on the device of ``like``."""
         return None
+
+    def check(self, dynamics: Dynamics) -> None:
+        """Refuse a dynamics that does not go with this objective."""
+        if dynamics.has_momentum:
+            raise ValueError(f"{type(dynamics).__name__} is for objective=Annealed(), not {type(self).__name__}.")
 
     def pilots(self, layout: Layout, step_size: Tensor, training: bool) -> Pilots | None:
         """What is to be found out by other runs before each run that is weighed, if anything."""
@@ -59,23 +49,6 @@ class Objective:
     def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
         """``beta_k`` of each step, ``(num_steps,)``."""
         return like.new_ones(num_steps)
-
-    def draw(self, like: Tensor, layout: Layout) -> Tensor | None:
-        """Auxiliary randomness of one run, shared by its steps; None if none is needed."""
-        return None
-
-    def account(
-        self,
-        density: Density,
-        dynamics: Dynamics,
-        u: Tensor,
-        grad: Tensor,
-        step_size: Tensor,
-        aux: Tensor | None,
-        create_graph: bool,
-    ) -> Accounted:
-        """The increment of the step from ``u``, where ``grad`` is ``grad log pi(u)`` with a graph to ``u``."""
-        raise NotImplementedError(f"the increments of {type(self).__name__} are not those of single steps.")
 
 
 class Pilots(Objective):

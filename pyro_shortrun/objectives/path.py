@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
 from torch import Tensor
 
 from ..density.interface import Density
 from ..density.layout import Layout
 from ..dynamics.dynamics import Dynamics
+from ..starts.base import Base
 from .logdet import Automatic, LogDet
-from .objective import Accounted, Objective, check_jacobian
+from .objective import Objective, check_jacobian
+from .transition import Column, Departure, Plain, Transition, settings
+
+
+@dataclass(frozen=True)
+class PathTransition(Plain):
+    """Steps of the dynamics, each paid for at its departure by the log-determinant of its Jacobian."""
+
+    logdet: LogDet
+
+    pays_ahead = True
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        return *super().key, self.logdet, settings(self.logdet)
+
+    def draw(self, like: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+        probes = self.logdet.probes(like, layout)
+        return () if probes is None else (probes,)
+
+    def departure(
+        self, density: Density, u: Tensor, grad: Tensor, column: Column, create_graph: bool
+    ) -> Departure | None:
+        layout = density.layout
+        product = density.hessian_product(u, grad, create_graph)
+        slope, judged = self.dynamics.jacobian(grad, column.values[0], layout.drift_scale(u))
+        probes = column.shared[0] if column.shared else None
+        return Departure(*self.logdet(product, slope, layout, probes, judged=judged))
 
 
 class PathDensity(Objective):
@@ -33,31 +64,16 @@ class PathDensity(Objective):
     Nijkamp et al., ECCV 2020; the change of variables is spelled out in Pang, Nijkamp, Han, Wu: Generative Text
     Modeling through Short Run Inference, EACL 2021, section 2.5.
 
-    :param logdet: a :class:`~pyro_shortrun.objectives.logdet.LogDet`; by default exact up to 64 Hessian products per step and
-        stochastic Lanczos quadrature beyond.
+    :param logdet: a :class:`~pyro_shortrun.objectives.logdet.LogDet`; by default exact up to 64 Hessian products per
+        step and stochastic Lanczos quadrature beyond.
     """
 
     def __init__(self, logdet: LogDet | None = None) -> None:
         self.logdet = Automatic() if logdet is None else logdet
 
-    def draw(self, like: Tensor, layout: Layout) -> Tensor | None:
-        return self.logdet.probes(like, layout)
-
-    def account(
-        self,
-        density: Density,
-        dynamics: Dynamics,
-        u: Tensor,
-        grad: Tensor,
-        step_size: Tensor,
-        aux: Tensor | None,
-        create_graph: bool,
-    ) -> Accounted:
-        product = density.hessian_product(u, grad, create_graph)
-        with torch.set_grad_enabled(create_graph):
-            slope, judged = dynamics.jacobian(grad, step_size, density.layout.drift_scale(u))
-            return Accounted(*self.logdet(product, slope, density.layout, aux, judged=judged))
-
-    def check(self, dynamics: Dynamics, checkpoint: bool) -> None:
-        super().check(dynamics, checkpoint)
+    def check(self, dynamics: Dynamics) -> None:
+        super().check(dynamics)
         check_jacobian(self, dynamics)
+
+    def transition(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition:
+        return PathTransition(dynamics, self.logdet) if account else Plain(dynamics)

@@ -13,7 +13,7 @@ from ..starts.base import Base, Untempered
 from .annealed import Annealed
 from .objective import Objective, Pilots
 from .reverse_kernels import Affine, Fit, Recorder, Reverse
-from .transition import Transition
+from .transition import Plain, Transition
 
 
 class GaussianReverse(Annealed):
@@ -80,15 +80,16 @@ class GaussianReverse(Annealed):
     def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
         return super().temperatures(num_steps, like) if self.tempers else like.new_ones(num_steps)
 
-    def check(self, dynamics: Dynamics, checkpoint: bool) -> None:
+    def check(self, dynamics: Dynamics) -> None:
         if dynamics.has_momentum:
-            raise ValueError("GaussianReverse is for Langevin dynamics; Hamiltonian goes with Annealed().")
-        super().check(dynamics, checkpoint)
+            name = type(dynamics).__name__
+            raise ValueError(f"GaussianReverse is for Langevin dynamics; {name} goes with Annealed().")
+        super().check(dynamics)
 
-    def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition | None:
+    def transition(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition:
         if self.tempers:
-            return super().bridge(dynamics, base, account)
-        return super().bridge(dynamics, Untempered(), account) if account else None
+            return super().transition(dynamics, base, account)
+        return super().transition(dynamics, Untempered(), account) if account else Plain(dynamics)
 
     def pilots(self, layout: Layout, step_size: Tensor, training: bool) -> Pilots:
         fit = Fit(layout, step_size, self.dense)
@@ -102,8 +103,11 @@ class _Pilots(Pilots):
     def __init__(self, whole: GaussianReverse, fit: Fit, count: int) -> None:
         self._whole, self._fit, self.count = whole, fit, count
 
-    def bridge(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition | None:
-        return weighed_by(self._whole, Recorder(self._fit)).bridge(dynamics, base, account)
+    def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
+        return self._whole.temperatures(num_steps, like)
+
+    def transition(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition:
+        return weighed_by(self._whole, Recorder(self._fit)).transition(dynamics, base, account)
 
     def objective(self) -> Objective:
         return weighed_by(self._whole, Affine(self._fit.dense, self._fit.solve()))

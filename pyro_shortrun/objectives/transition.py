@@ -1,4 +1,10 @@
-"""The interface of a transition: what a run carries from arrival to arrival and adds to its log weight."""
+"""The interface of a transition: what a run carries from arrival to arrival and adds to its log weight.
+
+A run is a sequence of *arrivals*. At each, the log density and gradient are found at the proposed state, a proposal
+where they are not finite is undone and its row moves no more, and the next proposal is made. A transition says what an
+arrival does, in plain functions of tensors with no branch that depends on their values, so that blocks of arrivals can
+be traced, compiled and gone back through (:mod:`pyro_shortrun.runs.blocks`), for all transitions alike.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..density.interface import Density
+from ..density.layout import Layout
 from ..dynamics.dynamics import Dynamics
 from .logdet import LogDet
 
@@ -19,11 +26,19 @@ State = tuple[Tensor, ...]
 
 class Column(NamedTuple):
     """What one arrival is given: ``values`` are differentiated in, ``constants`` are not; ``noise`` is that of the step
-    which begins here, ``(chains, rows, size)``."""
+    which begins here, ``(chains, rows, size)``; ``shared`` is what :meth:`Transition.draw` gave."""
 
     values: tuple[Tensor, ...]
     constants: tuple[Tensor, ...]
     noise: Tensor
+    shared: tuple[Tensor, ...] = ()
+
+
+class Departure(NamedTuple):
+    """What a step adds to the log weight when it arrives, and whether it is not invertible, ``(chains, rows)``."""
+
+    increment: Tensor
+    singular: Tensor | None = None
 
 
 class Transition(ABC):
@@ -33,11 +48,14 @@ class Transition(ABC):
     be judged at the next arrival, and what else the run carries.
 
     ``offset`` is how many steps' noise :meth:`begin` takes; ``ends_at_arrival`` tells whether the end of the last
-    step is an arrival too, so that there are ``K + 1``, and not ``K``.
+    step is an arrival too, so that there are ``K + 1``, and not ``K``; ``looks_back`` whether :meth:`move` reads
+    ``state[0]``; ``pays_ahead`` whether :meth:`departure` depends on the state and the values.
     """
 
     offset = 0
     ends_at_arrival = False
+    looks_back = False
+    pays_ahead = False
 
     @property
     @abstractmethod
@@ -54,14 +72,18 @@ class Transition(ABC):
         """Further tensors to be differentiated in, the same for all arrivals."""
         return ()
 
+    def draw(self, like: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+        """Auxiliary randomness of one run, shared by its steps."""
+        return ()
+
     def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
         """The state before the first arrival, ``noise`` being that of the first step."""
         return start, start
 
     @abstractmethod
     def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-        """What every arrival is given and differentiated in, ``(arrivals, width)`` each, from ``(K, size)`` and
-        ``(K,)``."""
+        """What every arrival is given and differentiated in, ``(arrivals, width)`` each, the step size first, from
+        ``(K, size)`` and ``(K,)``."""
 
     def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
         """What every arrival is given besides, ``(arrivals, ...)`` each."""
@@ -81,10 +103,16 @@ class Transition(ABC):
         self, density: Density, state: State, found: Sequence[Tensor], column: Column
     ) -> tuple[State, Tensor | None]:
         """The next state, beginning with ``state[1]``, and what this arrival adds to the log weight, ``(chains,
-        rows)``, if anything. ``found`` is from :meth:`evaluate`."""
+        rows)``, if anything. ``found`` is from :meth:`evaluate`, without the value."""
 
-    def departure(self, density: Density, noise: Tensor) -> Tensor | None:
-        """What the step that begins with ``noise`` adds when it arrives, ``(chains, rows)``, if anything."""
+    def departure(
+        self, density: Density, u: Tensor, grad: Tensor, column: Column, create_graph: bool
+    ) -> Departure | None:
+        """What the step that begins at ``u`` will add when it arrives, if anything.
+
+        Where it :attr:`pays_ahead`, its derivatives are taken on the way there, where its graph is at hand: ``grad``
+        then has a graph to ``u``, and ``create_graph`` tells whether the result needs one.
+        """
         return None
 
     def finish(self, first: State, last: State, step_size: Tensor, log_q: Tensor | None) -> Tensor | None:
@@ -101,8 +129,8 @@ class Transition(ABC):
 
 
 @dataclass(frozen=True)
-class PlainBridge(Transition):
-    """Steps of the dynamics as they are."""
+class Plain(Transition):
+    """Steps of the dynamics as they are, which add nothing."""
 
     dynamics: Dynamics
 
@@ -117,6 +145,12 @@ class PlainBridge(Transition):
         self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
     ) -> tuple[Tensor, ...]:
         return density.value_and_grad(u, create_graph)
+
+    def move(
+        self, density: Density, state: State, found: Sequence[Tensor], column: Column
+    ) -> tuple[State, Tensor | None]:
+        u, (eta,) = state[1], column.values
+        return (u, self.dynamics.step(u, found[0], eta, column.noise, density.layout.drift_scale(u))), None
 
 
 def check_whole(density: Density, objective: str) -> None:

@@ -1,6 +1,7 @@
 """The run: K steps of a dynamics, weighed by an objective."""
 
-from .run import Gradients, RunInfo, ShortRun, run
+from .record import RunInfo, ShortRun
+from .run import Gradients, run
 
 __all__ = [
     "Gradients",

@@ -13,7 +13,7 @@ from ..density.layout import Layout
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
 from ..objectives.path import PathDensity
-from .run import Runner, run
+from .run import run
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 
@@ -56,5 +56,5 @@ def pilot_fails(density: Density, dynamics: Dynamics, start: Tensor, step_size: 
     """
     # With a step size of its own, which is not used: a module that is given to another one changes its name.
     judge = Langevin(noise=dynamics.has_noise, max_drift=dynamics.max_drift)
-    info = run(Runner(density, judge, PathDensity()), start, step_size).info
+    info = run(density, judge, PathDensity(), start, step_size).info
     return bool((info.frozen | info.singular).float().mean() > _FAILURES)

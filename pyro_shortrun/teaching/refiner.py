@@ -21,7 +21,7 @@ from ..dynamics.langevin import Langevin
 from ..dynamics.step_size import StepSize
 from ..energy.prior import TiltedPrior, run_in
 from ..energy.statement import energy_prior
-from ..runs.run import RunInfo
+from ..runs.record import RunInfo
 from ..starts.kept import Replay
 from ..starts.prior import Prior
 from ..starts.start import Start
