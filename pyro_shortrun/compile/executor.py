@@ -1,12 +1,12 @@
 """Compiled evaluation: Pyro runs once per structure, while a graph is traced, and not in the loop.
 
-:class:`CompiledDensity` is a :class:`~pyro_shortrun.density.model.LogDensity` whose value and gradient, and the blocks of
-steps of :mod:`pyro_shortrun.runs.steps`, are traced with ``make_fx`` and compiled by inductor.
+:class:`CompiledDensity` is a :class:`~pyro_shortrun.density.model.LogDensity` whose value and gradient, and the blocks
+of steps of :mod:`pyro_shortrun.runs`, are traced with ``make_fx`` and compiled by inductor.
 
 Whatever tensors the model reaches (data, parameters, plate indices) show in the trace as constants; they become inputs
-of the graph and are found again in later calls by their role (:mod:`pyro_shortrun.compile.graph`), so that a changed batch or
-parameter changes the result. A start's eager log density is compared with the graph's in every call: a graph that has
-gone stale in another way is traced anew.
+of the graph and are found again in later calls by their role (:mod:`pyro_shortrun.compile.graph`), so that a changed
+batch or parameter changes the result. A start's eager log density is compared with the graph's in every call: a graph
+that has gone stale in another way is traced anew.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ..density.interface import Block, Density
 from ..density.model import LogDensity
 from ..density.program import Binding, Program
 from ..density.structure import Structure
@@ -130,44 +131,45 @@ class CompiledDensity(LogDensity):
         density._batches = indices
         return density
 
-    def execute(self, fn: Function, inputs: tuple[Tensor, ...], key: Hashable) -> tuple[Tensor, ...]:
+    def execute(self, fn: Block, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """From a graph that gives what :meth:`expect` was told, which is found out where ``fn`` has a witness."""
+        out = self._outputs(fn, inputs)
+        while self._known is not None and hasattr(fn, "witness") and self._is_stale(*fn.witness(inputs, out)):
+            out = self._outputs(fn, inputs)
+        return out
+
+    def _outputs(self, fn: Block, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if getattr(fn, "graph", False):  # of autograd
             return fn(self, *inputs)
         with torch.no_grad():
             ready = _ready(inputs)
-            run = self._compiled(key, fn, ready)
+            run = self._compiled(fn, ready)
             return fn(self._plain(), *inputs) if run is None else run(*ready)
 
-    def steps_at_once(self, fn: Callable[..., tuple[Any, ...]], inputs: Callable[[], tuple[Tensor, ...]]) -> int:
+    def steps_at_once(self, fn: Block, inputs: Callable[[], tuple[Tensor, ...]]) -> int:
         """Several where a step is so small that calling its graph takes most of the time."""
         if getattr(fn, "graph", False):
             return 1
-        key = fn.key  # type: ignore[attr-defined]
-        if key not in self._at_once:
-            self._at_once[key] = self._choose(fn, _ready(inputs()))
-        return self._at_once[key]
+        if fn.key not in self._at_once:
+            self._at_once[fn.key] = self._choose(fn, _ready(inputs()))
+        return self._at_once[fn.key]
 
-    def _choose(self, fn: Callable[..., tuple[Any, ...]], inputs: tuple[Tensor, ...]) -> int:
+    def _choose(self, fn: Block, inputs: tuple[Tensor, ...]) -> int:
         if inputs[0].numel() > _SMALL_STATE or _STEPS_AT_MOST == 1:
             return 1
-        key = self._key(fn.key, inputs)  # type: ignore[attr-defined]
+        key = self._key(fn.key, inputs)
         size = self._compiler.size(key, self._traceable(fn), inputs, self._roles)
         return 1 if size is None else max(1, min(_STEPS_AT_MOST, _NODES_AT_MOST // size))
 
     def __call__(self, u: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().__call__(u)
-        return self.execute(_value, (u,), ("value",))[0]
+        return self.execute(_VALUE, (u,))[0]
 
     def value_and_grad(self, u: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         if create_graph:
             return super().value_and_grad(u, create_graph)
-        return self._fresh_gradient(u)
-
-    def _fresh_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        value, grad = self.execute(_gradient, (u,), ("gradient",))
-        while self.is_stale(u, value):
-            value, grad = self.execute(_gradient, (u,), ("gradient",))
+        value, grad = self.execute(_GRADIENT, (u,))
         return value, grad
 
     def differentiable(self, u: Tensor, parameters: bool) -> Tensor:
@@ -175,27 +177,25 @@ class CompiledDensity(LogDensity):
         if parameters and self.structure.vectorizes.get("parameters move supports", True):
             return super().differentiable(u, parameters)  # finds out
         inputs = _ready((u,))
-        graph = self._compiler.graph(
-            self._key(("gradient",), inputs), "gradient", self._traceable(_gradient), inputs, self._roles
-        )
+        graph = self._graph(_GRADIENT, inputs)
         if graph is None or (parameters and graph.wants_gradients(self._roles)):
             return super().differentiable(u, parameters)
-        value, grad = self._fresh_gradient(inputs[0])
+        value, grad = self.value_and_grad(inputs[0])
         return value + ((u - u.detach()) * grad).sum(-1)
 
     def expect(self, u: Tensor, value: Tensor) -> None:
         self._known = (u.detach(), value.detach())
 
-    def refresh(self, u: Tensor) -> None:
-        with torch.no_grad():
-            while self.is_stale(u, self(u)):
-                pass
+    def _is_stale(self, u: Tensor, value: Tensor) -> bool:
+        """Whether graphs no longer are the model's, which is asked once for each expectation; then they are dropped,
+        and given up if new ones are no better.
 
-    def is_stale(self, u: Tensor, value: Tensor) -> bool:
-        """Whether graphs no longer are the model's; then they are dropped, and given up if new ones are no better."""
+        :param value: ``log pi(u)`` of the graphs; if ``u`` is not what was expected, they are asked for that.
+        """
         known, self._known = self._known, None
-        if known is None or known[0].shape != u.shape or not torch.equal(known[0], u.detach()):
-            return False
+        assert known is not None
+        if known[0].shape != u.shape or not torch.equal(known[0], u.detach()):
+            (value,) = self._outputs(_VALUE, known[:1])
         if self._agree(known[1], value.detach()):
             return False
         if self._renewed:
@@ -226,17 +226,20 @@ class CompiledDensity(LogDensity):
         shapes = tuple((t.shape, t.dtype, t.device) for t in inputs)
         return key, shapes, self.layout, self._roles.key
 
-    def _compiled(self, key: Hashable, fn: Function, inputs: tuple[Tensor, ...]) -> Function | None:
+    def _compiled(self, fn: Block, inputs: tuple[Tensor, ...]) -> Function | None:
         """The graph of ``fn`` bound to this call, or None."""
-        here = (key, tuple(t.shape for t in inputs), inputs[0].dtype, inputs[0].device)
+        here = (fn.key, tuple(t.shape for t in inputs), inputs[0].dtype, inputs[0].device)
         if here not in self._bound:
             self.layout.drift_scale(inputs[0])  # kept by the layout: not to be made in a trace
-            name = key[0] if isinstance(key, tuple) else str(key)
-            graph = self._compiler.graph(self._key(key, inputs), name, self._traceable(fn), inputs, self._roles)
+            graph = self._graph(fn, inputs)
             self._bound[here] = None if graph is None else graph.bind(self._roles)
         return self._bound[here]
 
-    def _traceable(self, fn: Function) -> Function:
+    def _graph(self, fn: Block, inputs: tuple[Tensor, ...]) -> Graph | None:
+        name = str(fn.key[0])
+        return self._compiler.graph(self._key(fn.key, inputs), name, self._traceable(fn), inputs, self._roles)
+
+    def _traceable(self, fn: Block) -> Function:
         def call(*inputs: Tensor) -> tuple[Tensor, ...]:
             plain = self._plain()
             plain.repeats = self.layout.rows == 1 and not self._batches
@@ -260,13 +263,31 @@ def _ready(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple((t.detach() if t.requires_grad else t).contiguous() for t in inputs)
 
 
-def _value(density: LogDensity, u: Tensor) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return (density(u),)
+@dataclass(frozen=True)
+class _Value:
+    """``(u,)`` to ``(log pi(u),)``."""
+
+    key = ("value",)
+
+    def __call__(self, density: Density, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (density(inputs[0]),)
 
 
-def _gradient(density: LogDensity, u: Tensor) -> tuple[Tensor, ...]:
-    return density.value_and_grad(u)
+@dataclass(frozen=True)
+class _Gradient:
+    """``(u,)`` to ``log pi(u)`` and its gradient."""
+
+    key = ("gradient",)
+
+    def __call__(self, density: Density, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return density.value_and_grad(inputs[0])
+
+    def witness(self, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return inputs[0], outputs[0]
+
+
+_VALUE, _GRADIENT = _Value(), _Gradient()
 
 
 def density_of(program: Program, structure: Structure, bind: Binding, compiler: Compiler | None) -> LogDensity:

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .layout import Layout
 from .structure import Structure
+
+
+class Block(Protocol):
+    """A function of a density and tensors that may be traced and compiled; ``key`` is everything that decides its
+    arithmetic.
+
+    One whose outputs tell ``log pi`` of a state among its inputs may have a method
+    ``witness(inputs, outputs) -> (u, log pi(u))``, by which a compiled density checks itself.
+    """
+
+    @property
+    def key(self) -> tuple[Hashable, ...]: ...
+
+    def __call__(self, density: Any, *inputs: Tensor) -> tuple[Tensor, ...]: ...
 
 
 class Density(ABC):
@@ -42,13 +56,11 @@ class Density(ABC):
         """``log pi(u)``, and whatever else the end of a run is asked for."""
         return (self(u),)
 
-    def execute(
-        self, fn: Callable[..., tuple[Any, ...]], inputs: tuple[Tensor, ...], key: Hashable
-    ) -> tuple[Tensor, ...]:
-        """``fn(density, *inputs)``; a compiled density traces it once for each ``key`` and shapes."""
+    def execute(self, fn: Block, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """``fn(density, *inputs)``; a compiled density traces it once for each ``fn.key`` and shapes."""
         return fn(self, *inputs)
 
-    def steps_at_once(self, fn: Callable[..., tuple[Any, ...]], inputs: Callable[[], tuple[Tensor, ...]]) -> int:
+    def steps_at_once(self, fn: Block, inputs: Callable[[], tuple[Tensor, ...]]) -> int:
         """How many steps should be one call of :meth:`execute`.
 
         :param inputs: gives those of one step.
@@ -58,14 +70,6 @@ class Density(ABC):
     def expect(self, u: Tensor, value: Tensor) -> None:
         """Told ``log pi(u)`` as a run of the model gave it; a compiled density checks itself by it."""
         return None
-
-    def refresh(self, u: Tensor) -> None:
-        """Find out now whether what :meth:`expect` was told of ``u`` still is so."""
-        return None
-
-    def is_stale(self, u: Tensor, value: Tensor) -> bool:
-        """Whether ``value`` is not what :meth:`expect` was told of ``u``, so that it must be found again."""
-        return False
 
     def value_and_grad(self, u: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """``log pi(u)`` and its gradient; ``u`` must require gradients when a graph is wanted."""

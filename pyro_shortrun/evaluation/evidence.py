@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import check_count
 from ..compile.executor import Compiler, density_of
 from ..density.call import Call
-from ..density.model import LogDensity
+from ..density.interface import Density
 from ..dynamics.langevin import Langevin
 from ..dynamics.step_size import StepSize
 from ..energy.prior import TiltedPrior
@@ -215,7 +215,7 @@ class _Path:
         return log_w
 
     def _at(self, u: Tensor) -> _Point:
-        return _Point(u, *self._density.execute(_terms, (u,), ("annealing",)))
+        return _Point(u, *self._density.execute(_Terms(), (u,)))
 
     def _move(self, point: _Point, beta: float, eta: Tensor) -> tuple[_Point, Tensor]:
         """A MALA transition for temperature ``beta``, and its acceptance probabilities."""
@@ -231,14 +231,18 @@ class _Path:
         return kept, log_ratio.clamp(max=0).exp()
 
 
-def _terms(density: LogDensity, u: Tensor) -> tuple[Tensor, ...]:
-    """Log densities of prior and target, and their gradients."""
-    with torch.enable_grad():
-        u = u.detach().requires_grad_()
-        target, prior = density.with_start(u)
-        (grad,) = torch.autograd.grad(target.sum(), u, retain_graph=True, materialize_grads=True)
-        (slope,) = torch.autograd.grad(prior.sum(), u, materialize_grads=True)
-    return prior.detach(), target.detach(), slope, grad
+class _Terms:
+    """``(u,)`` to the log densities of prior and target there, and their gradients."""
+
+    key = ("annealing",)
+
+    def __call__(self, density: Density, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            u = inputs[0].detach().requires_grad_()
+            target, prior = density.with_start(u)
+            (grad,) = torch.autograd.grad(target.sum(), u, retain_graph=True, materialize_grads=True)
+            (slope,) = torch.autograd.grad(prior.sum(), u, materialize_grads=True)
+        return prior.detach(), target.detach(), slope, grad
 
 
 def _log_mean_exp(log_w: Tensor) -> Tensor:
