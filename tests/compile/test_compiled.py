@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from runners import Runner, run
 from torch import Tensor, nn
 from zoo import CASES, EXTRA, Case
 
@@ -19,8 +20,7 @@ from pyro_shortrun.compile import CompiledDensity, Compiler, Untouched
 from pyro_shortrun.compile.executor import density_of
 from pyro_shortrun.density import Call
 from pyro_shortrun.objectives import Exact, Lanczos
-from pyro_shortrun.runs import Gradients, run
-from pyro_shortrun.runs.run import Runner
+from pyro_shortrun.runs import Gradients
 
 
 def traced(call: Call, compiler: Compiler | None = None) -> CompiledDensity:

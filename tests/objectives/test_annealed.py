@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+from runners import Runner, run
 from test_exact import gaussian
 from torch import Tensor
 
@@ -17,10 +18,9 @@ from pyro_shortrun import Annealed, Init, Langevin, ShortRunGuide, ShortRunLange
 from pyro_shortrun.compile import Compiler, Untouched
 from pyro_shortrun.compile.executor import density_of
 from pyro_shortrun.density import Call
-from pyro_shortrun.objectives.annealed import LangevinBridge
+from pyro_shortrun.objectives.annealed import LangevinTransition
 from pyro_shortrun.objectives.reverse_kernels import Mirror
-from pyro_shortrun.runs import Gradients, run
-from pyro_shortrun.runs.run import Runner
+from pyro_shortrun.runs import Gradients
 from pyro_shortrun.starts import Base, GaussianBase, PriorBase
 
 STEPS = 5
@@ -208,6 +208,6 @@ def test_a_gaussian_start_has_its_own_gradient_in_an_arrowhead():
 
     density = Call.of(model, (), {}).density
     u, loc, scale = torch.randn(1, 1, 3), torch.randn(1, 3), torch.rand(1, 3) + 0.5
-    step = LangevinBridge(Langevin(0.1), GaussianBase(loc, scale), Mirror())
+    step = LangevinTransition(Langevin(0.1), GaussianBase(loc, scale), Mirror())
     _, _, slope = step.evaluate(density, u.requires_grad_(), (loc, scale), create_graph=False)
     torch.testing.assert_close(slope * density.layout.drift_scale(u), (loc - u) / scale.square())

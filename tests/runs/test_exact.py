@@ -10,12 +10,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
+from runners import Runner, run
 from torch import Tensor, nn
 
 from pyro_shortrun import Init, Langevin, PathDensity, ShortRunGuide, StepSize
 from pyro_shortrun.objectives import Lanczos
-from pyro_shortrun.runs import Gradients, run
-from pyro_shortrun.runs.run import Runner
+from pyro_shortrun.runs import Gradients
 
 pytestmark = pytest.mark.filterwarnings("error")
 
