@@ -1,10 +1,10 @@
 """How far one ``svi.step`` walks through the package, and what it costs: calls, changes of module, CPU milliseconds.
 
-    python examples/benchmarks/walk.py [--steps 30] [--compiled]
+    python examples/benchmarks/walk.py [--compiled] [--output DIR]
 
-The walk is that of eight schools with K = 5, eager: the package's functions that are called, and how often the module
-changes from one such call to the next (a step into a function and back is two changes). Generated code (the methods of
-dataclasses and named tuples) and comprehensions are not counted. The cost is the CPU time per step, of the process, on
+The walk is that of eight schools with K = 5, eager: the package's functions that are called, and those of the calls that
+go straight from one module of the package into another. Generated code (the methods of dataclasses and named tuples) and
+comprehensions are not counted. The cost is the CPU time per step, of the process, on
 five models with K = 10, the least of several blocks; ratios to another version are those of two runs in turns.
 """
 
@@ -13,17 +13,20 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from record import Table, record
 
 import pyro_shortrun as short
 
 BLOCKS = 5
+PACKAGE = str(Path(short.__file__).parent)
 
 
 def eight_schools() -> tuple[Callable[..., Any], tuple[torch.Tensor, ...]]:
@@ -106,26 +109,15 @@ def step_of(model: str, objective: str, num_steps: int, compile: bool) -> Callab
 
 
 def walk(step: Callable[[], float]) -> tuple[int, int]:
-    """Calls of the package's functions in one step, and changes of module between them."""
-    calls, changes, stack, last = 0, 0, [], ""
-
-    def visit(module: str) -> None:
-        nonlocal changes, last
-        changes += module != last
-        last = module
+    """Calls of the package's functions in one step, and those from another of its modules."""
+    calls = changes = 0
 
     def notice(frame: Any, event: str, _: Any) -> None:
-        nonlocal calls
-        path = frame.f_code.co_filename
-        own = "pyro_shortrun" in path and not frame.f_code.co_name.startswith("<")
-        if event == "call" and own:
-            calls += 1
-            stack.append(path)
-            visit(path)
-        elif event == "return" and own and stack:
-            stack.pop()
-            if stack:
-                visit(stack[-1])
+        nonlocal calls, changes
+        if event != "call" or frame.f_code.co_name.startswith("<") or not _is_own(frame):
+            return
+        calls += 1
+        changes += _is_own(frame.f_back) and frame.f_back.f_code.co_filename != frame.f_code.co_filename
 
     sys.setprofile(notice)
     try:
@@ -133,6 +125,10 @@ def walk(step: Callable[[], float]) -> tuple[int, int]:
     finally:
         sys.setprofile(None)
     return calls, changes
+
+
+def _is_own(frame: Any) -> bool:
+    return frame is not None and frame.f_code.co_filename.startswith(PACKAGE)
 
 
 def milliseconds(step: Callable[[], float], steps: int) -> float:
@@ -146,20 +142,41 @@ def milliseconds(step: Callable[[], float], steps: int) -> float:
     return 1e3 * min(blocks)
 
 
+def walks() -> Table:
+    table = Table(
+        "One step, eight schools, K = 5, eager", {"objective": "14s", "calls": "6d", "changes of module": "17d"}
+    )
+    for objective in OBJECTIVES:
+        table.rows.append([objective, *walk(step_of("eight schools", objective, 5, compile=False))])
+    return table
+
+
+def costs(modes: Sequence[bool], steps: int) -> Table:
+    form = {"model": "34s", "": "9s", **{o: "12.2f" for o in OBJECTIVES}}
+    table = Table("CPU ms per step, K = 10", form)
+    for compile in modes:
+        for model in MODELS:
+            found = [milliseconds(step_of(model, o, 10, compile), steps) for o in OBJECTIVES]
+            table.rows.append([model, "compiled" if compile else "eager", *found])
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20, help="steps in a block")
     parser.add_argument("--compiled", action="store_true", help="compiled steps, too (minutes)")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--output", type=Path, help="folder for walk.txt and results.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for objective in OBJECTIVES:
-        calls, changes = walk(step_of("eight schools", objective, 5, compile=False))
-        print(f"walk, eight schools, K = 5, {objective}: {calls} calls, {changes} changes of module")
-    for compile in (False, True) if options.compiled else (False,):
-        for model in MODELS:
-            costs = [milliseconds(step_of(model, o, 10, compile), options.steps) for o in OBJECTIVES]
-            shown = ", ".join(f"{o} {cost:.2f}" for o, cost in zip(OBJECTIVES, costs, strict=True))
-            print(f"CPU ms per step, {model}, {'compiled' if compile else 'eager'}: {shown}", flush=True)
+    modes = (False, True) if options.compiled else (False,)
+    tables = [walks(), costs(modes, 1 if options.smoke else options.steps)]
+    text = "\n\n".join("\n".join([t.title, *t.lines()]) for t in tables)
+    print(text)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "walk.txt").write_text(text + "\n")
+    record(options.output, tables)
 
 
 if __name__ == "__main__":

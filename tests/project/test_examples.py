@@ -54,6 +54,7 @@ EXPECTED = {
     "scaling": ("SIMULATED", {"scaling.txt", "results.json"}),
     "soak": ("drift of frozen", {"soak.txt", "results.json", "soak.png"}),
     "speed": ("Peak memory", {"speed.txt", "results.json"}),
+    "walk": ("changes of module", {"walk.txt", "results.json"}),
     "tuning": ("s/best", {"tuning.txt", "results.json"}),
 }
 # Imported by an example.
