@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,17 +17,16 @@ from torch import Tensor
 from ..checks import check_count, check_kind
 from ..density.call import Call
 from ..density.handlers import init_uniform
-from ..density.layout import Layout
 from ..density.program import Reading
-from ..density.structure import Structure, check_latents, check_masks, check_proper
+from ..density.structure import Structure, check_latents, check_proper
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
 from ..dynamics.step_size import StepSize
 from ..objectives.objective import Objective
 from ..objectives.path import PathDensity
-from ..runs.pilot import back_off, pilot_chains, pilot_fails
+from ..runs.pilot import back_off
 from ..runs.record import RunInfo, ShortRun
-from ..runs.run import Gradients, run
+from ..runs.run import Gradients
 from ..starts.from_guide import FromGuide
 from ..starts.prior import Prior
 from ..starts.start import Start, StartDraw, check_start
@@ -36,9 +34,9 @@ from ..tensors import ordinary_autograd
 from .base import DensityGuide
 from .draws import WeightedDraws, weigh
 from .emit import emit, is_weighted_from_outside, outer_shape
+from .simulation import Simulation, Watch
 
 _LOGGER = logging.getLogger("pyro_shortrun")
-_NOISE_AT_ONCE = 2**24  # numbers
 
 
 class ShortRunGuide(DensityGuide):
@@ -79,6 +77,9 @@ class ShortRunGuide(DensityGuide):
     Nijkamp, Pang, Han, Zhou, Zhu, Wu: Learning Multi-layer Latent Variable Model via Variational Optimization of
     Short Run MCMC for Approximate Inference, ECCV 2020.
 
+    (It has more methods than most classes here: what a Pyro user calls, and what a
+    :class:`~pyro_shortrun.guides.DensityGuide` asks of its subclasses.)
+
     :param model: a Pyro model.
     :param num_steps: ``K >= 1``.
     :param step_size: ``eta``: a number (default 0.1), or a :class:`StepSize`. Recipes that write :math:`s^2/2` and
@@ -86,7 +87,7 @@ class ShortRunGuide(DensityGuide):
         of some pilot runs meet a step with ``eta * lambda_max(-H) >= 1`` (where log q would be wrong). If it had to
         be halved, the drift per step is clipped at ``max_drift=1`` as well, and a logged warning says so. A
         :class:`StepSize` is taken as it is.
-    :param dynamics: a :class:`~pyro_shortrun.dynamics.dynamics.Dynamics` instead of ``step_size``; default ``Langevin``.
+    :param dynamics: a :class:`~pyro_shortrun.Dynamics` instead of ``step_size``; default ``Langevin``.
     :param start: :class:`Prior` (default), :class:`Persistent`, :class:`Init` or any Pyro guide over the same sites
         (an ``AutoGuide``, an encoder), which is then trained too.
     :param objective: how log q is accounted: :class:`PathDensity` (default), :class:`GaussianReverse`,
@@ -97,7 +98,7 @@ class ShortRunGuide(DensityGuide):
         counts, also each of an ELBO's ``num_particles`` if they are not vectorised.
     :param full_gradient: see above.
     :param checkpoint: whether a tuned run keeps ``2 sqrt(K)`` states instead of K for its way back, and recomputes the
-        others; with :class:`PathDensity`.
+        others.
     :param compile: whether blocks of steps, forwards and back, are traced and compiled (some seconds per new shape), so
         that Pyro is not in the loop. A model that cannot be traced runs eagerly with a logged warning.
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
@@ -141,10 +142,8 @@ class ShortRunGuide(DensityGuide):
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
         self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
         self._calls = 0
-        self._warned = self._told = False
+        self._watch = Watch()
         self.register_buffer("_carried", torch.zeros(()), persistent=False)
-
-    # ---------------------------------------------------------------- what a user calls
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site, inside its plates.
@@ -185,9 +184,10 @@ class ShortRunGuide(DensityGuide):
         tune = self._tunes(training)
         carry = self.training and training and not tune and self._calls > 1 and self.objective.carries
         account = not (masked or carry) and self._start.has_density
-        gradients = self._gradients(tune, training)
+        full = self.full_gradient and training
+        gradients = Gradients.FULL if full else Gradients.GUIDE if tune else Gradients.NONE
         drawn, result = self._run(call, chains, account, gradients)
-        self._warn_once(result.info)
+        self._watch(result.info)
         if self.training and training:
             self._start.finish(call, result.end)
         increment = result.increment
@@ -241,15 +241,15 @@ class ShortRunGuide(DensityGuide):
             own = self.dynamics.step_size(call.density.layout, self.num_steps).detach()
             eta = factor * own[torch.arange(steps, device=own.device) * self.num_steps // steps]
             account = self.has_density
-            objective = self._informed(call, eta, Gradients.NONE) if account else self.objective
-            return call, *self._simulate(call, count, eta, objective, account, Gradients.NONE)
+            objective = self._simulation.informed(call, eta, training=False) if account else self.objective
+            return call, *self._simulation.run(call, count, eta, objective, account, Gradients.NONE)
 
     def _repeat(self, call: Call, count: int, account: bool) -> WeightedDraws:
         parts = []
         while count:
-            chains = min(count, self._at_once(call.density.layout))
+            chains = min(count, self._simulation.chains_at_once(call.density.layout))
             drawn, result = self._run(call, chains, account, Gradients.NONE)
-            self._warn_once(result.info)
+            self._watch(result.info)
             parts.append(weigh(call, drawn, result, account))
             count -= chains
         return WeightedDraws.join(parts)
@@ -283,8 +283,6 @@ class ShortRunGuide(DensityGuide):
             raise RuntimeError("the guide has no step sizes yet; call guide.setup(*args) with the model's arguments.")
         return self.dynamics.step_size.by_site(self._first.layout)
 
-    # ---------------------------------------------------------------- one call, from arguments to sites
-
     @property
     def _start(self) -> Start:
         if isinstance(self.start, Start):
@@ -292,6 +290,10 @@ class ShortRunGuide(DensityGuide):
         if not self._adapter:
             self._adapter = (FromGuide(self.start),)
         return self._adapter[0]
+
+    @property
+    def _simulation(self) -> Simulation:
+        return Simulation(self.num_steps, self.dynamics, self.objective, self._start, self.checkpoint)
 
     def _read(self, draw: Callable[..., Reading]) -> Reading:
         """One run of the model, its latents drawn from the prior where the start is that."""
@@ -321,16 +323,7 @@ class ShortRunGuide(DensityGuide):
         created = self.dynamics.step_size.setup(layout, self.num_steps, like)
         if created and self._backs_off and self.dynamics.step_size.is_at_init:  # a param store may know better
             pilot = replace(call, spare=[])  # the call's own draw is kept for its run
-            back_off(self.dynamics, lambda: self._pilot_fails(pilot))
-
-    @torch.no_grad()
-    def _pilot_fails(self, call: Call) -> bool:
-        """Whether runs meet steps with ``eta * lambda_max(-H) >= 1``, whatever the objective will be."""
-        layout = call.density.layout
-        with poutine.block():
-            start = self._draw_start(call, pilot_chains(layout), Gradients.NONE).state
-            step_size = self.dynamics.step_size(layout, self.num_steps)
-            return pilot_fails(call.density, self.dynamics, start, step_size)
+            back_off(self.dynamics, lambda: self._simulation.pilot_fails(pilot))
 
     def _tunes(self, training: bool) -> bool:
         """Whether this call differentiates in the guide's parameters; counts training calls."""
@@ -338,11 +331,6 @@ class ShortRunGuide(DensityGuide):
             return training and self._start.has_density
         self._calls += 1
         return self._start.has_density and (self._calls - 1) % self.tune_every == 0
-
-    def _gradients(self, tune: bool, training: bool) -> Gradients:
-        if self.full_gradient and training:
-            return Gradients.FULL
-        return Gradients.GUIDE if tune else Gradients.NONE
 
     def _run(
         self, call: Call, chains: int, account: bool, gradients: Gradients, keep_states: bool = False
@@ -352,98 +340,11 @@ class ShortRunGuide(DensityGuide):
         silent = poutine.block() if gradients is Gradients.NONE else nullcontext()
         with silent:
             step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
-            objective = self._informed(call, step_size, gradients) if account else self.objective
-            drawn, result = self._simulate(call, chains, step_size, objective, account, gradients, keep_states)
+            simulation, training = self._simulation, self.training and gradients is not Gradients.NONE
+            objective = simulation.informed(call, step_size, training) if account else self.objective
+            drawn, result = simulation.run(call, chains, step_size, objective, account, gradients, keep_states)
         self.info = result.info
         return drawn, result
-
-    def _informed(self, call: Call, step_size: Tensor, gradients: Gradients) -> Objective:
-        """The objective, with what it wants to know from pilots."""
-        if not self.objective.takes_masks:
-            check_masks(self.objective, call.reading)
-        layout = call.density.layout
-        pilots = self.objective.pilots(layout, step_size, self.training and gradients is not Gradients.NONE)
-        if pilots is None:
-            return self.objective
-        missing = -(-pilots.count // max(layout.rows, 1))
-        with torch.no_grad(), poutine.block():
-            while missing > 0:
-                chains = min(missing, self._at_once(layout))
-                self._simulate(replace(call, spare=[]), chains, step_size, pilots, True, Gradients.NONE)
-                missing -= chains
-        return pilots.objective()
-
-    def _at_once(self, layout: Layout) -> int:
-        """How many chains to run together."""
-        return max(1, _NOISE_AT_ONCE // max(self.num_steps * layout.rows * layout.size, 1))
-
-    def _simulate(
-        self,
-        call: Call,
-        chains: int,
-        step_size: Tensor,
-        objective: Objective,
-        account: bool,
-        gradients: Gradients,
-        keep_states: bool = False,
-    ) -> tuple[StartDraw, ShortRun]:
-        """``chains`` draws, each of as many runs as the objective wants."""
-        copies = objective.copies if account else 1
-        drawn = self._draw_start(replace(call, isolated=gradients is Gradients.GUIDE), chains * copies, gradients)
-        result = run(
-            call.density,
-            self.dynamics,
-            objective,
-            drawn,
-            step_size,
-            account=account,
-            gradients=gradients,
-            keep_states=keep_states,
-            checkpoint=self.checkpoint,
-        )
-        return (drawn, result) if copies == 1 else (drawn.every(copies), result.every(copies))
-
-    def _draw_start(self, call: Call, chains: int, gradients: Gradients) -> StartDraw:
-        learned = isinstance(self._start, FromGuide)
-        attached = gradients is Gradients.FULL or (learned and gradients is Gradients.GUIDE)
-        with torch.set_grad_enabled(attached):
-            drawn = self._start.draw(call, chains)
-        finite = drawn.log_density.isfinite() & drawn.log_q.isfinite()
-        if not finite.all():
-            chain = int((~finite).any(1).nonzero()[0])
-            raise ValueError(
-                "the model's log density is not finite at the start of the run, first at "
-                f"{call.density.offender(drawn.state[chain].detach())}: check the data for NaN, the observation's "
-                "support, and the priors, or pass another start, such as start=Init(init_to_median)."
-            )
-        if attached:
-            return drawn
-        return replace(
-            drawn,
-            state=drawn.state.detach(),
-            log_q=drawn.log_q.detach(),
-            log_density=drawn.log_density.detach(),
-        )
-
-    def _warn_once(self, info: RunInfo) -> None:
-        if not self._told and info.singular.float().mean() > 0.25:
-            self._told = True
-            _LOGGER.warning(
-                "%d of %d rows took a step with eta * curvature >= 1: their log q, and the loss, is not reliable "
-                "(guide.info.noninvertible; told once). Use a smaller step size.",
-                info.noninvertible,
-                info.singular.numel(),
-            )
-        if not self._warned and info.frozen.any():
-            self._warned = True
-            warnings.warn(
-                f"{info.nonfinite} of {info.frozen.numel()} rows met a non-finite density or gradient and stay at "
-                "their last finite state (counted in guide.info.nonfinite; this warning is shown once). Try a smaller "
-                "step_size, or start=Init(init_to_median).",
-                stacklevel=3,
-            )
-
-    # ---------------------------------------------------------------- state
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "info": None, "_adapter": ()}

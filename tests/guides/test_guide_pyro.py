@@ -1427,7 +1427,7 @@ def test_draws_have_the_law_of_the_run():
 
 
 def test_many_draws_are_split_into_chunks(monkeypatch):
-    from pyro_shortrun.guides import short_run as module
+    from pyro_shortrun.guides import simulation as module
 
     monkeypatch.setattr(module, "_NOISE_AT_ONCE", 12)
     guide = ShortRunGuide(local, num_steps=1, step_size=StepSize(0.02))

@@ -1,0 +1,144 @@
+"""Simulations of a guide: starts drawn, moved by its dynamics, weighed by its objective."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass, replace
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ..density.call import Call
+from ..density.layout import Layout
+from ..density.structure import check_masks
+from ..dynamics.dynamics import Dynamics
+from ..objectives.objective import Objective
+from ..runs.pilot import pilot_chains, pilot_fails
+from ..runs.record import RunInfo, ShortRun
+from ..runs.run import Gradients, run
+from ..starts.from_guide import FromGuide
+from ..starts.start import Start, StartDraw
+
+_LOGGER = logging.getLogger("pyro_shortrun")
+_NOISE_AT_ONCE = 2**24  # numbers
+_MUCH = 0.25  # share of rows
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """How runs go.
+
+    :param checkpoint: whether tuned runs keep few of their states.
+    """
+
+    num_steps: int
+    dynamics: Dynamics
+    objective: Objective
+    start: Start
+    checkpoint: bool = False
+
+    def chains_at_once(self, layout: Layout) -> int:
+        """How many chains to run together."""
+        return max(1, _NOISE_AT_ONCE // max(self.num_steps * layout.rows * layout.size, 1))
+
+    def informed(self, call: Call, step_size: Tensor, training: bool) -> Objective:
+        """The objective, with what it wants to know from pilots."""
+        if not self.objective.takes_masks:
+            check_masks(self.objective, call.reading)
+        layout = call.density.layout
+        pilots = self.objective.pilots(layout, step_size, training)
+        if pilots is None:
+            return self.objective
+        missing = -(-pilots.count // max(layout.rows, 1))
+        with torch.no_grad(), poutine.block():
+            while missing > 0:
+                chains = min(missing, self.chains_at_once(layout))
+                self.run(replace(call, spare=[]), chains, step_size, pilots, True, Gradients.NONE)
+                missing -= chains
+        return pilots.objective()
+
+    def run(
+        self,
+        call: Call,
+        chains: int,
+        step_size: Tensor,
+        objective: Objective,
+        account: bool,
+        gradients: Gradients,
+        keep_states: bool = False,
+    ) -> tuple[StartDraw, ShortRun]:
+        """``chains`` draws, each of as many runs as the objective wants."""
+        copies = objective.copies if account else 1
+        drawn = self.draw_start(replace(call, isolated=gradients is Gradients.GUIDE), chains * copies, gradients)
+        result = run(
+            call.density,
+            self.dynamics,
+            objective,
+            drawn,
+            step_size,
+            account=account,
+            gradients=gradients,
+            keep_states=keep_states,
+            checkpoint=self.checkpoint,
+        )
+        return (drawn, result) if copies == 1 else (drawn.every(copies), result.every(copies))
+
+    def draw_start(self, call: Call, chains: int, gradients: Gradients) -> StartDraw:
+        """Where runs begin; with a graph where the start is trained."""
+        learned = isinstance(self.start, FromGuide)
+        attached = gradients is Gradients.FULL or (learned and gradients is Gradients.GUIDE)
+        with torch.set_grad_enabled(attached):
+            drawn = self.start.draw(call, chains)
+        finite = drawn.log_density.isfinite() & drawn.log_q.isfinite()
+        if not finite.all():
+            chain = int((~finite).any(1).nonzero()[0])
+            raise ValueError(
+                "the model's log density is not finite at the start of the run, first at "
+                f"{call.density.offender(drawn.state[chain].detach())}: check the data for NaN, the observation's "
+                "support, and the priors, or pass another start, such as start=Init(init_to_median)."
+            )
+        if attached:
+            return drawn
+        return replace(
+            drawn,
+            state=drawn.state.detach(),
+            log_q=drawn.log_q.detach(),
+            log_density=drawn.log_density.detach(),
+        )
+
+    @torch.no_grad()
+    def pilot_fails(self, call: Call) -> bool:
+        """Whether runs meet steps with ``eta * lambda_max(-H) >= 1``, whatever the objective will be."""
+        layout = call.density.layout
+        with poutine.block():
+            start = self.draw_start(call, pilot_chains(layout), Gradients.NONE).state
+            step_size = self.dynamics.step_size(layout, self.num_steps)
+            return pilot_fails(call.density, self.dynamics, start, step_size)
+
+
+class Watch:
+    """Tells once what is wrong with runs."""
+
+    def __init__(self) -> None:
+        self._froze = self._folded = False
+
+    def __call__(self, info: RunInfo) -> None:
+        """Told of every run."""
+        if not self._folded and info.singular.float().mean() > _MUCH:
+            self._folded = True
+            _LOGGER.warning(
+                "%d of %d rows took a step with eta * curvature >= 1: their log q, and the loss, is not reliable "
+                "(guide.info.noninvertible; told once). Use a smaller step size.",
+                info.noninvertible,
+                info.singular.numel(),
+            )
+        if not self._froze and info.frozen.any():
+            self._froze = True
+            warnings.warn(
+                f"{info.nonfinite} of {info.frozen.numel()} rows met a non-finite density or gradient and stay at "
+                "their last finite state (counted in guide.info.nonfinite; this warning is shown once). Try a smaller "
+                "step_size, or start=Init(init_to_median).",
+                stacklevel=4,
+            )
