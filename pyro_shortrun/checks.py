@@ -44,22 +44,34 @@ def check_model(model: Any) -> None:
         raise ValueError(f"model is a guide, {type(model).__name__}: the model comes first, (model, guide, *args).")
 
 
-@contextmanager
-def arguments_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+def explain(
+    reason: Exception, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], trace: Any
+) -> None:
+    """Raise what says more than what was raised in a run of the model, if more can be said.
+
+    :param trace: of the run, as far as it went.
+    """
+    if isinstance(reason, TypeError):
+        _explain_arguments(reason, model, args, kwargs)
+    elif isinstance(reason, ZeroDivisionError) and "size cannot be zero" in str(reason):
+        raise ValueError("a plate of the model has size 0: leave empty batches out.") from reason
+    elif isinstance(reason, RuntimeError):
+        _explain_kinds(reason, lambda: {**of_arguments(args, kwargs), **of_trace(trace)})
+
+
+def _explain_arguments(
+    reason: TypeError, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
     """Where the model cannot take its arguments, say whose they are; its own TypeErrors pass as they are."""
     try:
-        yield
-    except TypeError as reason:
-        try:
-            inspect.signature(model).bind(*args, **kwargs)
-        except TypeError:
-            raise TypeError(
-                f"{reason}. The model's own arguments come with every call: svi.step(*args), guide(*args), "
-                "guide.sample_posterior(*args, num_samples=...), to_arviz(guide, *args), mcmc.run(*args)."
-            ) from reason
-        except ValueError:  # a callable without a signature
-            pass
-        raise
+        inspect.signature(model).bind(*args, **kwargs)
+    except TypeError:
+        raise TypeError(
+            f"{reason}. The model's own arguments come with every call: svi.step(*args), guide(*args), "
+            "guide.sample_posterior(*args, num_samples=...), to_arviz(guide, *args), mcmc.run(*args)."
+        ) from reason
+    except ValueError:  # a callable without a signature
+        pass
 
 
 # What torch says of two devices (and of tensors without data, as modules built for loading have them), and of dtypes.
@@ -81,18 +93,23 @@ def one_kind(named: Callable[[], Mapping[str, Tensor]]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as reason:
-        kind = next((k for k, saying in _SAYINGS.items() if saying.search(str(reason))), None)
-        if kind is None:
-            raise
-        casts = "can't be cast" in str(reason)  # whole numbers where the density wants others
-        real = [(k, t) for k, t in named().items() if kind == "device" or t.is_floating_point() or casts]
-        places = {str(getattr(t, kind)): name for name, t in reversed(real)}
-        found = ", ".join(f"{name} is {place}" for place, name in sorted(places.items()))
-        cause = str(reason).splitlines()[0].rstrip(".!")
-        raise ValueError(
-            f"tensors of several {kind}s: {found} ({cause}). Let all data, modules and constants have one: "
-            f"x.to({kind}), module.to({kind})."
-        ) from reason
+        _explain_kinds(reason, named)
+        raise
+
+
+def _explain_kinds(reason: RuntimeError, named: Callable[[], Mapping[str, Tensor]]) -> None:
+    kind = next((k for k, saying in _SAYINGS.items() if saying.search(str(reason))), None)
+    if kind is None:
+        return
+    casts = "can't be cast" in str(reason)  # whole numbers where the density wants others
+    real = [(k, t) for k, t in named().items() if kind == "device" or t.is_floating_point() or casts]
+    places = {str(getattr(t, kind)): name for name, t in reversed(real)}
+    found = ", ".join(f"{name} is {place}" for place, name in sorted(places.items()))
+    cause = str(reason).splitlines()[0].rstrip(".!")
+    raise ValueError(
+        f"tensors of several {kind}s: {found} ({cause}). Let all data, modules and constants have one: "
+        f"x.to({kind}), module.to({kind})."
+    ) from reason
 
 
 def of_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from ..density.call import Call
 from ..density.layout import Layout
 from ..density.program import Reading
 from ..density.structure import Structure
-from ..density.transforms import is_identity
+from ..density.trust import offender
 from ..guides.base import DensityGuide
 from ..guides.emit import emit, outer_shape
 from ..tensors import ordinary_autograd
@@ -160,7 +160,7 @@ class LangevinEncoderGuide(DensityGuide):
             if stores:
                 self.chain.store(run)
             u = features @ run.point.phi.mT
-            values, jacobian = self._sites(call, u)
+            values, jacobian = call.constrain(u, isolated=True)
             return emit(call, self.plates, self._pyro_name, outer, values, u, -jacobian)
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ class LangevinEncoderGuide(DensityGuide):
         """
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
-            values, _ = self._sites(call, self._features(call, False) @ self.chain.starts(1).mT)
+            values, _ = call.constrain(self._features(call, False) @ self.chain.starts(1).mT, isolated=True)
         return {k: v[0].detach() for k, v in values.items()}
 
     def sample_posterior(
@@ -208,7 +208,7 @@ class LangevinEncoderGuide(DensityGuide):
         with torch.no_grad(), ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
             states, density = self._states(call, num_samples, num_chains, warmup_steps, thinning)
-            parts = [self._sites(call, part)[0] for part in states.flatten(0, 1).split(_DRAWS_AT_ONCE)]
+            parts = [call.constrain(part, isolated=True)[0] for part in states.flatten(0, 1).split(_DRAWS_AT_ONCE)]
         joined = {k: torch.cat([p[k].detach() for p in parts]) for k in parts[0]}
         return call, {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in joined.items()}, density
 
@@ -261,7 +261,7 @@ class LangevinEncoderGuide(DensityGuide):
             for done in range(0, num_samples, _DRAWS_AT_ONCE):
                 u = normal.sample(torch.Size([min(_DRAWS_AT_ONCE, num_samples - done)]))
                 with torch.no_grad():
-                    joint = call.density.eager(u) / _weight(call.density.layout)
+                    joint = call.model(u) / _weight(call.density.layout)
                 total = total + (joint - normal.log_prob(u).sum(-1)).sum(0)
         return total / num_samples
 
@@ -346,15 +346,15 @@ class LangevinEncoderGuide(DensityGuide):
         with torch.no_grad():
             u = target.features @ phi.mT
             if self._compiler is not None:
-                density.expect(u, density.eager(u))
+                density.expect(u, call.model(u))
             point = target.at(phi)
         finite = point.value.isfinite().all(-1) & point.pull.isfinite().flatten(1).all(-1)
         if not finite.all():
             bad = int((~finite).nonzero()[0])
             raise ValueError(
                 "the model's log density, or its gradient, is not finite at the encoding of the data, first at "
-                f"{density.offender(u[bad])}: check the data for NaN and the observation's support, or use a smaller "
-                "init_scale or step_size."
+                f"{offender(call.model, u[bad])}: check the data for NaN and the observation's support, or use a "
+                "smaller init_scale or step_size."
             )
         return point
 
@@ -371,12 +371,6 @@ class LangevinEncoderGuide(DensityGuide):
         self.info = run.info
         states = torch.stack([features @ phi.mT for phi, _ in run.kept], 1)
         return states, torch.stack([value for _, value in run.kept], 1)
-
-    def _sites(self, call: Call, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Site values at states ``(chains, rows, size)`` and ``log |dz/du|``; gradients reach ``u`` alone."""
-        if all(map(is_identity, call.reading.transforms.values())):  # no need to run the model
-            return call.density.layout.unpack(u), u.new_zeros(u.shape[:2])
-        return self._constrain(call, u, isolated=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "info": None}

@@ -1,6 +1,7 @@
 """Densities and blocks of steps as compiled graphs, so that Pyro is not in the loop."""
 
-from .executor import CompiledDensity, Compiler
+from .compiler import Compiler
+from .executor import CompiledDensity, density_of
 from .inductor import Backend, Inductor, Untouched
 
 __all__ = [
@@ -9,4 +10,5 @@ __all__ = [
     "Compiler",
     "Inductor",
     "Untouched",
+    "density_of",
 ]

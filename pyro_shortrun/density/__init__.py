@@ -1,13 +1,16 @@
 """A Pyro program as an unconstrained log density over rows."""
 
-from .call import Call
-from .interface import Density
-from .layout import LatentSite, Layout, Plate
+from .call import Binder, Call
+from .interface import Block, Density
+from .layout import Layout
 from .model import LogDensity
 from .potential import PotentialDensity
 from .program import Program
+from .shapes import LatentSite, Plate
 
 __all__ = [
+    "Binder",
+    "Block",
     "Call",
     "Density",
     "LatentSite",

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..tensors import isolate
+from .interface import Density
+from .layout import Layout
 from .model import LogDensity
 from .program import Binding, Program, Reading
-from .structure import read_structure
+from .structure import Structure, read_structure
 from .vectorize import map_chains
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the guide: the bound density and the forward run from which its shapes were read."""
+    """One call of a guide or kernel.
 
-    program: Program
-    bind: Binding
-    reading: Reading
-    density: LogDensity
+    ``model`` is the bound model, which is run wherever sites are read; ``density`` is what runs evaluate: the same, or
+    what gives the same values in another way (compiled graphs).
+    """
+
+    model: LogDensity
+    density: Density
+    reading: Reading  # the forward run from which shapes were read
     spare: list[Reading] = field(default_factory=list)  # fresh draws from the prior, to be used once
     isolated: bool = False  # whether the model's parameters must not be reached by gradients
 
@@ -37,22 +43,48 @@ class Call:
         """Bind ``model(*args, **kwargs)``, its structure read from one draw of the prior (or of ``init``)."""
         program = Program(model)
         reading = program.draw(args, kwargs, init=init)
-        program.check(reading)
-        bind = Binding(args, kwargs, reading.indices, {}, program.enum_dim(reading))
-        density = LogDensity(program, read_structure(program, reading, bind), bind)
-        return cls(program, bind, reading, density)
+        return replace(Binder(program)(reading, args, kwargs), spare=[])
+
+    @property
+    def program(self) -> Program:
+        """The model as a program."""
+        return self.model.program
+
+    @property
+    def bind(self) -> Binding:
+        """What the call fixes."""
+        return self.model.bind
 
     def jointly(self) -> Call:
         """The same call with all latents in one row."""
-        return replace(self, density=self.density.jointly(), spare=[])
+        layout = Layout(self.model.layout.sites, ())
+        model = replace(self.model, structure=replace(self.model.structure, layout=layout, vectorizes={}))
+        return replace(self, model=model, density=model, spare=[])
+
+    def constrain(
+        self, u: Tensor, isolated: bool, known: tuple[Tensor, ...] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Site values at ``u`` and ``log |dz/du|``, with gradients to ``u`` only if ``isolated``.
+
+        :param known: log-Jacobian and values without gradients, if they are known.
+        """
+        if self.model.structure.is_real:
+            return self.model.constrain(u)
+
+        def flat(state: Tensor) -> tuple[Tensor, ...]:
+            values, jacobian = self.model.constrain(state)
+            return jacobian, *values.values()
+
+        jacobian, *values = isolate(flat, [u], isolated, known)
+        return dict(zip(self.model.structure.latents, values, strict=True)), jacobian
 
     def replicate(self, draw: Callable[[], Any], chains: int, key: str) -> Any:
         """``draw()`` repeated independently along a new leading axis."""
-        return map_chains(lambda _: draw(), (torch.arange(chains),), self.density.structure.vectorizes, key, draws=True)
+        return map_chains(lambda _: draw(), (torch.arange(chains),), self.model.structure.vectorizes, key, draws=True)
 
     def prior(self, chains: int) -> Tensor:
         """Draws from the prior, ``(chains, rows, size)``."""
-        layout = self.density.layout
+        layout = self.model.layout
         ready = [layout.pack(self.spare.pop().unconstrained).unsqueeze(0) for _ in self.spare[:chains]]
         if len(ready) < chains:
             ready.append(self.replicate(self.redraw, chains - len(ready), "prior"))
@@ -62,4 +94,34 @@ class Call:
         """One more draw from the prior, ``(rows, size)``."""
         bind = self.bind
         again = self.program.draw(bind.args, bind.kwargs, bind.indices, bind.given)
-        return self.density.layout.pack(again.unconstrained)
+        return self.model.layout.pack(again.unconstrained)
+
+
+class Binder:
+    """Binds calls of one model; what the same sites, shapes and plates have in common is found out once."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._structures: dict[tuple[Any, ...], Structure] = {}
+
+    def __call__(
+        self,
+        reading: Reading,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: Mapping[str, Tensor] | None = None,
+        admit: Callable[[Structure], None] = lambda structure: None,
+    ) -> Call:
+        """The call whose first run is ``reading``.
+
+        :param given: values that sites are held at.
+        :param admit: refuses structures that the caller cannot take.
+        """
+        self.program.check(reading)
+        bind, signature = self.program.bind(args, kwargs, reading, given or {}), reading.signature
+        if signature not in self._structures:
+            structure = read_structure(self.program, reading, bind)
+            admit(structure)
+            self._structures[signature] = structure
+        model = LogDensity(self.program, self._structures[signature], bind)
+        return Call(model, model, reading, spare=[reading])

@@ -13,8 +13,8 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from torch import Tensor
 
-from .layout import Plate
 from .log_einsum import VectorizableLogRing
+from .shapes import Plate
 from .sites import Site, plates_of
 
 

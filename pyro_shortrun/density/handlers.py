@@ -74,23 +74,23 @@ class Reader(Messenger):
             return
         elif name in self.given:
             msg["value"], msg["is_observed"] = self.given[name], True
+        elif self.free is not None and name in self.free:
+            transform = self._transform(msg)
+            self.unconstrained[name] = self.free[name]
+            msg["value"] = transform(self.free[name])  # not "done": EnumMessenger must still see the site
         elif is_discrete(msg):
             if self._is_hidden(msg):
                 msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
         elif self.free is not None:
-            if name not in self.free:
-                raise ValueError(
-                    f"latent site '{name}' appeared in the middle of a run: the model's latent sites must not "
-                    "depend on the values of other sites."
-                )
-            transform = self._transform(msg)
-            self.unconstrained[name] = self.free[name]
-            msg["value"] = transform(self.free[name])  # not "done": EnumMessenger must still see the site
+            raise ValueError(
+                f"latent site '{name}' appeared in the middle of a run: the model's latent sites must not "
+                "depend on the values of other sites."
+            )
         elif self.bound is not None and name in self.bound:
             msg["value"] = self.bound[name]
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        if is_latent(msg) and not self._is_hidden(msg) and msg["name"] not in self.unconstrained:
+        if self.free is None and is_latent(msg) and not self._is_hidden(msg):
             value = msg["value"]
             with helpful_support_errors(msg):
                 self.unconstrained[msg["name"]] = self._transform(msg).inv(value)
@@ -127,37 +127,11 @@ def own_dims() -> Iterator[None]:
         vars(_ENUM_ALLOCATOR).update(enumeration)
 
 
-@contextmanager
-def no_empty_plates() -> Iterator[None]:
-    """Pyro's plate says no more than that something is zero."""
-    try:
-        yield
-    except ZeroDivisionError as reason:
-        if "size cannot be zero" in str(reason):
-            raise ValueError("a plate of the model has size 0: leave empty batches out.") from reason
-        raise
-
-
 DRAWN = "_pyro_shortrun_drawn"
 
 
 class Hold(Messenger):
-    """Puts in values of latents and of subsamples; discrete latents without one are to be enumerated."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["name"] in self.values:
-            msg["value"] = self.values[msg["name"]]
-            msg["is_observed"] = not site_is_subsample(msg)
-        elif not msg["is_observed"] and is_discrete(msg):
-            msg["infer"] = {**msg["infer"], "enumerate": "parallel", DRAWN: True}
-
-
-class Replicate(Messenger):
-    """Puts in values, of latents and of subsamples, and draws data anew, in the shape that they were observed in."""
+    """Holds sites, of whatever kind, at values."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -166,7 +140,25 @@ class Replicate(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] in self.values:
             msg["value"], msg["done"] = self.values[msg["name"]], True
-        elif is_data(msg):
+
+
+class DrawDiscrete(Hold):
+    """Besides, has discrete latents enumerated that are not held; the others are observed."""
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]  # not "done": EnumMessenger must still see the site
+            msg["is_observed"] = not site_is_subsample(msg)
+        elif not msg["is_observed"] and is_discrete(msg):
+            msg["infer"] = {**msg["infer"], "enumerate": "parallel", DRAWN: True}
+
+
+class Replicate(Hold):
+    """Besides, draws data anew, in the shape that they were observed in."""
+
+    def _pyro_sample(self, msg: Site) -> None:
+        super()._pyro_sample(msg)
+        if msg["name"] not in self.values and is_data(msg):
             batch = msg["fn"].batch_shape
             seen = torch.as_tensor(msg["value"]).shape
             wanted = torch.broadcast_shapes(batch, seen[: len(seen) - msg["fn"].event_dim])

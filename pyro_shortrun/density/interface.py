@@ -1,4 +1,4 @@
-"""The interface of a log density over states, and a plain ``potential_fn`` behind it."""
+"""The interface of a log density over states."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .layout import Layout
 from .structure import Structure
+from .vectorize import require_vmap
 
 
 class Block(Protocol):
@@ -41,16 +42,25 @@ class Density(ABC):
     def __call__(self, u: Tensor) -> Tensor:
         """``log pi(u)``, ``(chains, rows)``."""
 
-    @abstractmethod
     def require_vectorization(self, u: Tensor) -> None:
         """Refuse a model whose chains cannot be a batch dimension, naming the operation.
 
         :raises NotImplementedError: see :func:`~pyro_shortrun.density.vectorize.require_vmap`.
         """
+        require_vmap(lambda one: self(one.unsqueeze(0)).squeeze(0), (u,))
 
     def with_start(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """``log pi(u)`` and the log density of the prior, both ``(chains, rows)``."""
         raise NotImplementedError(f"{type(self).__name__} has no prior.")
+
+    def differentiable(self, u: Tensor, parameters: bool) -> Tensor:
+        """``log pi(u)``, differentiable in ``u`` and, if asked for, the model's parameters, which show to handlers.
+
+        :raises NotImplementedError: where a site's support depends on parameters: their gradient would not be that at
+            fixed site values.
+        """
+        with torch.set_grad_enabled(parameters or u.requires_grad):
+            return self(u)
 
     def land(self, u: Tensor) -> tuple[Tensor, ...]:
         """``log pi(u)``, and whatever else the end of a run is asked for."""

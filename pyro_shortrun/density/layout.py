@@ -8,53 +8,20 @@ independent of all other rows given the model's parameters, so that the Jacobian
 * local latents in a plate and shared latents outside it: a single row whose coordinates are ordered
   ``shared, local[0], local[1], ...`` and whose Hessian is an arrowhead (:class:`Arrow`).
 
-Only tensors and shapes occur here; models and traces are read in :mod:`pyro_shortrun.density.model`.
+Only tensors and shapes occur here; models and traces are read in :mod:`pyro_shortrun.density.structure`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Plate:
-    """A vectorised plate around a site: ``dim`` counts from the right of the batch shape."""
-
-    name: str
-    dim: int
-    size: int
-    full_size: int
-
-    @property
-    def scale(self) -> float:
-        """``full_size / size``, by which a subsampled plate multiplies log-probabilities."""
-        return self.full_size / self.size if self.size else 1.0
-
-
-@dataclass(frozen=True)
-class LatentSite:
-    """Name and shape of one latent site in unconstrained space."""
-
-    name: str
-    batch_shape: torch.Size
-    event_shape: torch.Size
-    plates: tuple[Plate, ...]
-
-    @property
-    def scale(self) -> float:
-        """Product of ``full_size / size`` over the site's own plates."""
-        return math.prod(plate.scale for plate in self.plates)
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the unconstrained value, batch dimensions first."""
-        return self.batch_shape + self.event_shape
+from .shapes import LatentSite, Plate
 
 
 @dataclass(frozen=True)
@@ -65,6 +32,39 @@ class Arrow:
     count: int
     local: int
     weight: float  # full_size / size of the local plate: the local parts of log q count this often
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """How one site's values lie in rows: axes of the row plates first, in ``order``, the others after them."""
+
+    order: tuple[int, ...]
+    sizes: tuple[int, ...]
+    rows: int
+    numel: int  # in a row
+
+    @classmethod
+    def of(cls, site: LatentSite, rows: tuple[Plate, ...]) -> _Packing:
+        axes = [len(site.batch_shape) + plate.dim for plate in rows]
+        order = (*axes, *(i for i in range(len(site.shape)) if i not in axes))
+        sizes = tuple(site.shape[i] for i in order)
+        return cls(order, sizes, math.prod(plate.size for plate in rows), math.prod(sizes[len(axes) :]))
+
+    @cached_property
+    def _inverse(self) -> tuple[int, ...]:
+        return tuple(self.order.index(i) for i in range(len(self.order)))
+
+    def to_rows(self, value: Tensor) -> Tensor:
+        """``(*lead, *batch, *event)`` to ``(*lead, rows, numel)``."""
+        lead = value.dim() - len(self.order)
+        value = value.permute([*range(lead), *[lead + i for i in self.order]])
+        return value.reshape((*value.shape[:lead], self.rows, self.numel))
+
+    def from_rows(self, value: Tensor) -> Tensor:
+        """The reverse of :meth:`to_rows`."""
+        lead = value.dim() - 2
+        value = value.reshape((*value.shape[:lead], *self.sizes))
+        return value.permute([*range(lead), *[lead + i for i in self._inverse]])
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,19 @@ class Layout:
     row_plates: tuple[Plate, ...]
 
     @cached_property
-    def is_arrow(self) -> bool:
-        """Whether local latents in a plate and shared ones outside it make one arrowhead row."""
-        return bool(self.row_plates) and bool(self._split[0])
+    def split(self) -> tuple[tuple[LatentSite, ...], tuple[LatentSite, ...]]:
+        """Shared sites, and local ones, which lie in the row plates (all of them where there are none)."""
+        local = tuple(s for s in self.sites if s.is_in(self.row_plates))
+        return tuple(s for s in self.sites if not s.is_in(self.row_plates)), local
 
     @cached_property
-    def _split(self) -> tuple[tuple[LatentSite, ...], tuple[LatentSite, ...]]:
-        """Shared and local sites."""
-        names = {plate.name for plate in self.row_plates}
-        shared = tuple(s for s in self.sites if not names <= {p.name for p in s.plates})
-        local = tuple(s for s in self.sites if names <= {p.name for p in s.plates})
-        return (shared, local) if names else ((), self.sites)
+    def _local(self) -> list[tuple[str, _Packing]]:
+        return [(s.name, _Packing.of(s, self.row_plates)) for s in self.split[1]]
+
+    @cached_property
+    def is_arrow(self) -> bool:
+        """Whether local latents in a plate and shared ones outside it make one arrowhead row."""
+        return bool(self.split[0])
 
     @cached_property
     def row_shape(self) -> torch.Size:
@@ -106,12 +108,10 @@ class Layout:
         """The arrowhead structure of the single row, or None."""
         if not self.is_arrow:
             return None
-        shared, local = self._split
-        count = self.row_shape.numel()
         return Arrow(
-            shared=sum(s.shape.numel() for s in shared),
-            count=count,
-            local=sum(self._numel(s) for s in local),
+            shared=sum(s.shape.numel() for s in self.split[0]),
+            count=self.row_shape.numel(),
+            local=sum(packing.numel for _, packing in self._local),
             weight=math.prod(plate.scale for plate in self.row_plates),
         )
 
@@ -120,105 +120,44 @@ class Layout:
         """Number of coordinates in a row."""
         if self.arrow is not None:
             return self.arrow.shared + self.arrow.count * self.arrow.local
-        return sum(self._numel(s) for s in self.sites)
-
-    @cached_property
-    def unscalable(self) -> str | None:
-        """Name of a latent whose subsampling scale no row or arrowhead can carry, or None."""
-        rows = math.prod(plate.scale for plate in self.row_plates)
-        shared, local = self._split
-        wrong = [s.name for s in local if not math.isclose(s.scale, rows)]
-        wrong += [s.name for s in shared if not math.isclose(s.scale, 1.0)]
-        return wrong[0] if wrong else None
-
-    def _row_axes(self, site: LatentSite) -> list[int]:
-        return [len(site.batch_shape) + plate.dim for plate in self.row_plates]
-
-    def _numel(self, site: LatentSite) -> int:
-        """Number of the site's coordinates in one row (or one local block)."""
-        axes = self._row_axes(site)
-        return math.prod(n for i, n in enumerate(site.shape) if i not in axes)
-
-    @cached_property
-    def row_sizes(self) -> dict[str, int]:
-        """Number of coordinates of each site in a row (or local block)."""
-        shared, local = self._split
-        sizes = {s.name: s.shape.numel() for s in shared}
-        return sizes | {s.name: self._numel(s) for s in local}
-
-    def _to_rows(self, site: LatentSite, value: Tensor) -> Tensor:
-        """``(*lead, *batch, *event)`` to ``(*lead, rows, numel per row)``."""
-        lead = value.dim() - len(site.shape)
-        axes = self._row_axes(site)
-        rest = [i for i in range(len(site.shape)) if i not in axes]
-        order = [*range(lead), *(lead + i for i in axes), *(lead + i for i in rest)]
-        return value.permute(order).reshape(*value.shape[:lead], self.row_shape.numel(), self._numel(site))
-
-    def _from_rows(self, site: LatentSite, value: Tensor) -> Tensor:
-        lead = value.dim() - 2
-        axes = self._row_axes(site)
-        rest = [i for i in range(len(site.shape)) if i not in axes]
-        sizes = [*self.row_shape, *(site.shape[i] for i in rest)]
-        inverse = torch.tensor([*axes, *rest]).argsort().tolist() if sizes else []
-        value = value.reshape((*value.shape[:lead], *sizes))
-        return value.permute((*range(lead), *(lead + i for i in inverse)))
+        return sum(packing.numel for _, packing in self._local)
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Unconstrained site values ``(*lead, *batch, *event)`` to ``(*lead, rows, size)``."""
-        shared, local = self._split
-        rows = torch.cat([self._to_rows(s, values[s.name]) for s in local], -1)
+        rows = torch.cat([packing.to_rows(values[name]) for name, packing in self._local], -1)
         if not self.is_arrow:
             return rows
         lead = rows.shape[:-2]
-        parts = [values[s.name].reshape(*lead, -1) for s in shared]
+        parts = [values[s.name].reshape(*lead, -1) for s in self.split[0]]
         return torch.cat([*parts, rows.reshape(*lead, -1)], -1).unsqueeze(-2)
 
     def unpack(self, u: Tensor) -> dict[str, Tensor]:
         """``(*lead, rows, size)`` to unconstrained site values ``(*lead, *batch, *event)``."""
-        shared, local = self._split
         values: dict[str, Tensor] = {}
-        if self.is_arrow:
-            assert self.arrow is not None
+        if self.arrow is not None:
             u = u.squeeze(-2)
             lead, start = u.shape[:-1], 0
-            for s in shared:
+            for s in self.split[0]:
                 stop = start + s.shape.numel()
                 values[s.name] = u[..., start:stop].reshape((*lead, *s.shape))
                 start = stop
             u = u[..., start:].reshape(*lead, self.arrow.count, self.arrow.local)
         start = 0
-        for s in local:
-            stop = start + self._numel(s)
-            values[s.name] = self._from_rows(s, u[..., start:stop])
-            start = stop
-        return {s.name: values[s.name] for s in self.sites}
+        for name, packing in self._local:
+            values[name] = packing.from_rows(u[..., start : start + packing.numel])
+            start += packing.numel
+        return {s.name: values[s.name] for s in self.sites} if self.is_arrow else values
 
-    def sum_to_rows(self, term: Tensor, plates: Iterable[Plate]) -> Tensor:
-        """Sum a batch of log-probabilities to ``(rows,)``.
-
-        A term outside the rows is a constant to them and is shared equally, so that rows add up to the total.
-        """
-        inside = {p.name for p in self.row_plates} <= {p.name for p in plates}
-        if self.is_arrow or not self.row_plates or not inside:
-            return (term.sum() / max(self.rows, 1)).expand(self.rows)
-        missing = -min(p.dim for p in self.row_plates) - term.dim()
-        term = term.reshape((1,) * max(missing, 0) + tuple(term.shape))
-        axes = [term.dim() + p.dim for p in self.row_plates]
-        rest = [i for i in range(term.dim()) if i not in axes]
-        term = term.permute(*axes, *rest)
-        term = term.expand(*self.row_shape, *term.shape[len(axes) :])
-        return term.reshape(self.rows, -1).sum(-1)
-
-    def constant(self, values: Mapping[str, float]) -> Tensor:
-        """A ``(size,)`` tensor (float64, CPU) that has ``values[site]`` at every coordinate of each site."""
-        full = {s.name: torch.full(s.shape, values[s.name], dtype=torch.float64) for s in self.sites}
-        return self.pack(full)[0]
+    @cached_property
+    def row_sizes(self) -> dict[str, int]:
+        """Number of coordinates of each site in a row (or local block)."""
+        return {s.name: s.shape.numel() for s in self.split[0]} | {name: p.numel for name, p in self._local}
 
     @cached_property
     def site_index(self) -> Tensor:
         """``(size,)`` index of the site to which each coordinate belongs."""
         numbers = {s.name: float(i) for i, s in enumerate(self.sites)}
-        return self.constant(numbers).round().long()
+        return constant(self, numbers).round().long()
 
     @cached_property
     def dim_index(self) -> Tensor:
@@ -233,6 +172,11 @@ class Layout:
         key = (like.dtype, like.device)
         cache = self.__dict__.setdefault("_drift_scale", {})
         if key not in cache:
-            values = self.constant({s.name: 1.0 / s.scale for s in self.sites})
+            values = constant(self, {s.name: 1.0 / s.scale for s in self.sites})
             cache[key] = values.to(dtype=like.dtype, device=like.device)
         return cache[key]
+
+
+def constant(layout: Layout, values: Mapping[str, float]) -> Tensor:
+    """A ``(size,)`` tensor (float64, CPU) that has ``values[site]`` at every coordinate of each site."""
+    return layout.pack({s.name: torch.full(s.shape, values[s.name], dtype=torch.float64) for s in layout.sites})[0]

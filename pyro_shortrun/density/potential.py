@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .interface import Density
-from .layout import LatentSite, Layout
+from .layout import Layout
+from .shapes import LatentSite
 from .structure import Structure
-from .vectorize import map_chains, require_vmap
+from .vectorize import map_chains
 
 
 class PotentialDensity(Density):
@@ -25,14 +26,11 @@ class PotentialDensity(Density):
         sites = tuple(LatentSite(k, torch.Size(), v.shape, ()) for k, v in like.items())
         first = next(iter(like.values()))
         self.layout = Layout(sites, ())
-        self.structure = Structure(self.layout, frozenset(), False, first.dtype, first.device)
+        self.structure = Structure(self.layout, frozenset(), False, True, first.dtype, first.device)
         self._potential_fn = potential_fn
 
     def __call__(self, u: Tensor) -> Tensor:
         return map_chains(self._one, (u,), self.structure.vectorizes)
-
-    def require_vectorization(self, u: Tensor) -> None:
-        require_vmap(self._one, (u,))
 
     def _one(self, u: Tensor) -> Tensor:
         return -self._potential_fn(self.layout.unpack(u)).reshape(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -20,19 +21,19 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform
 
-from ..checks import arguments_of, check_model, of_arguments, of_trace, one_kind
+from ..checks import check_model, explain
 from .handlers import (
     DRAWN,
+    DrawDiscrete,
     Enumerate,
-    Hold,
     Reader,
     Replicate,
     continuous_init,
     look_through_blocks,
-    no_empty_plates,
     own_dims,
 )
 from .sites import Site, is_discrete, plates_of
+from .transforms import is_identity
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Reading:
     def latents(self) -> list[Site]:
         """Trace nodes of the continuous latents, in the order of the model."""
         return [self.trace.nodes[name] for name in self.unconstrained]
+
+    @cached_property
+    def is_real(self) -> bool:
+        """Whether the support of every latent is all of space."""
+        return all(is_identity(self.transforms[name]) for name in self.unconstrained)
 
     @property
     def indices(self) -> dict[str, Tensor]:
@@ -91,9 +97,9 @@ class Reading:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """Everything that decides the structure of the density: names, shapes, plates, roles, devices."""
+        """Everything that decides the structure of the density: names, shapes, plates, roles, devices, supports."""
         free = {k: (tuple(v.shape), v.dtype) for k, v in self.unconstrained.items()}
-        return tuple(
+        return self.is_real, *(
             (name, bool(s["is_observed"]), tuple(s["fn"].batch_shape), plates_of(s), free.get(name))
             + (getattr(s["value"], "device", None), getattr(s["value"], "shape", None))
             for name, s in self.trace.nodes.items()
@@ -104,7 +110,7 @@ class Reading:
         """``log |dz/du|`` over the batch shape of a latent site."""
         name = site["name"]
         transform = self.transforms[name]
-        if not getattr(transform, "parts", True):  # the identity
+        if is_identity(transform):
             return 0.0
         term = transform.log_abs_det_jacobian(self.unconstrained[name], site["value"])
         batch = site["value"].dim() - site["fn"].event_dim
@@ -154,9 +160,9 @@ class Program:
         init: Callable[..., Any] | None = None,
     ) -> Reading:
         """Run the model forwards: latents from the prior (or from a Pyro ``init_to_*`` function)."""
-        reader = Reader(self._hidden, indices or {}, given or {})
+        bind = Binding(args, kwargs, indices or {}, given or {}, None)
         with pyro.validation_enabled(False):  # what is not finite is refused by name at the start of the run
-            return self._read(reader, args, kwargs, init=init)
+            return self._read(bind, init)
 
     def check(self, reading: Reading) -> None:
         """Refuse what short runs cannot infer.
@@ -201,11 +207,15 @@ class Program:
                 "AutoGuideList append the part that samples it first and run under poutine.trace (as SVI does)."
             )
 
+    def bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading, given: Mapping[str, Tensor]
+    ) -> Binding:
+        """What a call fixes, whose first run is ``reading``."""
+        return Binding(args, kwargs, reading.indices, given, self.enum_dim(reading))
+
     def run(self, bind: Binding, values: Mapping[str, Tensor], free: bool = True) -> Reading:
         """Run the model with latents at unconstrained values (``free``) or at site values."""
-        given = {"free" if free else "bound": values}
-        reader = Reader(self._hidden, bind.indices, bind.given, **given)
-        return self._read(reader, bind.args, bind.kwargs, enum_dim=bind.enum_dim)
+        return self._read(bind, free=values) if free else self._read(bind, bound=values)
 
     def simulate(self, bind: Binding, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the model forwards with its observations drawn anew, latents at ``values`` where given.
@@ -224,7 +234,7 @@ class Program:
         """Draw the enumerated sites from their joint distribution given the other latents and the data."""
 
         def held(*args: Any, **kwargs: Any) -> None:
-            with Hold({**values, **bind.given, **bind.indices}):
+            with DrawDiscrete({**values, **bind.given, **bind.indices}):
                 self._model(*args, **kwargs)
 
         tracer = poutine.trace()
@@ -236,20 +246,22 @@ class Program:
 
     def _read(
         self,
-        reader: Reader,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        enum_dim: int | None = None,
+        bind: Binding,
         init: Callable[..., Any] | None = None,
+        free: Mapping[str, Tensor] | None = None,
+        bound: Mapping[str, Tensor] | None = None,
     ) -> Reading:
         tracer = poutine.trace()
         shown = poutine.block(hide_types=["sample", "observe"]) if self._shows else poutine.block()
-        enumerate_ = nullcontext() if enum_dim is None else Enumerate(first_available_dim=enum_dim)
+        enumerate_ = nullcontext() if bind.enum_dim is None else Enumerate(first_available_dim=bind.enum_dim)
         model = self._model if init is None else continuous_init(init)(self._model)
-        told = one_kind(lambda: {**of_arguments(args, kwargs), **of_trace(tracer.trace)})
-        fits = arguments_of(model, args, kwargs)
-        with told, fits, own_dims(), shown, tracer, no_empty_plates(), enumerate_, reader:
-            model(*args, **kwargs)
+        reader = Reader(self._hidden, bind.indices, bind.given, free, bound)
+        try:
+            with own_dims(), shown, tracer, enumerate_, reader:
+                model(*bind.args, **bind.kwargs)
+        except (TypeError, ZeroDivisionError, RuntimeError) as reason:
+            explain(reason, model, bind.args, bind.kwargs, tracer.trace)
+            raise
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
 
 

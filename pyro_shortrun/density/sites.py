@@ -10,7 +10,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .layout import Plate
+from .shapes import Plate
 
 Site = Any  # a trace node: Pyro types it as a TypedDict whose entries may all be None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -13,8 +15,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..checks import of_arguments, of_trace, one_kind
-from .layout import LatentSite, Layout, Plate
+from .layout import Layout
 from .program import Binding, Program, Reading
+from .shapes import LatentSite, Plate
 from .sites import is_data, plates_of
 
 
@@ -25,9 +28,24 @@ class Structure:
     layout: Layout
     data: frozenset[str]
     summed: bool  # some discrete site is enumerated
+    is_real: bool  # every latent's support is all of space: site values are the unconstrained ones
     dtype: torch.dtype
     device: torch.device
     vectorizes: dict[str, bool] = field(default_factory=dict)  # found out on first use, see `map_chains`
+
+    @cached_property
+    def latents(self) -> dict[str, LatentSite]:
+        """The latent sites by name, in the order of the model."""
+        return {site.name: site for site in self.layout.sites}
+
+
+def unscalable(layout: Layout) -> str | None:
+    """Name of a latent whose subsampling scale no row or arrowhead can carry, or None."""
+    rows = math.prod(plate.scale for plate in layout.row_plates)
+    shared, local = layout.split
+    wrong = [s.name for s in local if not math.isclose(s.scale, rows)]
+    wrong += [s.name for s in shared if not math.isclose(s.scale, 1.0)]
+    return wrong[0] if wrong else None
 
 
 def read_structure(program: Program, reading: Reading, bind: Binding) -> Structure:
@@ -52,6 +70,7 @@ def read_structure(program: Program, reading: Reading, bind: Binding) -> Structu
         layout=Layout(tuple(sites), rows),
         data=frozenset(k for k, s in reading.trace.nodes.items() if is_data(s) and k not in bind.given),
         summed=bind.enum_dim is not None,
+        is_real=reading.is_real,
         dtype=first.dtype,
         device=first.device,
     )
@@ -120,9 +139,10 @@ def check_data(first: Structure, reading: Reading) -> None:
 
 def check_latents(first: Structure | None, now: Structure, needs_log_q: bool) -> None:
     """Refuse latents that differ from those of the first call, other than in the number of rows."""
-    if now.layout.unscalable is not None and needs_log_q:
+    wrong = unscalable(now.layout) if needs_log_q else None
+    if wrong is not None:
         raise NotImplementedError(
-            f"latent site '{now.layout.unscalable}' lies in a subsampled plate that the other latents do not "
+            f"latent site '{wrong}' lies in a subsampled plate that the other latents do not "
             "share, so its part of log q cannot be scaled: use the full batch, or put all local latents into "
             "one plate."
         )

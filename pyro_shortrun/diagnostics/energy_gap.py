@@ -113,7 +113,7 @@ def energy_gap(
     sampler = NegativeSampler(num_steps, step_size, dynamics, start)
     with ordinary_autograd(), torch.no_grad(), poutine.block():
         call = bound_prior(model, args, kwargs)
-        density = call.density
+        density = call.model
         sites = {s.name: s.shape for s in density.layout.sites}
         drawn = draws_of(guide, args, kwargs, num_samples, 1, sites)
         chains, count = next(iter(drawn.values())).shape[:2]
@@ -143,7 +143,7 @@ def mean_energies(call: Call, u: Tensor) -> dict[str, Tensor]:
         found = [(-s["fn"].log_factor, s["mask"]) for s in energies(reading).values()]
         return tuple(masked(e, m).sum() / masked(torch.ones_like(e), m).sum() for e, m in found)
 
-    return dict(zip(energies(call.reading), call.density.with_readings(u, take)[1:], strict=True))
+    return dict(zip(energies(call.reading), call.model.over(u, take), strict=True))
 
 
 def moments(values: Mapping[str, Tensor], independent: Mapping[str, float]) -> dict[str, tuple[float, float]]:

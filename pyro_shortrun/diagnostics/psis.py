@@ -159,7 +159,7 @@ def _weigh(
             f"the model's latents are {[s.name for s in ours.sites]} and the guide's {[s.name for s in theirs.sites]}, "
             "or their plates differ: pass the model that the guide was made for."
         )
-    return call.density.eager(runs.end), runs.row_log_q
+    return call.model(runs.end), runs.row_log_q
 
 
 def _smooth(log_p: Tensor, log_q: Tensor) -> PSIS:

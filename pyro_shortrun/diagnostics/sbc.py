@@ -213,7 +213,7 @@ def _draw(
         return guide.sample_posterior(*args, num_samples=count, **kwargs)
     with ordinary_autograd(), torch.no_grad(), poutine.block():
         call = Call.of(model, args, kwargs)
-        return call.density.constrain(FromGuide(guide).draw(call, count).state)[0]
+        return call.model.constrain(FromGuide(guide).draw(call, count).state)[0]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..density.call import Call
 from ..density.handlers import init_uniform
-from ..density.model import LogDensity
 from ..density.program import Program
 from ..density.sites import is_data
 from ..density.structure import check_proper
@@ -65,10 +64,10 @@ class Simulator:
         """
         args, kwargs = self.arguments(data)
         values = {k: truth[k] for k in (s.name for s in self.call.density.layout.sites)}
-        u = self.call.density.unconstrain(values).unsqueeze(0)
-        program, structure, bind = Program(self.conditioned(data)), self.call.density.structure, self.call.bind
-        binds = bind, replace(bind, args=args, kwargs=kwargs)
-        before, after = (LogDensity(program, structure, b).eager(u).sum() for b in binds)
+        u = self.call.model.unconstrain(values).unsqueeze(0)
+        density = replace(self.call.model, program=Program(self.conditioned(data)))
+        moved = replace(density, bind=replace(density.bind, args=args, kwargs=kwargs))
+        before, after = density(u).sum(), moved(u).sum()
         if (before - after).abs() > 1e-3 * (1 + before.abs()) or after.isfinite() != before.isfinite():
             raise ValueError(
                 "the model uses its data for more than obs=: its density changes where simulated data replace an "
@@ -79,7 +78,7 @@ class Simulator:
     def log_likelihood(self, data: Draws, values: Draws) -> Tensor:
         """``log p(data | values)``, ``(draws,)``."""
         names = [s.name for s in self.call.density.layout.sites]
-        density = LogDensity(Program(self.conditioned(data)), self.call.density.structure, self.call.bind)
+        density = replace(self.call.model, program=Program(self.conditioned(data)))
 
         def unconstrain(*one: Tensor) -> Tensor:
             return density.unconstrain(dict(zip(names, one, strict=True)))

@@ -23,7 +23,7 @@ from ..runs.record import RunInfo, ShortRun
 from ..starts.start import Start
 from ..tensors import ordinary_autograd, plain, where_rows
 from .prior import TiltedPrior
-from .sampler import Negative, NegativeSampler, Term, mean_energy
+from .sampler import Landing, Negative, NegativeSampler, Term, mean_energy
 from .statement import energy_of
 
 
@@ -179,6 +179,8 @@ class EnergyELBO(ELBO):
             call = self._prior.bind(plain(args), plain(kwargs))
             if call is None:
                 raise ValueError("the model has no energy_prior(...) statement: use the base ELBO without EnergyELBO.")
+            if call.density is call.model:  # not compiled
+                call = replace(call, density=Landing(call.model, squared=self.l2 > 0))
             done = self.sampler.run(call, self.num_chains)
             self._warn_once(done.info)
             negative = Negative.at(call, done.end, done.info, squared=self.l2 > 0)

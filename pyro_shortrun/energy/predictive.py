@@ -94,12 +94,12 @@ def draw_sites(
             _check_given(program.draw(args, kwargs), given)
         call = prior.bind(args, kwargs, given)
         if call is None:
-            bind = Binding(args, kwargs, program.draw(args, kwargs, given=given).indices, given, None)
+            bind = program.bind(args, kwargs, program.draw(args, kwargs, given=given), given)
             return _simulate(program, bind, {**prior.conditions, **given}, {}, count, {})
         layout = call.density.layout
         parts = max(1, math.ceil(count * layout.rows * layout.size / _NUMBERS_AT_ONCE))
         chains = math.ceil(count / parts)  # of equal size: every other one would be compiled anew
-        latents = [call.density.constrain(sampler.run(call, chains).end)[0] for _ in range(parts)]
+        latents = [call.model.constrain(sampler.run(call, chains).end)[0] for _ in range(parts)]
         values = {k: torch.cat([part[k] for part in latents])[:count] for k in latents[0]}
         values |= prior.discrete(call, values)
         held = {**prior.conditions, **given}

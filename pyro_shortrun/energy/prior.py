@@ -14,11 +14,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..compile.executor import Compiler, density_of
-from ..density.call import Call
-from ..density.program import Binding, Program, Reading
+from ..compile.compiler import Compiler
+from ..compile.executor import density_of
+from ..density.call import Binder, Call
+from ..density.program import Program, Reading
 from ..density.sites import Site, is_data, plates_of
-from ..density.structure import Structure, read_structure
+from ..density.trust import offender
 from ..dynamics.dynamics import Dynamics
 from ..objectives.path import PathDensity
 from ..runs.record import ShortRun
@@ -82,9 +83,8 @@ class TiltedPrior:
     def __init__(self, model: Callable[..., Any], compile: bool = False) -> None:
         self.model = model
         self._part = PriorPart()
-        self._program = Program(self._part(model))
+        self._binder = Binder(Program(self._part(model)))
         self._compiler = Compiler() if compile else None
-        self._structures: dict[tuple[Any, ...], Structure] = {}
 
     @property
     def conditions(self) -> Mapping[str, Tensor]:
@@ -102,7 +102,8 @@ class TiltedPrior:
         """
         self._part.reset()
         given = given or {}
-        reading = _up_to_last_energy(self._program.draw(args, kwargs, given=given))
+        program = self._binder.program
+        reading = _up_to_last_energy(program.draw(args, kwargs, given=given))
         if reading is None:
             return None
         late = [name for name in given if name not in reading.trace.nodes]
@@ -111,24 +112,19 @@ class TiltedPrior:
                 f"given holds '{late[0]}', which comes after the last energy_prior: the latents before it would not be "
                 "conditioned on it. Leave it out, or make it an observation and use a guide."
             )
-        if given and not reading.unconstrained and self._program.enum_dim(reading) is None:
+        if given and not reading.unconstrained and program.enum_dim(reading) is None:
             return None
         self._part.last = list(reading.trace.nodes)[-1]
-        self._program.check(reading)
         _check_scales(reading)
-        bind = Binding(args, kwargs, reading.indices, given, self._program.enum_dim(reading))
-        signature = reading.signature
-        if signature not in self._structures:
-            self._structures[signature] = read_structure(self._program, reading, bind)
-        density = density_of(self._program, self._structures[signature], bind, self._compiler)
-        return Call(self._program, bind, reading, density, spare=[reading])
+        call = self._binder(reading, args, kwargs, given)
+        return replace(call, density=density_of(call.model, self._compiler))
 
     def discrete(self, call: Call, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The discrete latents that runs sum out, drawn given the ends of runs, ``(draws, *site shape)`` each."""
         if call.bind.enum_dim is None:
             return {}
         count = len(next(iter(values.values())))
-        draws = [self._program.discrete(call.bind, {k: v[i] for k, v in values.items()}) for i in range(count)]
+        draws = [call.program.discrete(call.bind, {k: v[i] for k, v in values.items()}) for i in range(count)]
         return {k: torch.stack([draw[k] for draw in draws]) for k in draws[0]}
 
 
@@ -189,7 +185,7 @@ def begin_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chain
             chain = int((~finite).any(1).nonzero()[0])
             raise ValueError(
                 "the prior's log density is not finite at the start of a run, first at "
-                f"{call.density.offender(drawn.state[chain])}: the energies may have diverged; lower their learning "
+                f"{offender(call.model, drawn.state[chain])}: the energies may have diverged; lower their learning "
                 "rate, or set EnergyELBO(l2=...)."
             )
         call.density.expect(drawn.state, drawn.log_density)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from ..checks import check_count, check_kind
 from ..density.call import Call
+from ..density.interface import Density
+from ..density.model import LogDensity
 from ..density.program import Reading
+from ..density.rows import Rows
 from ..density.sites import Site, masked
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
@@ -70,12 +73,8 @@ class Negative:
 
         :param squared: whether the squares are wanted.
         """
-
-        def take(reading: Reading) -> tuple[Tensor, ...]:
-            terms = [Term.of(s) for s in energies(reading).values()]
-            return tuple(t for term in terms for t in (term.total, term.count, *([term.square()] if squared else [])))
-
-        value, *found = call.density.with_readings(end, take)
+        density = call.density if isinstance(call.density, Landing) else Landing(call.model, squared)
+        value, *found = density.at(end)
         valid = ~info.frozen
         kept = torch.where(valid, value, torch.zeros_like(value)).sum()
         surrogate = kept * (call.density.layout.rows / valid.sum())
@@ -83,6 +82,38 @@ class Negative:
         totals, counts, squares = found[::width], found[1::width], found[2::width] if squared else []
         means = {k: mean_energy(t, n) for k, t, n in zip(energies(call.reading), totals, counts, strict=True)}
         return cls(surrogate, torch.stack(squares).mean(1).sum() if squared else None, means, info)
+
+
+class Landing(Density):
+    """A tilted prior that keeps what the run of the model told with which a short run lands, its graph included.
+
+    :param squared: whether squares of energies are wanted.
+    """
+
+    def __init__(self, model: LogDensity, squared: bool) -> None:
+        self.structure, self.layout = model.structure, model.layout
+        self._model, self._squared = model, squared
+        self._last: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return self._model(u)
+
+    def land(self, u: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            self._last = u, self._model.over(u, self._read)
+        return (self._last[1][0].detach(),)
+
+    def at(self, u: Tensor) -> tuple[Tensor, ...]:
+        """``log pi(u)``, and by energy total, count and square, with gradients to the model's parameters."""
+        if self._last is None or not torch.equal(self._last[0], u):  # some row did not get to its last proposal
+            self.land(u)
+        assert self._last is not None
+        return self._last[1]
+
+    def _read(self, reading: Reading) -> tuple[Tensor, ...]:
+        terms = [Term.of(s) for s in energies(reading).values()]
+        found = [t for term in terms for t in (term.total, term.count, *([term.square()] if self._squared else []))]
+        return Rows.of(self.structure, reading).joint(), *found
 
 
 @dataclass(frozen=True)

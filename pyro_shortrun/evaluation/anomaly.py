@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checks import check_count, check_kind
 from ..density.call import Call
 from ..density.layout import Layout
+from ..density.rows import sum_to_rows
 from ..density.sites import Site, is_data, masked, plates_of
 from ..dynamics.dynamics import Dynamics
 from ..energy.predictive import draw_sites
@@ -62,7 +63,7 @@ class Draw:
 
     def rows(self, sites: list[Site]) -> Tensor:
         """Sum of the sites' log-probabilities, unscaled, per row; what lies outside the rows adds a constant."""
-        terms = [self.layout.sum_to_rows(masked(s["unscaled_log_prob"], s["mask"]), plates_of(s)) for s in sites]
+        terms = [sum_to_rows(self.layout, masked(s["unscaled_log_prob"], s["mask"]), plates_of(s)) for s in sites]
         return torch.stack([t.expand(self.layout.rows) for t in terms]).sum(0)
 
     def data_of(self, sites: Mapping[str, Site]) -> list[Site]:

@@ -12,7 +12,8 @@ from pyro import poutine
 from torch import Tensor
 
 from ..checks import check_count
-from ..compile.executor import Compiler, density_of
+from ..compile.compiler import Compiler
+from ..compile.executor import density_of
 from ..density.call import Call
 from ..density.interface import Density
 from ..dynamics.langevin import Langevin
@@ -167,7 +168,7 @@ class _Path:
             raise ValueError(f"latent sites {thinned} lie in a subsampled plate: evaluate on the full plate.")
         self.call, self.betas, self.transitions = call, betas, num_transitions
         compiler = Compiler() if compile else None
-        self._density = density_of(call.program, call.density.structure, call.bind, compiler)
+        self._density = density_of(call.model, compiler)
         self._dynamics = Langevin(StepSize(step_size, learnable=False), max_drift=float("inf"))
         like = call.reading.unconstrained[call.density.layout.sites[0].name]
         self._log_eta = torch.full(

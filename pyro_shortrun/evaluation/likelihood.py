@@ -65,7 +65,7 @@ def importance_log_likelihood(
     call = Call.of(model, args, kwargs)
     if energies(call.reading):
         raise ValueError("the model's prior has energies and its log Z is not known here: use ais(model, ...) instead.")
-    density = call.density
+    density = call.model
     thinned = [s.name for s in density.layout.sites if s.scale != 1]
     if thinned:
         raise ValueError(f"latent sites {thinned} lie in a subsampled plate: evaluate on the full plate.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -10,33 +11,29 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..compile.executor import Compiler, density_of
-from ..density.call import Call
+from ..compile.compiler import Compiler
+from ..compile.executor import density_of
+from ..density.call import Binder, Call
 from ..density.handlers import init_uniform
-from ..density.program import Binding, Program, Reading
-from ..density.structure import Structure, check_data, check_latents, check_shapes, read_structure
-from ..tensors import isolate, ordinary_autograd, plain
+from ..density.program import Program, Reading
+from ..density.structure import Structure, check_data, check_latents, check_shapes
+from ..density.trust import warn_if_rows_mix
+from ..tensors import ordinary_autograd, plain
 from .emit import values_of_other_parts
-
-
-def without_model(module: nn.Module | None) -> nn.Module | None:
-    """A shallow copy in which AutoGuides may lose their models when pickled (see AutoGuide.__getstate__)."""
-    if module is None or not any(isinstance(m, AutoGuide) for m in module.modules()):
-        return module
-    copy = object.__new__(type(module))
-    copy.__dict__.update(module.__dict__)
-    copy.__dict__["_modules"] = {k: without_model(m) for k, m in module._modules.items()}
-    return copy
-
+from .pickling import without_model
+from .plates import create_given, create_missing
 
 _QUANTILE_DRAWS = 1000
 _Guide = TypeVar("_Guide", bound="DensityGuide")
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class DensityGuide(AutoGuide):
     """A guide for ``model`` that binds its log density in every call. Subclasses say how they draw.
+
+    (Its many methods: eleven are a user's, or Pyro's of its AutoGuides, and five are what subclasses say.)
 
     :param model: a Pyro model, looked at through its ``poutine.block`` wrappers.
     :param compile: whether the density is traced and compiled.
@@ -45,10 +42,9 @@ class DensityGuide(AutoGuide):
 
     def __init__(self, model: Callable[..., Any], *, compile: bool, create_plates: Callable[..., Any] | None) -> None:
         super().__init__(model, create_plates=create_plates)
-        self._program = (Program(model),)
-        self._structures: dict[tuple[Any, ...], Structure] = {}
+        self._binder: Binder | None = Binder(Program(model))
         self._first: Structure | None = None
-        self._conditioned: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._conditioned: _Arguments | None = None
         self._compiler = Compiler() if compile else None
 
     # ---------------------------------------------------------------- what subclasses say
@@ -74,6 +70,10 @@ class DensityGuide(AutoGuide):
     def _prepare(self, call: Call) -> None:
         """Told every call; creates parameters where they are missing."""
         return None
+
+    def _given_plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, pyro.plate]:
+        """Plates that a call begins with, by name."""
+        return create_given(self, args, kwargs)
 
     # ---------------------------------------------------------------- what a user calls
 
@@ -121,7 +121,7 @@ class DensityGuide(AutoGuide):
 
         A start that is an AutoGuide and was pickled before its first call lost its model too; give it a new one.
         """
-        self._model, self._program = (model,), (Program(model),)
+        self._model, self._binder = (model,), Binder(Program(model))
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -137,12 +137,19 @@ class DensityGuide(AutoGuide):
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int = 1) -> Call:
         """Read the model once, check it against earlier calls, and bind its log density."""
-        program = self._get_program()
-        plates = self._given_plates(args, kwargs)
-        fixed_args, fixed_kwargs = self._arguments(args, kwargs)
-        indices = {name: plate.indices for name, plate in plates.items() if plate.size is not None}
+        if self._binder is None:
+            raise RuntimeError(
+                "this guide was unpickled, and pickling drops the model (as for every Pyro AutoGuide): call "
+                "guide.attach(model) first."
+            )
+        program = self._binder.program
+        self.plates = self._given_plates(args, kwargs)
+        args, kwargs = plain(args), plain(kwargs)
+        if self._conditioned is not None:
+            args, kwargs = _instead(self._conditioned, program, args, kwargs)
+        indices = {name: plate.indices for name, plate in self.plates.items() if plate.size is not None}
         given = values_of_other_parts() if program.hides else {}
-        reading = self._read(partial(program.draw, fixed_args, fixed_kwargs, indices, given))
+        reading = self._read(partial(program.draw, args, kwargs, indices, given))
         if chains > 1 and any(name in reading.trace.nodes for name in given):
             raise NotImplementedError(
                 f"{type(self).__name__} as a part of an AutoGuideList needs the other parts' values and takes one set "
@@ -150,74 +157,15 @@ class DensityGuide(AutoGuide):
             )
         if self._first is not None:
             check_data(self._first, reading)
-        program.check(reading)
-        self._make_plates(plates, reading)
-        bind = Binding(fixed_args, fixed_kwargs, reading.indices, given, program.enum_dim(reading))
-        signature = reading.signature
-        if signature not in self._structures:
-            structure = read_structure(program, reading, bind)
-            self._admit(structure)
-            self._structures[signature] = structure
-        structure = self._structures[signature]
-        call = Call(program, bind, reading, density_of(program, structure, bind, self._compiler), spare=[reading])
+        call = self._binder(reading, args, kwargs, given, self._admit)
+        call = replace(call, density=density_of(call.model, self._compiler))
+        create_missing(self.plates, reading, latents_only=self.master is not None)
         if self._first is None:
             self._begin(call)
-            self._first = structure
-            call.density.warn_if_rows_mix(structure.layout.pack(reading.unconstrained).unsqueeze(0).detach())
+            self._first = call.model.structure
+            warn_if_rows_mix(call.model, call.model.layout.pack(reading.unconstrained).unsqueeze(0).detach())
         self._prepare(call)
         return call
-
-    @staticmethod
-    def _constrain(
-        call: Call, u: Tensor, isolated: bool, known: tuple[Tensor, ...] | None = None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Site values at ``u`` and ``log |dz/du|``, with gradients to ``u`` only if ``isolated``.
-
-        :param known: log-Jacobian and values without gradients, if they are known.
-        """
-        names = [s.name for s in call.density.layout.sites]
-
-        def flat(state: Tensor) -> tuple[Tensor, ...]:
-            values, jacobian = call.density.constrain(state)
-            return jacobian, *(values[name] for name in names)
-
-        jacobian, *values = isolate(flat, [u], isolated, known)
-        return dict(zip(names, values, strict=True)), jacobian
-
-    def _get_program(self) -> Program:
-        if self._program is None:
-            raise RuntimeError(
-                "this guide was unpickled, and pickling drops the model (as for every Pyro AutoGuide): call "
-                "guide.attach(model) first."
-            )
-        return self._program[0]
-
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self._conditioned is None:
-            return plain(args), plain(kwargs)
-        if args or kwargs:  # the model will run on these with latents drawn for the conditioned ones
-            check_shapes(self._get_program(), self._conditioned, (plain(args), plain(kwargs)))
-        return plain(self._conditioned[0]), plain(self._conditioned[1])
-
-    def _given_plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, pyro.plate]:
-        if self.master is not None:
-            self.plates = dict(getattr(self.master(), "plates", {}))
-        elif self.create_plates is None:
-            self.plates = {}
-        else:
-            plates = self.create_plates(*args, **kwargs)
-            plates = [plates] if isinstance(plates, pyro.plate) else list(plates)
-            if not all(isinstance(p, pyro.plate) for p in plates):
-                raise ValueError("create_plates() must return a pyro.plate or an iterable of them.")
-            self.plates = {p.name: p for p in plates}
-        return self.plates
-
-    def _make_plates(self, plates: dict[str, pyro.plate], reading: Reading) -> None:
-        """Plates that the user did not create, with the subsample of this call's model run."""
-        for frame in reading.frames:
-            if frame.name not in plates and (frame.around_latents or self.master is None):
-                index = reading.indices[frame.name] if frame.is_subsampled else None
-                plates[frame.name] = pyro.plate(frame.name, frame.full_size, dim=frame.dim, subsample=index)
 
     # ---------------------------------------------------------------- state
 
@@ -229,7 +177,13 @@ class DensityGuide(AutoGuide):
         for parameter in self.parameters():  # the weak references of Pyro's store, as PyroModule does with its own
             parameter.__dict__.pop("unconstrained", None)
         state = self.__dict__.copy()
-        state.update(_model=None, _program=None, master=None, plates={}, _conditioned=None)
-        state["_structures"] = {}
+        state.update(_model=None, _binder=None, master=None, plates={}, _conditioned=None)
         state["_modules"] = {k: without_model(m) for k, m in self._modules.items()}
         return state
+
+
+def _instead(conditioned: _Arguments, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+    """The conditioned arguments instead of a call's own."""
+    if args or kwargs:  # the model will run on these with latents drawn for the conditioned ones
+        check_shapes(program, conditioned, (args, kwargs))
+    return plain(conditioned[0]), plain(conditioned[1])

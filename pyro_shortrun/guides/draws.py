@@ -46,7 +46,7 @@ class WeightedDraws:
 
 def weigh(call: Call, drawn: StartDraw, result: ShortRun, account: bool) -> WeightedDraws:
     """The ends of a run as site values; log densities if the run was asked to ``account`` for them."""
-    density, jacobian, *found = result.landed or call.density.land(result.end)
+    density, jacobian, *found = result.landed or call.model.land(result.end)
     layout = call.density.layout
     values = {s.name: v.detach() for s, v in zip(layout.sites, found, strict=True)}
     frozen = result.info.frozen.sum(-1)

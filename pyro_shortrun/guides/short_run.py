@@ -154,7 +154,7 @@ class ShortRunGuide(DensityGuide):
             outer = outer_shape()
             call, result, log_q, gradients = self._play(args, kwargs, outer.numel(), grad_enabled)
             known = None if result.landed is None else result.landed[1:]
-            values, jacobian = self._constrain(call, result.end, gradients is not Gradients.FULL, known)
+            values, jacobian = call.constrain(result.end, gradients is not Gradients.FULL, known)
             log_q = log_q - jacobian if self._start.has_density else torch.zeros_like(jacobian)
             return emit(call, self.plates, self._pyro_name, outer, values, result.end, log_q)
 
@@ -265,7 +265,7 @@ class ShortRunGuide(DensityGuide):
             _, result = self._run(call, num_chains, False, Gradients.NONE, keep_states=True)
             assert result.states is not None
             flat = result.states.flatten(0, 1)
-            values, _ = call.density.constrain(flat)
+            values, _ = call.model.constrain(flat)
         shape = result.states.shape[:2]
         return {k: v.detach().unflatten(0, shape) for k, v in values.items()}
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..density.call import Call
 from ..density.layout import Layout
 from ..density.structure import check_masks
+from ..density.trust import offender
 from ..dynamics.dynamics import Dynamics
 from ..objectives.objective import Objective
 from ..runs.pilot import pilot_chains, pilot_fails
@@ -96,7 +97,7 @@ class Simulation:
             chain = int((~finite).any(1).nonzero()[0])
             raise ValueError(
                 "the model's log density is not finite at the start of the run, first at "
-                f"{call.density.offender(drawn.state[chain].detach())}: check the data for NaN, the observation's "
+                f"{offender(call.model, drawn.state[chain].detach())}: check the data for NaN, the observation's "
                 "support, and the priors, or pass another start, such as start=Init(init_to_median)."
             )
         if attached:

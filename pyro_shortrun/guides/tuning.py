@@ -44,7 +44,7 @@ class Trial:
 
     @cached_property
     def _landed(self) -> tuple[Tensor, ...]:
-        return self.run.landed or self.call.density.land(self.run.end)
+        return self.run.landed or self.call.model.land(self.run.end)
 
     @property
     def weight(self) -> float:

@@ -18,6 +18,7 @@ from ..amortized.guide import LangevinEncoderGuide
 from ..checks import check_count
 from ..density.call import Call
 from ..density.handlers import init_uniform
+from ..density.pointwise import pointwise
 from ..density.program import Reading
 from ..density.sites import is_computed, is_data, plates_of
 from ..density.vectorize import map_chains
@@ -247,24 +248,24 @@ class _Model:
 
         def evaluate(*values: Tensor) -> tuple[dict[str, Tensor], Reading]:
             reading = call.program.run(call.bind, dict(zip(names, values, strict=True)), free=False)
-            return call.density.pointwise(reading, shapes), reading
+            return pointwise(call.model.structure, reading, shapes), reading
 
         def flat(*values: Tensor) -> tuple[Tensor, ...]:
             terms, reading = evaluate(*values)
             return *terms.values(), *(reading.trace.nodes[k]["value"] for k in self._computed)
 
         with ordinary_autograd(), torch.no_grad():
-            pointwise = list(evaluate(*(draws[k][0] for k in names))[0])
-        if set(pointwise) != set(self._observed):
+            found = list(evaluate(*(draws[k][0] for k in names))[0])
+        if set(found) != set(self._observed):
             _LOGGER.warning(
                 "enumerated sites tie the elements of %s together: no pointwise log_likelihood of theirs is exported.",
-                sorted(set(self._observed) - set(pointwise)),
+                sorted(set(self._observed) - set(found)),
             )
-        if not pointwise and not self._computed:
+        if not found and not self._computed:
             return {}, {}
         out = self._map(flat, tuple(draws[k] for k in names), "export")
-        count = len(pointwise)
-        return dict(zip(pointwise, out[:count], strict=True)), dict(zip(self._computed, out[count:], strict=True))
+        count = len(found)
+        return dict(zip(found, out[:count], strict=True)), dict(zip(self._computed, out[count:], strict=True))
 
     def simulate(self, draws: Draws, count: int) -> Draws:
         """Every latent, deterministic and data site drawn anew, but for those in ``draws``."""

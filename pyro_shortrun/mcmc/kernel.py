@@ -11,7 +11,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from ..checks import check_count, check_kind, check_model
-from ..compile.executor import Compiler
+from ..compile.compiler import Compiler
 from ..density.call import Call
 from ..density.handlers import init_uniform
 from ..dynamics.dynamics import Dynamics

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compile.executor import Compiler, density_of
+from ..compile.compiler import Compiler
+from ..compile.executor import density_of
 from ..density.call import Call
 from ..density.handlers import init_uniform
 from ..density.interface import Density
-from ..density.model import LogDensity
 from ..density.potential import PotentialDensity
 from ..density.transforms import same_transform
+from ..density.trust import is_random, offender, row_names, rows_mix
 from ..starts.start import Start, StartDraw
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -76,9 +77,8 @@ class ModelTarget(Target):
     def __init__(self, call: Call, start: Start, compiler: Compiler | None = None) -> None:
         self._start, self._subsampled = start, call.reading.subsampled
         call = _with_true_rows(call, start)
-        density = density_of(call.program, call.density.structure, call.bind, compiler)
-        self.call = replace(call, density=density)
-        self.density: LogDensity = self.call.density
+        self.call = replace(call, density=density_of(call.model, compiler))
+        self.density, self._compiler = self.call.density, compiler
         local = [s.name for s in self.density.layout.sites if s.scale != 1]
         if local:
             raise NotImplementedError(
@@ -110,19 +110,19 @@ class ModelTarget(Target):
         check_params(params, {**free, **shapes}, self.density.structure.device)
         values = {k: self._transforms[k].inv(v) if k in self._transforms else v for k, v in params.items()}
         chains = [dict(zip(values, one, strict=True)) for one in zip(*values.values(), strict=True)]
-        return torch.stack([self.call.density.unconstrain(one) for one in chains])
+        return torch.stack([self.call.model.unconstrain(one) for one in chains])
 
     @property
     def is_subsampled(self) -> bool:
         return bool(self._subsampled)
 
-    def current(self, chains: int) -> LogDensity:
+    def current(self, chains: int) -> Density:
         density = self.call.density
         if not self._subsampled:
             return density
         device = density.structure.device
         draws = {k: _batches(chains, full, size, device) for k, (full, size) in self._subsampled.items()}
-        return density.on_batches(draws)
+        return density_of(replace(self.call.model, batches=draws), self._compiler)
 
     def start(self, chains: int) -> StartDraw:
         drawn = self._start.draw(self.call, chains)
@@ -140,13 +140,13 @@ class ModelTarget(Target):
         bad_chain = int((~_finite(drawn)).any(1).nonzero()[0])
         raise ValueError(
             "the model's log density is not finite at the start of a chain, first at "
-            f"{self.call.density.offender(drawn.state[bad_chain].detach())}: check the data for NaN, the observation's "
+            f"{offender(self.call.model, drawn.state[bad_chain].detach())}: check the data for NaN, the observation's "
             "support, and the priors, or pass another start, such as start=Init(init_to_median)."
         )
 
     def constrain(self, u: Tensor, at_once: int | None = None) -> dict[str, Tensor]:
         with torch.no_grad():
-            parts = [self.call.density.constrain(part)[0] for part in u.split(at_once or _CONSTRAIN_AT_ONCE)]
+            parts = [self.call.model.constrain(part)[0] for part in u.split(at_once or _CONSTRAIN_AT_ONCE)]
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
@@ -160,12 +160,12 @@ def _with_true_rows(call: Call, start: Start) -> Call:
     """The call, with all latents in one row where elements of a plate influence each other in spite of the plate."""
     start.setup(call.density)
     states = start.draw(call, _PROBES).state.detach()
-    if call.density.is_random(states) or not call.density.rows_mix(states):
+    if is_random(call.model, states) or not rows_mix(call.model, states):
         return call
     _LOGGER.warning(
         "elements of plate %s influence each other's log density although a plate declares them independent: they "
         "are moved, and accepted, together.",
-        call.density.row_names,
+        row_names(call.model.layout),
     )
     return call.jointly()
 

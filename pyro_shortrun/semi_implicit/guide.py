@@ -106,7 +106,7 @@ class SemiImplicitGuide(DensityGuide):
             u = fn.rsample((outer.numel(),))
             log_q = fn.log_prob(u).reshape(-1, layout.rows)
             u = u.reshape(-1, layout.rows, layout.size)
-            values, jacobian = self._constrain(call, u, isolated=False)
+            values, jacobian = call.constrain(u, isolated=False)
             return emit(call, self.plates, self._pyro_name, outer, values, u, log_q - jacobian)
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class SemiImplicitGuide(DensityGuide):
             at_once = max(1, _NUMBERS_AT_ONCE // (64 * layout.rows * layout.size))
             for begin in range(0, total, at_once):
                 u = fn.own((min(at_once, total - begin), *fn.batch_shape)).reshape(-1, layout.rows, layout.size)
-                parts.append(call.density.constrain(u)[0])
+                parts.append(call.model.constrain(u)[0])
         joined = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
         return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in joined.items()}
 

@@ -9,11 +9,12 @@ from typing import Any, cast
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ..density.call import Call
+from ..density.handlers import Hold
+from ..density.rows import sum_to_rows
 from ..density.sites import masked, plates_of
 from ..tensors import isolate
 from .base import GaussianBase
@@ -36,11 +37,11 @@ class FromGuide(Start):
         base = self._gaussian(call)
         if base is None:
             u, log_q = call.replicate(lambda: self._draw_one(call), chains, "start")
-            return StartDraw(u, log_q, call.density.eager(u.detach()))
+            return StartDraw(u, log_q, call.model(u.detach()))
         u, terms = base.draw(chains)
         layout = call.density.layout
         log_q = (terms / layout.drift_scale(u) if layout.is_arrow else terms).sum(-1)
-        return StartDraw(u, log_q, call.density.eager(u.detach()), base)
+        return StartDraw(u, log_q, call.model(u.detach()), base)
 
     def _gaussian(self, call: Call) -> GaussianBase | None:
         """The guide's density in unconstrained space, where it is one of Pyro's Gaussian AutoGuides."""
@@ -78,7 +79,7 @@ class FromGuide(Start):
     def _trace(self, call: Call) -> Any:
         tracer = poutine.trace()
         with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), tracer:
-            with _SameSubsample(call.bind.indices), _told_divergence(self._guide):
+            with Hold(call.bind.indices), _told_divergence(self._guide):
                 self._guide(*call.bind.args, **call.bind.kwargs)
         trace = tracer.get_trace()
         _check_sites(call, trace)
@@ -92,8 +93,8 @@ class FromGuide(Start):
         values = [trace.nodes[name]["value"] for name in names]
 
         def to_state(*given: Tensor) -> tuple[Tensor, ...]:
-            u = call.density.unconstrain(dict(zip(names, given, strict=True)))
-            return u, call.density.constrain(u.unsqueeze(0))[1][0]
+            u = call.model.unconstrain(dict(zip(names, given, strict=True)))
+            return u, call.model.constrain(u.unsqueeze(0))[1][0]
 
         u, log_q = isolate(to_state, values, call.isolated)
         for name, site in trace.nodes.items():
@@ -124,7 +125,7 @@ class FromGuide(Start):
             )
         if inside and layout.is_arrow:
             term = scale * term
-        return layout.sum_to_rows(term, plates)
+        return sum_to_rows(layout, term, plates)
 
 
 @contextmanager
@@ -164,15 +165,3 @@ def _innermost(fn: Any) -> Any:
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
     return fn
-
-
-class _SameSubsample(Messenger):
-    """Gives plates the subsample that the model has in this call."""
-
-    def __init__(self, indices: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.indices = indices
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None and msg["name"] in self.indices:
-            msg["value"] = self.indices[msg["name"]]

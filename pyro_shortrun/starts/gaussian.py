@@ -41,7 +41,7 @@ class Init(Start):
         if layout.arrow is not None:
             local = torch.arange(layout.size, device=u.device) >= layout.arrow.shared
             log_q = torch.where(local, layout.arrow.weight * log_q, log_q)
-        return StartDraw(u, log_q.sum(-1), call.density.eager(u))
+        return StartDraw(u, log_q.sum(-1), call.model(u))
 
 
 def _unmasked(call: Call, like: Tensor) -> Tensor:

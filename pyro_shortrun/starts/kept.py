@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..checks import check_count
 from ..density.call import Call
-from ..density.model import LogDensity
+from ..density.interface import Density
+from ..density.structure import unscalable
 from .start import Start, StartDraw
 
 
@@ -41,11 +42,11 @@ class Persistent(nn.Module, Start):
                 self.register_buffer(name, torch.zeros_like(saved))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def setup(self, density: LogDensity) -> None:
+    def setup(self, density: Density) -> None:
         layout = density.layout
         if "store" in self._buffers:
             return
-        if layout.arrow is not None and layout.arrow.weight != 1 or layout.unscalable is not None:
+        if layout.arrow is not None and layout.arrow.weight != 1 or unscalable(layout) is not None:
             raise NotImplementedError(
                 "Persistent cannot keep the states of a subsampled model that also has latents outside the plate; "
                 "use the full batch or Prior()."
@@ -76,7 +77,7 @@ class Persistent(nn.Module, Start):
         fresh = call.prior(chains).detach()
         use = self.visited[index] & (torch.rand(chains, len(index), device=fresh.device) >= self.refresh)
         u = torch.where(use.unsqueeze(-1), self.store[index], fresh)
-        value = call.density.eager(u)
+        value = call.model(u)
         return StartDraw(u, torch.zeros_like(value), value)
 
     def finish(self, call: Call, end: Tensor) -> None:
@@ -123,7 +124,7 @@ class Replay(nn.Module, Start):
             self.register_buffer("store", saved.new_zeros(self.size, saved.shape[1]))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def setup(self, density: LogDensity) -> None:
+    def setup(self, density: Density) -> None:
         structure = density.structure
         if "store" not in self._buffers:
             self.register_buffer("store", torch.zeros(self.size, density.layout.size))
@@ -142,11 +143,11 @@ class Replay(nn.Module, Start):
             index = torch.randint(filled, u.shape[:2], device=u.device)
             use = torch.rand(u.shape[:2], device=u.device) >= self.refresh
             u = torch.where(use.unsqueeze(-1), self.store[index], u)
-        value = call.density.eager(u)
+        value = call.model(u)
         lost = ~value.isfinite()
         if filled and lost.any():  # states that were fine for the energy as it was
             u = torch.where(lost.unsqueeze(-1), fresh, u)
-            value = call.density.eager(u)
+            value = call.model(u)
         return StartDraw(u, torch.zeros_like(value), value)
 
     def finish(self, call: Call, end: Tensor) -> None:

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from ..density.call import Call
+from ..density.rows import joint_and_prior
 from .base import PriorBase
 from .start import Start, StartDraw
 
@@ -30,9 +31,9 @@ class Prior(Start):
         self._told = False
 
     def draw(self, call: Call, chains: int) -> StartDraw:
-        known = call.density.start_terms(call.spare[-1]) if chains == 1 and call.spare else None
+        known = joint_and_prior(call.model.structure, call.spare[-1]) if chains == 1 and call.spare else None
         u = call.prior(chains)
-        value, prior = known or call.density.with_start(u)
+        value, prior = known or call.model.with_start(u)
         first = bad = ~(value.isfinite() & prior.isfinite())
         for _ in range(self.tries):
             if not bad.any():
@@ -40,7 +41,7 @@ class Prior(Start):
             with torch.no_grad():
                 again = torch.stack([call.redraw() if row.any() else one for row, one in zip(bad, u, strict=True)])
             u = torch.where(bad.unsqueeze(-1), again, u)
-            value, prior = call.density.with_start(u)
+            value, prior = call.model.with_start(u)
             bad = ~(value.isfinite() & prior.isfinite())
         if first.any() and not bad.any():  # else the run is refused
             self._tell(int(first.sum()), first.numel())

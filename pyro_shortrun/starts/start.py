@@ -11,7 +11,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from ..density.call import Call
-from ..density.model import LogDensity
+from ..density.interface import Density
 from .base import Base
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -42,7 +42,7 @@ class Start(ABC):
 
     has_density = True
 
-    def setup(self, density: LogDensity) -> None:
+    def setup(self, density: Density) -> None:
         """Create what the start stores."""
         return None
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..density.call import Call
+from ..density.handlers import Hold
 from ..density.program import Program, Reading
-from ..density.sites import Site, is_data
+from ..density.sites import is_data
 from ..energy.prior import PriorPart
 from ..starts.start import Start, StartDraw
 
@@ -85,7 +85,7 @@ class AncestralSampler(Start):
         """The model's latents at their remembered values, as a guide."""
         latents = self._remembered(len(x))
         self._part.last = list(latents)[-1]
-        with _At(latents):
+        with Hold(latents):
             self._part(self.model)(x, *context)
 
     def draw(self, call: Call, chains: int) -> StartDraw:
@@ -98,9 +98,9 @@ class AncestralSampler(Start):
                 f"AncestralSampler drew no latent '{missing[0]}': give it the model that the guide has, "
                 "reparametrisations included."
             )
-        u = call.density.unconstrain({k: latents[k] for k in names})
+        u = call.model.unconstrain({k: latents[k] for k in names})
         u = u.unsqueeze(0).repeat(chains, 1, 1)
-        value = call.density.eager(u)
+        value = call.model(u)
         return StartDraw(u, torch.zeros_like(value), value)
 
     def _remembered(self, count: int) -> dict[str, Tensor]:
@@ -127,15 +127,3 @@ def _latents(reading: Reading) -> dict[str, Tensor]:
     if not found:
         raise ValueError("the generator has no latent sites: all its draws would be the same.")
     return found
-
-
-class _At(Messenger):
-    """Samples sites at given values."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._values = values
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["name"] in self._values:
-            msg["value"], msg["done"] = self._values[msg["name"]], True

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_kind, of_module, one_kind
 from ..density.call import Call
-from ..density.model import LogDensity
+from ..density.interface import Density
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
 from ..dynamics.step_size import StepSize
@@ -203,11 +203,11 @@ class Refiner:
                 energy_prior("energy", lambda v: self.energy(v, *context), value)
 
 
-class _Direct(LogDensity):
+class _Direct(Density):
     """The density of one call, without Pyro, whose handlers take longer in a step than a small network does."""
 
     def __init__(self, refiner: Refiner, call: Call, context: tuple[Any, ...]) -> None:
-        super().__init__(call.program, call.density.structure, call.bind)
+        self.structure, self.layout = call.model.structure, call.model.layout
         self._refiner, self._context, self._transform = refiner, context, call.reading.transforms["x"]
 
     def __call__(self, u: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from zoo import CASES, EXTRA, Case
 
 from pyro_shortrun import Langevin, PathDensity, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
-from pyro_shortrun.compile import CompiledDensity, Compiler, Untouched
-from pyro_shortrun.compile.executor import density_of
+from pyro_shortrun.compile import CompiledDensity, Compiler, Untouched, density_of
 from pyro_shortrun.density import Call
 from pyro_shortrun.objectives import Exact, Lanczos
 from pyro_shortrun.runs import Gradients
@@ -26,7 +25,7 @@ from pyro_shortrun.runs import Gradients
 def traced(call: Call, compiler: Compiler | None = None) -> CompiledDensity:
     """The density through a traced graph, which is run without inductor: quick to make."""
     compiler = Compiler(Untouched()) if compiler is None else compiler
-    density = density_of(call.program, call.density.structure, call.bind, compiler)
+    density = density_of(call.model, compiler)
     assert isinstance(density, CompiledDensity)
     return density
 
@@ -67,7 +66,7 @@ def test_graph_gives_value_and_gradient(case: Case, chains: int, caplog):
     torch.testing.assert_close(grad, slope)
     with torch.no_grad():
         torch.testing.assert_close(density(u), wanted)
-    assert len(density._compiler._graphs) == 2 and not warned(caplog)
+    assert len(density._graphs.compiler._graphs) == 2 and not warned(caplog)
 
 
 @pytest.mark.parametrize("name", ["eight_schools", "vae", "mixture"])
@@ -212,7 +211,7 @@ def test_pickles_without_graphs():
 
 
 def test_ever_changing_shapes_end_in_eager_runs(monkeypatch, caplog):
-    monkeypatch.setattr("pyro_shortrun.compile.executor._GRAPHS_AT_MOST", 2)
+    monkeypatch.setattr("pyro_shortrun.compile.compiler._GRAPHS_AT_MOST", 2)
     model = generator(Decoder())
     compiled, eager = short(model, True), short(model, False)
     for size in (2, 3, 4):
@@ -225,7 +224,7 @@ def test_ever_changing_shapes_end_in_eager_runs(monkeypatch, caplog):
 @pytest.mark.parametrize("case", CASES + EXTRA, ids=lambda c: c.name)
 def test_tuned_runs_give_the_eager_bound_and_gradient(case: Case, caplog, monkeypatch):
     """Increments, step-size gradient and every statistic of a taped run, per-dimension steps, two chains."""
-    monkeypatch.setattr("pyro_shortrun.compile.executor._STEPS_AT_MOST", 1)
+    monkeypatch.setattr("pyro_shortrun.compile.compiler._STEPS_AT_MOST", 1)
     model, args = case.make()
     call = Call.of(model, args, {})
     u, layout = call.prior(2).detach(), call.density.layout
@@ -243,7 +242,8 @@ def test_tuned_runs_give_the_eager_bound_and_gradient(case: Case, caplog, monkey
     for compiled, eager in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     assert torch.equal(*frozen)
-    assert {key[0][0] for key in density._compiler._graphs} == {"forward", "last", "backward"} and not warned(caplog)
+    graphs = density._graphs.compiler._graphs
+    assert {key[0][0] for key in graphs} == {"forward", "last", "backward"} and not warned(caplog)
 
 
 @pytest.mark.parametrize("name", ["eight_schools", "vae"])
@@ -269,7 +269,7 @@ def test_blocks_of_steps_are_single_steps(steps, monkeypatch):
     u = call.prior(1).detach()
     noise, results = torch.randn(steps, *u.shape), []
     for most in (1, 2):
-        monkeypatch.setattr("pyro_shortrun.compile.executor._STEPS_AT_MOST", most)
+        monkeypatch.setattr("pyro_shortrun.compile.compiler._STEPS_AT_MOST", most)
         density = traced(call)
         eta = torch.full((steps, call.density.layout.size), 1e-3, requires_grad=True)
         result = run(Runner(density, Langevin(1e-3), PathDensity()), u, eta, noise, Gradients.GUIDE)

@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from zoo import CASES, EXTRA
 
-from pyro_shortrun.density import Call, LogDensity, Program
+from pyro_shortrun.density import Binder, Call, LogDensity, Program
 from pyro_shortrun.density.layout import Arrow
-from pyro_shortrun.density.program import Binding
-from pyro_shortrun.density.structure import read_structure
+from pyro_shortrun.density.trust import warn_if_rows_mix
 
 # ------------------------------------------------------------------------------------------------ small models
 
@@ -306,7 +305,7 @@ class Bound:
 
     @property
     def density(self) -> LogDensity:
-        return self.call.density
+        return self.call.model
 
     def point(self, chains: int = 1) -> Tensor:
         return 0.5 * torch.randn((chains, self.density.layout.rows, self.density.layout.size))
@@ -315,11 +314,7 @@ class Bound:
 def bind(model: Callable, *args: Any, indices: Mapping | None = None, given: Mapping | None = None) -> Bound:
     program = Program(model)
     reading = program.draw(args, {}, indices, given)
-    program.check(reading)
-    fixed = Binding(args, {}, reading.indices, given or {}, program.enum_dim(reading))
-    structure = read_structure(program, reading, fixed)
-    call = Call(program, fixed, reading, LogDensity(program, structure, fixed))
-    return Bound(model, args, call)
+    return Bound(model, args, Binder(program)(reading, args, {}, given))
 
 
 ALL: dict[str, Callable[[], tuple[Callable, tuple]]] = {case.name: case.make for case in (*CASES, *EXTRA)}
@@ -609,7 +604,7 @@ def test_elements_that_mix_are_reported() -> None:
 
     bound = bind(model, data(5))
     with pytest.warns(UserWarning, match="plate 'n' influence each other"):
-        bound.density.warn_if_rows_mix(bound.point())
+        warn_if_rows_mix(bound.density, bound.point())
 
 
 def test_a_random_density_is_reported() -> None:
@@ -620,7 +615,7 @@ def test_a_random_density_is_reported() -> None:
 
     bound = bind(model, data(20))
     with pytest.warns(UserWarning, match="log density is random"):
-        bound.density.warn_if_rows_mix(bound.point())
+        warn_if_rows_mix(bound.density, bound.point())
 
 
 # ------------------------------------------------------------------------------------------------ subsampling

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from pyro_shortrun.density import LatentSite, Layout, Plate
-from pyro_shortrun.density.layout import Arrow
+from pyro_shortrun.density.layout import Arrow, constant
+from pyro_shortrun.density.rows import sum_to_rows
+from pyro_shortrun.density.structure import unscalable
 
 OUTER, INNER = Plate("outer", -2, 3, 3), Plate("inner", -1, 4, 4)
 HALF = Plate("half", -1, 4, 8)  # subsampled: 4 of 8
@@ -123,7 +125,7 @@ def test_rows_add_up(layout: Layout) -> None:
         ((OUTER, INNER), (2, 3, 4)),
     ]:
         term = torch.randn(shape)
-        rows = layout.sum_to_rows(term, plates)
+        rows = sum_to_rows(layout, term, plates)
         assert rows.shape == (layout.rows,)
         torch.testing.assert_close(rows.sum(), term.sum())
 
@@ -133,9 +135,9 @@ def test_sum_to_rows_agrees_with_packing(layout: Layout) -> None:
     """A sum over a site's coordinates, taken over packed rows or over log-probability terms."""
     values = {s.name: torch.randn(s.shape) for s in layout.sites}
     terms = [
-        layout.sum_to_rows(values[s.name].sum([*range(len(s.batch_shape), len(s.shape))]), s.plates)
+        sum_to_rows(layout, values[s.name].sum([*range(len(s.batch_shape), len(s.shape))]), s.plates)
         if s.event_shape
-        else layout.sum_to_rows(values[s.name], s.plates)
+        else sum_to_rows(layout, values[s.name], s.plates)
         for s in layout.sites
     ]
     torch.testing.assert_close(sum(terms), layout.pack(values).sum(-1))
@@ -143,17 +145,17 @@ def test_sum_to_rows_agrees_with_packing(layout: Layout) -> None:
 
 def test_a_term_in_the_rows_is_not_shared_and_one_outside_is() -> None:
     layout = LAYOUTS["nested, rows left"]
-    inside = layout.sum_to_rows(torch.arange(12.0).reshape(3, 4), (OUTER, INNER))
+    inside = sum_to_rows(layout, torch.arange(12.0).reshape(3, 4), (OUTER, INNER))
     assert inside.tolist() == [6.0, 22.0, 38.0]
-    assert layout.sum_to_rows(torch.tensor([[1.0], [2.0], [3.0]]), (OUTER,)).tolist() == [1, 2, 3]
-    assert layout.sum_to_rows(torch.tensor([3.0, 6.0]), (INNER,)).tolist() == [3, 3, 3]
+    assert sum_to_rows(layout, torch.tensor([[1.0], [2.0], [3.0]]), (OUTER,)).tolist() == [1, 2, 3]
+    assert sum_to_rows(layout, torch.tensor([3.0, 6.0]), (INNER,)).tolist() == [3, 3, 3]
 
 
 def test_indices_of_a_plain_layout() -> None:
     layout = Layout((site("y", (4,), (), INNER), site("z", (4,), (2,), INNER)), (INNER,))
     assert layout.site_index.tolist() == [0, 1, 1]
     assert layout.dim_index.tolist() == [0, 1, 2]
-    assert layout.constant({"y": 7.0, "z": 8.0}).tolist() == [7, 8, 8]
+    assert constant(layout, {"y": 7.0, "z": 8.0}).tolist() == [7, 8, 8]
 
 
 def test_indices_of_an_arrowhead() -> None:
@@ -199,4 +201,4 @@ def test_scales() -> None:
     ],
 )
 def test_unscalable_names_the_latent_whose_scale_no_row_carries(layout: Layout, name: str | None) -> None:
-    assert layout.unscalable == name
+    assert unscalable(layout) == name

@@ -15,8 +15,7 @@ from test_exact import gaussian
 from torch import Tensor
 
 from pyro_shortrun import Annealed, Init, Langevin, ShortRunGuide, ShortRunLangevin, StepSize
-from pyro_shortrun.compile import Compiler, Untouched
-from pyro_shortrun.compile.executor import density_of
+from pyro_shortrun.compile import Compiler, Untouched, density_of
 from pyro_shortrun.density import Call
 from pyro_shortrun.objectives.annealed import LangevinTransition
 from pyro_shortrun.objectives.reverse_kernels import Mirror
@@ -61,9 +60,9 @@ def by_hand(log_base, u: Tensor, eta: Tensor, beta: Tensor, noise: Tensor, clip:
 @pytest.mark.parametrize("clip", [math.inf, 0.02])
 def test_weight_and_its_gradients(kind: str, clip: float, compile: bool, monkeypatch):
     """In the start, step sizes, temperatures and the start's own parameters; whatever the size of a graph."""
-    monkeypatch.setattr("pyro_shortrun.compile.executor._STEPS_AT_MOST", 3)
+    monkeypatch.setattr("pyro_shortrun.compile.compiler._STEPS_AT_MOST", 3)
     call = Call.of(curved, (), {})
-    density = density_of(call.program, call.density.structure, call.bind, Compiler(Untouched()) if compile else None)
+    density = density_of(call.model, Compiler(Untouched()) if compile else None)
     loc = torch.randn(3, 2)
     scale = torch.rand(3, 2) + 0.5 if kind == "diagonal" else (torch.randn(3, 2, 2).tril() + 2 * torch.eye(2))
     leaves = [torch.randn(2, 3, 2), torch.rand(STEPS, 2) * 0.1 + 0.01, torch.linspace(0.2, 1.0, STEPS)]

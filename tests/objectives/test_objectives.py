@@ -34,8 +34,7 @@ from pyro_shortrun import (
     StepSize,
     to_arviz,
 )
-from pyro_shortrun.compile import Compiler, Untouched
-from pyro_shortrun.compile.executor import density_of
+from pyro_shortrun.compile import Compiler, Untouched, density_of
 from pyro_shortrun.density import Call
 from pyro_shortrun.guides import tune_on_grid
 from pyro_shortrun.objectives.reverse import weighed_by
@@ -94,7 +93,7 @@ def prior(x: Tensor) -> Tensor:
 
 def density(model: Callable, compile: bool):
     call = Call.of(model, (), {})
-    return density_of(call.program, call.density.structure, call.bind, Compiler(Untouched()) if compile else None)
+    return density_of(call.model, Compiler(Untouched()) if compile else None)
 
 
 def assert_same_gradients(found: tuple, wanted: tuple, leaves: list[Tensor]) -> None:
@@ -107,7 +106,7 @@ def assert_same_gradients(found: tuple, wanted: tuple, leaves: list[Tensor]) -> 
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_hamiltonian_weight_and_its_gradients(compile: bool, monkeypatch):
-    monkeypatch.setattr("pyro_shortrun.compile.executor._STEPS_AT_MOST", 3)
+    monkeypatch.setattr("pyro_shortrun.compile.compiler._STEPS_AT_MOST", 3)
     dynamics = Hamiltonian(0.1, max_drift=math.inf)
     dynamics.setup(torch.zeros(()))
     u, eta = torch.randn(2, 3, 2, requires_grad=True), (torch.rand(STEPS, 2) * 0.1 + 0.01).requires_grad_()
@@ -206,7 +205,7 @@ def reversed_by_hand(reverse: Affine, log_base, u, eta, beta, noise) -> tuple[Te
 @pytest.mark.parametrize("tempered", [False, True])
 def test_reverse_weight_and_its_gradients(tempered: bool, dense: bool, compile: bool, monkeypatch):
     """In start, step sizes and temperatures, the coefficients held fixed."""
-    monkeypatch.setattr("pyro_shortrun.compile.executor._STEPS_AT_MOST", 3)
+    monkeypatch.setattr("pyro_shortrun.compile.compiler._STEPS_AT_MOST", 3)
     u, eta = torch.randn(2, 3, 2, requires_grad=True), (torch.rand(STEPS, 2) * 0.1 + 0.01).requires_grad_()
     beta = torch.linspace(0.2, 1.0, STEPS).requires_grad_() if tempered else torch.ones(STEPS)
     noise, log_pi = torch.randn(STEPS, 2, 3, 2), density(curved, compile)

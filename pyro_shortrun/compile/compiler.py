@@ -1,0 +1,191 @@
+"""The graphs of a guide or kernel, and those of one call, bound to its tensors."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ..density.interface import Block
+from ..density.model import LogDensity
+from .graph import Constants, Function, Graph, Live, bound, roles, trace
+from .inductor import Backend, Inductor
+
+_LOGGER = logging.getLogger("pyro_shortrun")
+_GRAPHS_AT_MOST = 64
+_STEPS_AT_MOST = 5  # in one graph
+_NODES_AT_MOST = 1700  # in a graph of several steps: more take long to compile
+_SMALL_STATE = 1024  # numbers
+_RENEWALS_AT_MOST = 4
+_LOOPED_AT_MOST = 8  # chains whose copies of the model may stand side by side in one graph
+
+
+class Compiler:
+    """The graphs of one guide or kernel, by function, structure and shapes."""
+
+    def __init__(self, backend: Backend | None = None) -> None:
+        self.backend = Inductor() if backend is None else backend
+        self._graphs: dict[Hashable, Graph] = {}
+        self._sizes: dict[Hashable, int] = {}
+        self._traced: dict[Hashable, tuple[GraphModule, Constants]] = {}  # to be compiled if they are the size wanted
+        self._given_up: set[str] = set()
+        self._renewals = 0
+        self.rounding: float | None = None  # how far a new graph was from the eager log density, relatively
+        self._eager = False
+
+    def graph(self, key: Hashable, what: str, fn: Function, inputs: tuple[Tensor, ...], live: Live) -> Graph | None:
+        """The graph of ``fn``, made if need be; None where it cannot be traced, which is warned about once.
+
+        :param what: name of the function for the warning.
+        """
+        if self._eager or what in self._given_up:
+            return None
+        if key in self._graphs and not self._graphs[key].fits(live):
+            del self._graphs[key]
+        if key not in self._graphs and len(self._graphs) >= _GRAPHS_AT_MOST:
+            self.give_up(f"its shapes or other arguments changed more than {_GRAPHS_AT_MOST} times")
+            return None
+        if key not in self._graphs:
+            try:
+                with warnings.catch_warnings(), torch.no_grad():
+                    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # inductor's own
+                    module, constants = self._traced.pop(key) if key in self._traced else trace(fn, inputs, live)
+                    values = [*inputs, *bound(constants, live)]
+                    self._graphs[key] = Graph.of(self.backend.build(module, values), constants, live)
+            except Exception as reason:  # make_fx and inductor raise whatever they meet
+                self.give_up(reason, what if self._graphs else None)
+                return None
+        return self._graphs[key]
+
+    def size(self, key: Hashable, fn: Function, inputs: tuple[Tensor, ...], live: Live) -> int | None:
+        """Number of operations in ``fn``, or None where it cannot be traced."""
+        if key not in self._sizes:
+            try:
+                self._traced[key] = trace(fn, inputs, live)
+            except Exception:  # said when it is to be compiled
+                return None
+            self._sizes[key] = len(self._traced[key][0].graph.nodes)
+        return self._sizes[key]
+
+    def agrees(self, known: Tensor, value: Tensor) -> bool:
+        """Whether the graphs' ``value`` is the log density: within the rounding of their first comparison, or a loose
+        bound for that one."""
+        gap = ((known - value).abs() / (1 + known.abs())).nan_to_num(0.0).max().item()
+        if not torch.equal(known.isfinite(), value.isfinite()):
+            return False
+        tight, loose = (2e-5, 1e-3) if known.dtype is torch.float32 else (1e-9, 1e-6)
+        if self.rounding is None and gap < loose:
+            self.rounding = gap
+        return gap <= max(tight, 20 * (self.rounding or 0.0))
+
+    def forget(self) -> None:
+        """Drop every graph, as they no longer are the model's; give up if this happens again and again."""
+        self._renewals += 1
+        if self._renewals > _RENEWALS_AT_MOST:
+            self.give_up("something that it depends on changes from call to call: pass that as a tensor argument")
+        self.rounding = None
+        self._graphs.clear()
+        self._sizes.clear()
+        self._traced.clear()
+
+    def give_up(self, reason: object, what: str | None = None) -> None:
+        """Run eagerly from now on, in one function or all."""
+        text = str(reason).strip().split("\n")[0]
+        if what is None:
+            self._eager = True
+            _LOGGER.warning(
+                "compile=True has no effect: the model runs eagerly, as it cannot be traced or compiled (%s).", text
+            )
+        else:
+            self._given_up.add(what)
+            _LOGGER.warning(
+                "compile=True has no effect on the %s part of a run, which cannot be traced or compiled (%s).",
+                what,
+                text,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(Compiler(self.backend))}
+
+
+class CallGraphs:
+    """The graphs of one call: those of its structure and shapes, with the call's tensors in their roles."""
+
+    def __init__(self, model: LogDensity, compiler: Compiler) -> None:
+        self.compiler = compiler
+        self._model = model
+        self._bound: dict[Hashable, Function | None] = {}
+        self._at_once: dict[Hashable, int] = {}
+
+    def run(self, fn: Block, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """``fn(density, *inputs)``, without gradients; eager where it cannot be traced."""
+        with torch.no_grad():
+            ready = prepared(inputs)
+            run = self._of_call(fn, ready)
+            return fn(self._eager(), *inputs) if run is None else run(*ready)
+
+    def find(self, fn: Block, inputs: tuple[Tensor, ...]) -> Graph | None:
+        """The graph of ``fn``, made if need be; None where it cannot be traced."""
+        name = str(fn.key[0])
+        return self.compiler.graph(self._key(fn, inputs), name, self._traceable(fn), inputs, self.live)
+
+    def forget(self) -> None:
+        """Ask the compiler again from now on."""
+        self._bound.clear()
+
+    def steps_at_once(self, fn: Block, inputs: Callable[[], tuple[Tensor, ...]]) -> int:
+        """Several where a step is so small that calling its graph takes most of the time."""
+        if fn.key not in self._at_once:
+            self._at_once[fn.key] = self._choose(fn, prepared(inputs()))
+        return self._at_once[fn.key]
+
+    def _choose(self, fn: Block, inputs: tuple[Tensor, ...]) -> int:
+        if inputs[0].numel() > _SMALL_STATE or _STEPS_AT_MOST == 1:
+            return 1
+        size = self.compiler.size(self._key(fn, inputs), self._traceable(fn), inputs, self.live)
+        return 1 if size is None else max(1, min(_STEPS_AT_MOST, _NODES_AT_MOST // size))
+
+    @cached_property
+    def live(self) -> Live:
+        """The call's tensors by role."""
+        return roles(self._model.bind, self._model.batches)
+
+    def _key(self, fn: Block, inputs: tuple[Tensor, ...]) -> Hashable:
+        shapes = tuple((t.shape, t.dtype, t.device) for t in inputs)
+        return fn.key, shapes, self._model.layout, self.live.key
+
+    def _of_call(self, fn: Block, inputs: tuple[Tensor, ...]) -> Function | None:
+        """The graph of ``fn`` bound to this call, or None."""
+        here = (fn.key, tuple(t.shape for t in inputs), inputs[0].dtype, inputs[0].device)
+        if here not in self._bound:
+            self._model.layout.drift_scale(inputs[0])  # kept by the layout: not to be made in a trace
+            graph = self.find(fn, inputs)
+            self._bound[here] = None if graph is None else graph.bind(self.live)
+        return self._bound[here]
+
+    def _traceable(self, fn: Block) -> Function:
+        def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+            density = replace(self._eager(), repeats=self._model.layout.rows == 1 and not self._model.batches)
+            out = fn(density, *inputs)
+            chains = len(inputs[0])
+            if not density.structure.vectorizes.get("density", True) and chains > _LOOPED_AT_MOST:
+                raise NotImplementedError(f"its {chains} chains cannot be vectorised in a trace")
+            return out
+
+        return call
+
+    def _eager(self) -> LogDensity:
+        """With its own note of whether vmap works: it may fail in a trace where it works without."""
+        return replace(self._model, structure=replace(self._model.structure, vectorizes={}))
+
+
+def prepared(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs as graphs expect them: outside autograd, and contiguous, as the shapes are all they are known by."""
+    return tuple((t.detach() if t.requires_grad else t).contiguous() for t in inputs)
