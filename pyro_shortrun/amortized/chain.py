@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_between, check_kind
+from ..dynamics.metropolis import decide
+from ..tensors import keep_rows
 from .basis import Basis, Everywhere
 
 _GAIN = 0.1  # of the step size's adaptation
@@ -131,16 +133,10 @@ class LinearTarget:
         else:
             s = point.pull + new.pull
             exponents = -eta / 4 * s.square().sum((-1, -2)) - (eta / 2).sqrt() * (s * noise).sum((-1, -2))
-            log_ratio = (new.value - point.value).sum(-1) + exponents
-            known = finite & ~log_ratio.isnan()  # squares of gradients may overflow
-            log_ratio = torch.where(known, log_ratio, torch.full_like(log_ratio, -torch.inf))
-            accept, move = log_ratio.clamp(max=0).exp(), log_uniform < log_ratio
-        kept = (_where(move, a, b) for a, b in zip(new, point, strict=True))
+            log_ratio = (new.value - point.value).sum(-1) + exponents  # squares of gradients may overflow
+            move, accept = decide(log_ratio, finite, log_uniform)
+        kept = (keep_rows(move, a, b) for a, b in zip(new, point, strict=True))
         return Moved(Point(*kept), accept, finite)
-
-
-def _where(chains: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(chains.reshape(-1, *((1,) * (a.dim() - 1))), a, b)
 
 
 class LinearRun(NamedTuple):

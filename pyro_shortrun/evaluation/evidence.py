@@ -16,9 +16,10 @@ from ..compile.executor import Compiler, density_of
 from ..density.call import Call
 from ..density.interface import Density
 from ..dynamics.langevin import Langevin
+from ..dynamics.metropolis import Proposed, decide, log_ratio
 from ..dynamics.step_size import StepSize
 from ..energy.prior import TiltedPrior
-from ..tensors import ordinary_autograd, plain
+from ..tensors import keep_rows, ordinary_autograd, plain
 
 _ACCEPT = 0.574  # best acceptance rate of MALA in many dimensions
 _PILOT_CHAINS = 8
@@ -149,11 +150,10 @@ class _Point(NamedTuple):
     slope: Tensor
     grad: Tensor
 
-    def value(self, beta: float) -> Tensor:
-        return (1 - beta) * self.prior + beta * self.target
-
-    def pull(self, beta: float) -> Tensor:
-        return (1 - beta) * self.slope + beta * self.grad
+    def at(self, beta: float) -> Proposed:
+        """As a state of the chain at a temperature."""
+        density = (1 - beta) * self.prior + beta * self.target
+        return Proposed(self.u, density, (1 - beta) * self.slope + beta * self.grad)
 
 
 class _Path:
@@ -219,16 +219,14 @@ class _Path:
 
     def _move(self, point: _Point, beta: float, eta: Tensor) -> tuple[_Point, Tensor]:
         """A MALA transition for temperature ``beta``, and its acceptance probabilities."""
-        eta, one, dynamics = eta.unsqueeze(-1), torch.ones_like(point.u[0, 0]), self._dynamics
-        there = dynamics.step(point.u, point.pull(beta), eta, torch.randn_like(point.u), one)
-        new = self._at(there)
-        forth = dynamics.log_transition(point.u, there, point.pull(beta), eta.expand_as(there), one)
-        back = dynamics.log_transition(there, point.u, new.pull(beta), eta.expand_as(there), one)
-        log_ratio = (new.value(beta) - point.value(beta) + back - forth).nan_to_num(nan=-torch.inf)
-        move = torch.rand_like(log_ratio).log() < log_ratio
-        pairs = zip(new, point, strict=True)
-        kept = _Point(*(torch.where(move if a.dim() == 2 else move.unsqueeze(-1), a, b) for a, b in pairs))
-        return kept, log_ratio.clamp(max=0).exp()
+        eta, one = eta.unsqueeze(-1), torch.ones_like(point.u[0, 0])
+        here = point.at(beta)
+        u = self._dynamics.step(here.u, here.pull, eta, torch.randn_like(here.u), one)
+        new = self._at(u)
+        ratio = log_ratio(self._dynamics, here, new.at(beta), eta, one)
+        finite = new.prior.isfinite() & new.target.isfinite()
+        move, accept = decide(ratio, finite, torch.rand_like(ratio).log())
+        return _Point(*(keep_rows(move, a, b) for a, b in zip(new, point, strict=True))), accept
 
 
 class _Terms:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..dynamics.adaptation import Adaptation
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.metric import Preconditioner
+from ..dynamics.metropolis import Proposed, decide, log_ratio
 from ..objectives.objective import Objective
 from ..runs.pilot import back_off, pilot_chains, pilot_fails
 from ..runs.run import Gradients, run
@@ -197,17 +198,14 @@ class Walk(Sampler):
     def transition(self, state: State, eta: Tensor, noise: Tensor, log_uniform: Tensor) -> tuple[State, Tensor, Tensor]:
         """One transition: the next state, the acceptance probability, and whether the proposal was finite."""
         scales = self.adaptation.scales
-        w, pull = scales.whiten(state.u), scales.pull(state.grad)
-        moved = self.dynamics.step(w, pull, eta, noise, self._one)
+        here = Proposed(scales.whiten(state.u), state.log_density, scales.pull(state.grad))
+        moved = self.dynamics.step(here.u, here.pull, eta, noise, self._one)
         new = self.evaluate(scales.color(moved))
         finite = new.log_density.isfinite() & new.grad.isfinite().all(-1) & new.u.isfinite().all(-1)
         if self.adjust:
-            back = self.dynamics.log_transition(moved, w, scales.pull(new.grad), eta, self._one)
-            forth = self.dynamics.log_transition(w, moved, pull, eta, self._one)
-            log_ratio = new.log_density - state.log_density + back - forth
-            log_ratio = torch.where(finite, log_ratio, torch.full_like(log_ratio, -torch.inf))
-            move = log_uniform < log_ratio
-            accept = log_ratio.clamp(max=0).exp()
+            there = Proposed(moved, new.log_density, scales.pull(new.grad))
+            ratio = log_ratio(self.dynamics, here, there, eta, self._one)
+            move, accept = decide(ratio, finite, log_uniform)
         else:
             move, accept = finite, finite.to(state.u)
         return new.where(move, state), accept, finite
