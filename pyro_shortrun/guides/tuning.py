@@ -10,13 +10,13 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from ..checks import check_count, check_kind
 from ..density.call import Call
 from ..runs.record import ShortRun
 from ..starts.start import StartDraw
+from ..tensors import random_state, set_random_state
 from .short_run import ShortRunGuide
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -82,10 +82,10 @@ class Trials:
         check_kind("guide", guide, ShortRunGuide, "ShortRunGuide(model)")
         guide.setup(*args, **kwargs)
         self._guide, self._args, self._kwargs, self._count = guide, args, kwargs, count
-        self._random = get_rng_state()
+        self._random = random_state()
 
     def __call__(self, factor: float, num_steps: int | None = None) -> Trial:
-        set_rng_state(self._random)
+        set_random_state(self._random)
         return Trial(*self._guide.trial(self._args, self._kwargs, self._count, factor, num_steps))
 
 

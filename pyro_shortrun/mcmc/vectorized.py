@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import check_count, check_kind
+from ..tensors import random_state, set_random_state
 from .chains import Session
 from .kernel import ShortRunLangevin
 from .target import Target
@@ -97,7 +98,7 @@ class VectorizedMCMC:
         self._states: list[Tensor] = []
         self._samples: dict[str, Tensor] | None = None
         self._saved: Mapping[str, Any] | None = None
-        self._rng: dict[str, Tensor] = {}
+        self._rng: dict[str, Any] = {}
 
     @poutine.block
     def run(self, *args: Any, **kwargs: Any) -> None:
@@ -121,7 +122,7 @@ class VectorizedMCMC:
                         self._advance(session, bar)
                 finally:  # as it was after the last draw, whatever else draws before the state is saved
                     session.forget_after(len(self._states))
-                    self._rng = _random_state(session.state.u.device)
+                    self._rng = random_state(session.state.u.device)
 
     def _advance(self, session: Session, bar: Any) -> None:
         warming = session.done < self.warmup_steps
@@ -231,17 +232,11 @@ class VectorizedMCMC:
     def _restore(self, session: Session, saved: Mapping[str, Any]) -> None:
         session.load_state_dict(saved["session"])
         self._states = list(saved["states"].to(session.state.u.device).unbind(1))
-        torch.set_rng_state(saved["rng"]["cpu"])
-        if "cuda" in saved["rng"]:
-            torch.cuda.set_rng_state(saved["rng"]["cuda"], session.state.u.device)
+        rng = {"torch": saved["rng"].get("cpu"), **saved["rng"]}  # "cpu" in states of version 0.1.0
+        set_random_state(rng, session.state.u.device)
         self._saved = None
 
     def _opened(self) -> Session:
         if self._session is None:
             raise RuntimeError("call run(*args) first.")
         return self._session
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state

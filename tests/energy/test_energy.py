@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyro_shortrun import EnergyELBO, Langevin, Persistent, ShortRunELBO, ShortRunGuide, StepSize, energy_prior
 from pyro_shortrun.compile import Compiler, Untouched
 from pyro_shortrun.energy import TiltedPrior
-from pyro_shortrun.energy.sampler import _Negative
+from pyro_shortrun.energy.sampler import Negative
 from pyro_shortrun.runs import RunInfo, ShortRun
 from pyro_shortrun.starts import Replay
 
@@ -58,7 +58,7 @@ def log_z_grad(model: Callable, args: tuple, end: Tensor, params: list[Tensor]) 
     """The gradient that negative samples ``end`` give, ``(chains, rows, size)``."""
     call = TiltedPrior(model).bind(args, {})
     assert call is not None
-    return list(torch.autograd.grad(_Negative.at(call, end, silent(end)).surrogate, params))
+    return list(torch.autograd.grad(Negative.at(call, end, silent(end)).surrogate, params))
 
 
 def sigma_points(mean: Tensor, cov: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ def elbo_surrogate(model: Callable, x: Tensor, elbo: EnergyELBO) -> Tensor:
     call = TiltedPrior(model).bind((x,), {})
     assert call is not None
     end = elbo.sampler.run(call, 1).end
-    return _Negative.at(call, end, silent(end)).surrogate
+    return Negative.at(call, end, silent(end)).surrogate
 
 
 @pytest.mark.parametrize("base", [Trace_ELBO(), TraceMeanField_ELBO()], ids=lambda b: type(b).__name__)
