@@ -19,6 +19,7 @@ from ..density.structure import Structure
 from ..density.transforms import is_identity
 from ..guides.base import DensityGuide
 from ..guides.emit import emit, outer_shape
+from ..starts.finite import require_finite
 from ..tensors import ordinary_autograd
 from .basis import Basis
 from .chain import FOR_ONE_TARGET, AmortizedInfo, LinearChain, LinearTarget, Point, check_features, check_width
@@ -261,7 +262,7 @@ class LangevinEncoderGuide(DensityGuide):
             for done in range(0, num_samples, _DRAWS_AT_ONCE):
                 u = normal.sample(torch.Size([min(_DRAWS_AT_ONCE, num_samples - done)]))
                 with torch.no_grad():
-                    joint = call.density.eager(u) / _weight(call.density.layout)
+                    joint = call.density.eager(u) / call.density.layout.row_weight
                 total = total + (joint - normal.log_prob(u).sum(-1)).sum(0)
         return total / num_samples
 
@@ -332,7 +333,7 @@ class LangevinEncoderGuide(DensityGuide):
         return features
 
     def _target(self, call: Call, features: Tensor) -> LinearTarget:
-        weight = _weight(call.density.layout)
+        weight = call.density.layout.row_weight
 
         def gradient(u: Tensor) -> tuple[Tensor, Tensor]:
             value, grad = call.density.value_and_grad(u)
@@ -348,14 +349,13 @@ class LangevinEncoderGuide(DensityGuide):
             if self._compiler is not None:
                 density.expect(u, density.eager(u))
             point = target.at(phi)
-        finite = point.value.isfinite().all(-1) & point.pull.isfinite().flatten(1).all(-1)
-        if not finite.all():
-            bad = int((~finite).nonzero()[0])
-            raise ValueError(
-                "the model's log density, or its gradient, is not finite at the encoding of the data, first at "
-                f"{density.offender(u[bad])}: check the data for NaN and the observation's support, or use a smaller "
-                "init_scale or step_size."
-            )
+        require_finite(
+            point.value.isfinite().all(-1) & point.pull.isfinite().flatten(1).all(-1),
+            density,
+            u,
+            "the model's log density, or its gradient, is not finite at the encoding of the data",
+            "check the data for NaN and the observation's support, or use a smaller init_scale or step_size",
+        )
         return point
 
     def _states(self, call: Call, samples: int, chains: int, warmup: int, thinning: int) -> tuple[Tensor, Tensor]:
@@ -380,11 +380,6 @@ class LangevinEncoderGuide(DensityGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "info": None}
-
-
-def _weight(layout: Layout) -> float:
-    """How often a row counts in a subsampled model's log joint."""
-    return math.prod(plate.scale for plate in layout.row_plates)
 
 
 def _global_site(layout: Layout) -> str | None:

@@ -97,6 +97,16 @@ class Layout:
         return torch.Size(plate.size for plate in self.row_plates)
 
     @cached_property
+    def plate_scale(self) -> float:
+        """``full_size / size`` of the row plates: how often one of their elements counts in the log joint."""
+        return math.prod(plate.scale for plate in self.row_plates)
+
+    @property
+    def row_weight(self) -> float:
+        """How often a row counts in the log joint; an arrowhead's one row counts once."""
+        return 1.0 if self.is_arrow else self.plate_scale
+
+    @cached_property
     def rows(self) -> int:
         """Number of independent rows."""
         return 1 if self.is_arrow else self.row_shape.numel()
@@ -112,7 +122,7 @@ class Layout:
             shared=sum(s.shape.numel() for s in shared),
             count=count,
             local=sum(self._numel(s) for s in local),
-            weight=math.prod(plate.scale for plate in self.row_plates),
+            weight=self.plate_scale,
         )
 
     @cached_property
@@ -125,9 +135,8 @@ class Layout:
     @cached_property
     def unscalable(self) -> str | None:
         """Name of a latent whose subsampling scale no row or arrowhead can carry, or None."""
-        rows = math.prod(plate.scale for plate in self.row_plates)
         shared, local = self._split
-        wrong = [s.name for s in local if not math.isclose(s.scale, rows)]
+        wrong = [s.name for s in local if not math.isclose(s.scale, self.plate_scale)]
         wrong += [s.name for s in shared if not math.isclose(s.scale, 1.0)]
         return wrong[0] if wrong else None
 

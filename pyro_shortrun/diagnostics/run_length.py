@@ -221,15 +221,9 @@ class _Stage:
     def of(cls, call: Call, state: Tensor, frozen: Tensor) -> _Stage:
         density, grad = call.density.value_and_grad(state)
         # Rows of a subsampled plate count for several; what a mask takes out has no gradient and no virial.
-        weight, counted = _weight(call), (grad != 0).any(0).sum().clamp(min=1)
+        weight, counted = call.density.layout.row_weight, (grad != 0).any(0).sum().clamp(min=1)
         energy = {**mean_energies(call, state), "-log density": -density.mean(-1) / weight}
         return cls(state, energy, -(state * grad).sum((-2, -1)) / (weight * counted), frozen)
-
-
-def _weight(call: Call) -> float:
-    """What each row of a subsampled plate counts for."""
-    layout = call.density.layout
-    return 1.0 if layout.is_arrow else math.prod(p.scale for p in layout.row_plates)
 
 
 def _lengths(num_steps: Sequence[int], trained: int, num_samples: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from ..dynamics.dynamics import Dynamics
 from ..objectives.path import PathDensity
 from ..runs.record import ShortRun
 from ..runs.run import run
+from ..starts.finite import require_finite
 from ..starts.start import Start
 from .statement import energies, energy_of
 
@@ -184,14 +185,13 @@ def begin_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chain
         dynamics.setup(like)
         eta = cast(Tensor, dynamics.step_size(layout, num_steps)).detach()
         drawn = start.draw(call, chains)
-        finite = drawn.log_density.isfinite()
-        if not finite.all():
-            chain = int((~finite).any(1).nonzero()[0])
-            raise ValueError(
-                "the prior's log density is not finite at the start of a run, first at "
-                f"{call.density.offender(drawn.state[chain])}: the energies may have diverged; lower their learning "
-                "rate, or set EnergyELBO(l2=...)."
-            )
+        require_finite(
+            drawn.log_density.isfinite(),
+            call.density,
+            drawn.state,
+            "the prior's log density is not finite at the start of a run",
+            "the energies may have diverged; lower their learning rate, or set EnergyELBO(l2=...)",
+        )
         call.density.expect(drawn.state, drawn.log_density)
         return drawn.state, eta
 

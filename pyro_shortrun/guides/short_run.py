@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -171,8 +170,7 @@ class ShortRunGuide(DensityGuide):
         with ordinary_autograd() as grad_enabled, self._pyro_context:
             call, result, log_q, gradients = self._play(args, kwargs, num_particles, grad_enabled)
             density = call.density.differentiable(result.end, grad_enabled)
-            weight = math.prod(1.0 if call.density.layout.is_arrow else p.scale for p in call.density.layout.row_plates)
-            return (density - weight * log_q).sum(-1)
+            return (density - call.density.layout.row_weight * log_q).sum(-1)
 
     def _play(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int, grad_enabled: bool

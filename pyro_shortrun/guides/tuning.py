@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,8 +48,7 @@ class Trial:
     @property
     def weight(self) -> float:
         """How many rows each row of a subsampled plate stands for."""
-        layout = self.call.density.layout
-        return 1.0 if layout.is_arrow else math.prod(plate.scale for plate in layout.row_plates)
+        return self.call.density.layout.row_weight
 
     def log_joint(self) -> Tensor:
         """``log p(x, z_K)``, ``(runs,)``."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..tensors import moved, ordinary_autograd
 from .target import Target
-from .transitions import Sampler, State, Stats
+from .sampler import ChainState, Sampler, Stats
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Session:
         self._stats: list[Stats] = []
         self._last: Stats | None = None
         self._warned = False
-        self.state: State
+        self.state: ChainState
 
     @property
     def target(self) -> Target:
@@ -142,7 +142,7 @@ class Session:
                 "with the same dtype."
             )
         device = self.state.u.device
-        state = State(**moved(saved["state"], device))
+        state = ChainState(**moved(saved["state"], device))
         here = self.sampler.evaluate(state.u).log_density
         if not (self.target.is_subsampled or torch.allclose(here, state.log_density, rtol=1e-3, atol=1e-3)):
             raise ValueError("the saved chains have another log density here: resume with the same model and data.")

@@ -27,8 +27,10 @@ from ..starts.prior import Prior
 from ..starts.start import Start, check_start
 from ..tensors import ordinary_autograd, plain
 from .chains import DrawStats, Session
+from .langevin_chain import LangevinChain, StepSizeSchedule
+from .sampler import Sampler
+from .short_runs import ShortRuns
 from .target import ModelTarget, PotentialTarget, Target
-from .transitions import Sampler, Schedule, ShortRuns, Walk
 
 
 class ShortRunLangevin(MCMCKernel):
@@ -96,7 +98,7 @@ class ShortRunLangevin(MCMCKernel):
         self,
         model: Callable[..., Any] | None = None,
         num_steps: int = 20,
-        step_size: float | StepSize | Schedule | None = None,
+        step_size: float | StepSize | StepSizeSchedule | None = None,
         persistent: bool | None = None,
         adjust: bool = False,
         *,
@@ -286,7 +288,7 @@ class ShortRunLangevin(MCMCKernel):
                 guess=self._is_guess,
                 tune=learnable,
             )
-        return Walk(
+        return LangevinChain(
             target,
             dynamics,
             self.num_steps,
