@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_between, check_kind
+from ..dynamics.adaptation import follow_acceptance
 from ..dynamics.metropolis import decide
 from ..tensors import keep_rows
 from .basis import Basis, Everywhere
@@ -31,7 +32,6 @@ from .basis import Basis, Everywhere
 _GAIN = 0.1  # of the step size's adaptation
 _HALVINGS_AT_MOST = 40
 _HARDLY = 0.1
-FOR_ONE_TARGET = 0.574  # the acceptance at which Langevin proposals go farthest
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class LinearChain(nn.Module):
         self.log_step = torch.full_like(length, math.log(self.step_size))
 
     @torch.no_grad()
-    def guess(self, target: LinearTarget, point: Point) -> None:
+    def halve_until_accepted(self, target: LinearTarget, point: Point) -> None:
         """Halve a first step size that adapts while proposals from here are hardly ever accepted."""
         if not self.adapts:
             return
@@ -251,7 +251,7 @@ class LinearChain(nn.Module):
             accepts.append(accept.mean())
             frozen = frozen + (~finite)
             if wanted is not None:
-                log_step = log_step + _GAIN * (accepts[-1] - wanted)
+                log_step = follow_acceptance(log_step, accepts[-1], wanted, _GAIN)
             if keep_every and (k + 1) % keep_every == 0:
                 kept.append((point.phi, point.value.sum(-1)))
         norm = point.phi.flatten(1).norm(dim=-1).mean()

@@ -17,12 +17,13 @@ from ..density.layout import Layout
 from ..density.program import Reading
 from ..density.structure import Structure
 from ..density.transforms import is_identity
+from ..dynamics.metropolis import BEST_ACCEPTANCE
 from ..guides.base import DensityGuide
 from ..guides.emit import emit, outer_shape
 from ..starts.finite import require_finite
 from ..tensors import ordinary_autograd
 from .basis import Basis
-from .chain import FOR_ONE_TARGET, AmortizedInfo, LinearChain, LinearTarget, Point, check_features, check_width
+from .chain import AmortizedInfo, LinearChain, LinearTarget, Point, check_features, check_width
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _DRAWS_AT_ONCE = 64  # the model's own tensors may be large
@@ -299,7 +300,7 @@ class LangevinEncoderGuide(DensityGuide):
                 rank,
             )
         target = self._target(call, features)
-        self.chain.guess(target, self._start(call, target, 1))
+        self.chain.halve_until_accepted(target, self._start(call, target, 1))
 
     def _features(self, call: Call, trains: bool, check: bool = False) -> Tensor:
         """``g`` of the call's rows, ``(rows, d)``.
@@ -365,7 +366,7 @@ class LangevinEncoderGuide(DensityGuide):
         check_count("warmup_steps", warmup + 1)
         features = self._features(call, False, check=True)
         target = self._target(call, features)
-        wanted = FOR_ONE_TARGET if self.chain.adapts else None
+        wanted = BEST_ACCEPTANCE if self.chain.adapts else None
         begun = self.chain.run(target, self._start(call, target, chains), warmup, wanted=wanted)
         run = self.chain.run(target, begun.point, samples * thinning, log_step=begun.log_step, keep_every=thinning)
         self.info = run.info

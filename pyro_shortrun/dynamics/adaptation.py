@@ -12,6 +12,14 @@ from torch import Tensor
 from .metric import _FEWEST, _POOLED_FROM, _WINDOWS, Identity, Moments, Preconditioner
 
 
+def follow_acceptance(log_step: Tensor, acceptance: Tensor, wanted: float, gain: float) -> Tensor:
+    """``log eta`` for the next transition: stochastic approximation with a constant gain (Robbins, Monro 1951).
+
+    For a step size that goes on adapting; :class:`Adaptation` is for a warm-up that ends.
+    """
+    return log_step + gain * (acceptance - wanted)
+
+
 class Adaptation:
     r"""Step-size factor and scales, from the transitions of a warm-up.
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .dynamics import Dynamics
 
+BEST_ACCEPTANCE = 0.574  # at which Langevin proposals go farthest in many dimensions (Roberts, Rosenthal 1998)
+
 
 class Proposed(NamedTuple):
     """A state at either end of a proposal, in the coordinates that the dynamics moves.

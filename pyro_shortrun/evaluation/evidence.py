@@ -15,13 +15,13 @@ from ..checks import check_count
 from ..compile.executor import Compiler, density_of
 from ..density.call import Call
 from ..density.interface import Density
+from ..dynamics.adaptation import follow_acceptance
 from ..dynamics.langevin import Langevin
-from ..dynamics.metropolis import Proposed, decide, log_ratio
+from ..dynamics.metropolis import BEST_ACCEPTANCE, Proposed, decide, log_ratio
 from ..dynamics.step_size import StepSize
 from ..energy.prior import TiltedPrior
 from ..tensors import keep_rows, ordinary_autograd, plain
 
-_ACCEPT = 0.574  # best acceptance rate of MALA in many dimensions
 _PILOT_CHAINS = 8
 _GAIN = 0.3  # of the step size's adaptation
 
@@ -203,7 +203,7 @@ class _Path:
             for _ in range(self.transitions):
                 point, accept = self._move(point, self.betas[t], self._etas[t - 1])
                 if adapt:
-                    self._log_eta = self._log_eta + _GAIN * (accept.mean(0) - _ACCEPT)
+                    self._log_eta = follow_acceptance(self._log_eta, accept.mean(0), BEST_ACCEPTANCE, _GAIN)
         return log_w, point
 
     def _reverse(self, point: _Point) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..dynamics.dynamics import Dynamics
 from ..objectives.objective import Objective
@@ -39,18 +40,18 @@ class ShortRuns(Sampler):
         super().__init__(target, dynamics, num_steps, chain_batch_size)
         structure = target.density.structure
         like = torch.zeros((), dtype=structure.dtype, device=structure.device)
-        self._objective, self._warmup = objective, warmup
+        self._objective = objective
         self._set_step_size(like, guess and tune)
         raw = list(dynamics.step_size.parameters()) if tune and warmup else []
-        self._optimiser = torch.optim.Adam(raw, lr=_LR) if raw else None
-        self._tuned = 0
+        self._ascent = BoundAscent(raw, warmup) if raw else None
 
     @property
     def kind(self) -> str:
         return f"short runs of {self.num_steps} steps"
 
     def draw(self, state: ChainState, warming: bool) -> tuple[ChainState, Stats]:
-        tunes = warming and self._optimiser is not None
+        ascent = self._ascent if warming else None
+        tunes = ascent is not None
         drawn = self.target.start(len(state.u))
         noise = self.dynamics.draw_noise(self.num_steps, drawn.state)
         ends, frozen = [], []
@@ -62,28 +63,14 @@ class ShortRuns(Sampler):
             eta = self.dynamics.step_size.forward(density.layout, self.num_steps)
             gradients = Gradients.GUIDE if tunes else Gradients.NONE
             result = run(density, self.dynamics, self._objective, begin, eta, part, account=tunes, gradients=gradients)
-            if tunes:
+            if ascent is not None:
                 bound = density(result.end) + result.increment - begin.log_q
-                self._collect(bound.sum() / drawn.log_q.numel())
+                ascent.collect(bound.sum() / drawn.log_q.numel())
             ends.append(result.end.detach())
             frozen.append(result.info.frozen)
-        if tunes:
-            self._improve()
+        if ascent is not None:
+            ascent.step()
         return self._record(torch.cat(ends), torch.cat(frozen))
-
-    def _collect(self, bound: Tensor) -> None:
-        """Adds the gradient of minus the bound to the step sizes' own; nothing else gets any."""
-        raw = list(self.dynamics.step_size.parameters())
-        for p, g in zip(raw, torch.autograd.grad(-bound, raw), strict=True):
-            p.grad = g if p.grad is None else p.grad + g
-
-    def _improve(self) -> None:
-        assert self._optimiser is not None
-        self._tuned += 1
-        for group in self._optimiser.param_groups:  # to zero at the end, so that the last noise does not stay
-            group["lr"] = _LR * max(1 - (self._tuned - 1) / self._warmup, 0.0)
-        self._optimiser.step()
-        self._optimiser.zero_grad()
 
     def _record(self, end: Tensor, frozen: Tensor) -> tuple[ChainState, Stats]:
         state = self.evaluate(end)
@@ -92,15 +79,47 @@ class ShortRuns(Sampler):
         return state, stats
 
     def state_dict(self) -> dict[str, Any]:
-        optimiser = None if self._optimiser is None else self._optimiser.state_dict()
+        learned = {"optimiser": None, "tuned": 0} if self._ascent is None else self._ascent.state_dict()
         step_size = {k: v.detach().clone() for k, v in self.dynamics.step_size.state_dict().items()}
-        drift = getattr(self.dynamics, "max_drift", None)
-        return {"step_size": step_size, "max_drift": drift, "optimiser": optimiser, "tuned": self._tuned}
+        return {"step_size": step_size, "max_drift": getattr(self.dynamics, "max_drift", None), **learned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.dynamics.step_size.load_state_dict(state["step_size"])
         if state["max_drift"] is not None:
             self.dynamics.max_drift = state["max_drift"]
-        if self._optimiser is not None and state["optimiser"] is not None:
-            self._optimiser.load_state_dict(state["optimiser"])
-        self._tuned = state["tuned"]
+        if self._ascent is not None and state["optimiser"] is not None:
+            self._ascent.load_state_dict(state)
+
+
+class BoundAscent:
+    """Adam on a run's bound, at a rate that falls to zero over the warm-up, so that the last noise does not stay.
+
+    :param raw: the step sizes' parameters.
+    :param total: steps.
+    """
+
+    def __init__(self, raw: list[Parameter], total: int) -> None:
+        self._raw, self._total, self._done = raw, total, 0
+        self._optimiser = torch.optim.Adam(raw, lr=_LR)
+
+    def collect(self, bound: Tensor) -> None:
+        """Add the gradient of minus the bound to the step sizes' own; nothing else gets any."""
+        for p, g in zip(self._raw, torch.autograd.grad(-bound, self._raw), strict=True):
+            p.grad = g if p.grad is None else p.grad + g
+
+    def step(self) -> None:
+        """Move the step sizes by what was collected."""
+        for group in self._optimiser.param_groups:
+            group["lr"] = _LR * max(1 - self._done / self._total, 0.0)
+        self._done += 1
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, lists and dicts."""
+        return {"optimiser": self._optimiser.state_dict(), "tuned": self._done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._done = state["tuned"]

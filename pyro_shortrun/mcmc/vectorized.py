@@ -48,6 +48,8 @@ class VectorizedMCMC:
     The state holds torch's random state too, which ``run`` then sets. A run that was interrupted keeps its draws and
     can be saved like any other.
 
+    (Its methods are many because they are those of Pyro's ``MCMC``, and what exporters and saving read.)
+
     :param kernel: a :class:`ShortRunLangevin`.
     :param num_samples: kept draws per chain.
     :param warmup_steps: draws before them, in which the kernel tunes; default ``num_samples``, as in Pyro.
@@ -134,7 +136,7 @@ class VectorizedMCMC:
         if self.hook_fn is not None:
             self.hook_fn(self.kernel, session.all_params(), "Warmup" if warming else "Sample", index)
         if not self.disable_progbar:
-            bar.set_postfix(session.logging(), refresh=False)
+            bar.set_postfix(session.record.short(), refresh=False)
         bar.update()
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
