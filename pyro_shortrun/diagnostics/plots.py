@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checks import check_count
 from ..energy.predictive import sample_prior
+from ..energy.runs import PriorRuns
 from ..runs.record import RunInfo
 from .reference import draws_of
 
@@ -208,8 +209,7 @@ def plot_hierarchy(
     image: str,
     num_samples: int = 8,
     rows: int = 6,
-    num_steps: int = 40,
-    step_size: float | None = None,
+    runs: PriorRuns | None = None,
     shape: tuple[int, ...] | None = None,
     axes: Any = None,
     **kwargs: Any,
@@ -227,7 +227,7 @@ def plot_hierarchy(
     :param image: the site that holds images, ``(rows, pixels)``: a deterministic one, or the data.
     :param num_samples: images in a row.
     :param rows: data to show, the first ones.
-    :param num_steps: steps of runs in a tilted prior, with their ``step_size``.
+    :param runs: runs in a tilted prior, :class:`~pyro_shortrun.energy.PriorRuns`; 40 steps of 0.1 by default.
     :param shape: as for :func:`plot_images`.
     :param axes: one for each layer.
     :return: the axes.
@@ -241,7 +241,7 @@ def plot_hierarchy(
     axes = _axes(axes, 1, len(layers), (3.2 * len(layers), 2.6))
     for i, (ax, name) in enumerate(zip(axes, layers, strict=True)):
         given = {k: held[k] for k in layers[:i]}
-        options: dict[str, Any] = dict(num_samples=num_samples, num_steps=num_steps, step_size=step_size, given=given)
+        options: dict[str, Any] = dict(num_samples=num_samples, runs=runs, given=given)
         drawn = sample_prior(model, *args, **options, **kwargs)
         if image not in drawn:
             raise ValueError(f"image='{image}' is not one of the model's sites {sorted(drawn)}.")

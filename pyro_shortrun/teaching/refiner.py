@@ -19,7 +19,8 @@ from ..density.model import LogDensity
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
 from ..dynamics.step_size import StepSize
-from ..energy.prior import TiltedPrior, run_in
+from ..energy.prior import TiltedPrior
+from ..energy.runs import PriorRuns
 from ..energy.statement import energy_prior
 from ..runs.record import RunInfo
 from ..starts.kept import Replay
@@ -164,7 +165,7 @@ class Refiner:
             self._set(iteration, count, call)
             if self.replay is not None:
                 self.replay.setup(call.density)  # so that there is something to load a state into
-            done = run_in(call, begin, self._dynamics, count, 1)
+            done = PriorRuns(count, dynamics=self._dynamics, start=begin).make(call, 1)
             frozen = done.info.frozen[0]
             keep = _stand_ins(frozen)
             begin.finish(call, done.end[:, keep])
