@@ -245,3 +245,13 @@ class Layout:
             values = self.constant({s.name: 1.0 / s.scale for s in self.sites})
             cache[key] = values.to(dtype=like.dtype, device=like.device)
         return cache[key]
+
+
+def require_full_plates(layout: Layout, action: str) -> None:
+    """Refuse latents in a subsampled plate.
+
+    :param action: what is to be done on the full plate.
+    """
+    thinned = [s.name for s in layout.sites if s.scale != 1]
+    if thinned:
+        raise ValueError(f"latent sites {thinned} lie in a subsampled plate: {action} on the full plate.")

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ..checks import check_count, check_kind
 from ..density.call import Call
-from ..density.sites import Site
+from ..density.sites import Site, is_weighted_from_outside
 from ..dynamics.dynamics import Dynamics
-from ..guides.emit import is_weighted_from_outside
 from ..runs.record import RunInfo, ShortRun
 from ..starts.start import Start
 from ..tensors import ordinary_autograd, plain, where_rows

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_kind
 from ..density.call import Call
-from ..density.layout import Layout
+from ..density.layout import Layout, require_full_plates
 from ..density.sites import Site, is_data, masked, plates_of
 from ..energy.predictive import draw_sites
 from ..energy.prior import TiltedPrior
@@ -254,9 +254,7 @@ def _rows_of(call: Call) -> Layout:
     if call.density.structure.summed:
         raise NotImplementedError("scores of a model with discrete latents: marginalise them by hand in the model.")
     layout = call.density.layout
-    thinned = [s.name for s in layout.sites if s.scale != 1]
-    if thinned:
-        raise ValueError(f"latent sites {thinned} lie in a subsampled plate: score on the full plate.")
+    require_full_plates(layout, "score")
     rows = {p.name for p in layout.row_plates}
     return replace(layout, sites=tuple(s for s in layout.sites if rows <= {p.name for p in s.plates}))
 

@@ -15,6 +15,7 @@ from ..checks import check_count
 from ..compile.executor import Compiler, density_of
 from ..density.call import Call
 from ..density.interface import Density
+from ..density.layout import require_full_plates
 from ..dynamics.adaptation import follow_acceptance
 from ..dynamics.langevin import Langevin
 from ..dynamics.metropolis import BEST_ACCEPTANCE, Proposed, decide, log_ratio
@@ -162,9 +163,7 @@ class _Path:
     def __init__(
         self, call: Call, betas: list[float], num_transitions: int, step_size: float, compile: bool = False
     ) -> None:
-        thinned = [s.name for s in call.density.layout.sites if s.scale != 1]
-        if thinned:
-            raise ValueError(f"latent sites {thinned} lie in a subsampled plate: evaluate on the full plate.")
+        require_full_plates(call.density.layout, "evaluate")
         self.call, self.betas, self.transitions = call, betas, num_transitions
         compiler = Compiler() if compile else None
         self._density = density_of(call.program, call.density.structure, call.bind, compiler)

@@ -17,6 +17,7 @@ from ..checks import check_count, check_kind
 from ..density.call import Call
 from ..density.handlers import init_uniform
 from ..density.program import Reading
+from ..density.sites import is_weighted_from_outside
 from ..density.structure import Structure, check_latents, check_proper
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
@@ -32,7 +33,7 @@ from ..starts.start import Start, StartDraw, check_start
 from ..tensors import ordinary_autograd
 from .base import DensityGuide
 from .draws import WeightedDraws, weigh
-from .emit import emit, is_weighted_from_outside, outer_shape
+from .emit import emit, outer_shape
 from .simulation import Simulation, Watch
 
 _LOGGER = logging.getLogger("pyro_shortrun")
