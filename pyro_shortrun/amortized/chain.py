@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -258,32 +258,3 @@ class LinearChain(nn.Module):
         accepted = torch.stack(accepts) if accepts else frozen[:0]
         info = AmortizedInfo(torch.stack(values), accepted, norm, log_step.exp(), frozen.sum())
         return LinearRun(point, log_step, info, kept)
-
-
-def check_features(features: Any, like: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse features that are no ``(*shape, width)`` tensor of the states' kind.
-
-    :param like: a tensor of the states' dtype and device.
-    """
-    if not isinstance(features, Tensor):
-        raise ValueError(f"features must return a tensor, got {type(features).__name__}.")
-    if features.dim() != len(shape) + 1:
-        raise ValueError(
-            f"features must return a tensor of shape {(*shape, 'width')}, a vector for each independent row, got "
-            f"{tuple(features.shape)}: flatten them, or take the mean over what is no row."
-        )
-    if (features.dtype, features.device) != (like.dtype, like.device):
-        raise ValueError(
-            f"features are {features.dtype} on {features.device} but the latents are {like.dtype} on {like.device}: "
-            "cast the features' net, or the data, or the latents' distributions."
-        )
-
-
-def check_width(rows: int, width: int) -> None:
-    """Refuse fewer features than rows."""
-    if width < rows:
-        raise ValueError(
-            f"features have width {width} for {rows} rows: a linear map of fewer features than rows cannot move the "
-            "rows independently, so that posteriors of some would collapse. Use wider features (width >= rows), or "
-            "smaller batches."
-        )

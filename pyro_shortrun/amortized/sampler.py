@@ -11,7 +11,8 @@ from ..checks import check_count
 from ..dynamics.metropolis import BEST_ACCEPTANCE
 from ..tensors import ordinary_autograd
 from .basis import Basis
-from .chain import AmortizedInfo, LinearChain, LinearRun, check_features, check_width
+from .chain import AmortizedInfo, LinearChain, LinearRun
+from .features import check_features, check_width
 
 
 class AmortizedSampler(nn.Module):
