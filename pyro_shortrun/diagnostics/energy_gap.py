@@ -19,7 +19,7 @@ from ..energy.prior import TiltedPrior
 from ..energy.runs import PriorRuns
 from ..energy.statement import energies
 from ..tensors import ordinary_autograd, plain
-from .reference import draws_of, independent_draws
+from .sources import draws_of, independent_draws
 
 ERRORS = 4.0  # standard errors that a difference must have to count
 
