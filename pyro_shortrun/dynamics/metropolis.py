@@ -12,7 +12,7 @@ from .dynamics import Dynamics
 BEST_ACCEPTANCE = 0.574  # at which Langevin proposals go farthest in many dimensions (Roberts, Rosenthal 1998)
 
 
-class Proposed(NamedTuple):
+class Position(NamedTuple):
     """A state at either end of a proposal, in the coordinates that the dynamics moves.
 
     ``u`` and ``pull``, the gradient of the log density in ``u``, are ``(chains, rows, size)``, ``log_density`` is
@@ -31,7 +31,7 @@ class Decision(NamedTuple):
     probability: Tensor
 
 
-def log_ratio(dynamics: Dynamics, here: Proposed, there: Proposed, step_size: Tensor, scale: Tensor) -> Tensor:
+def hastings_log_ratio(dynamics: Dynamics, here: Position, there: Position, step_size: Tensor, scale: Tensor) -> Tensor:
     r"""``log pi(u') f(u | u') - log pi(u) f(u' | u)`` of a step ``u -> u'`` with density ``f``, ``(chains, rows)``.
 
     :param step_size: ``eta``, broadcastable to ``u``.

@@ -1,4 +1,11 @@
-"""The prior tilted by its energies, as a density of its own."""
+"""The prior tilted by its energies, as a density of its own: a model's latents without its observations.
+
+A prior with energies is not normalised as it is written:
+
+    p(z) = exp(-sum_j E_j(z)) prod_i p(z_i | parents) / Z.
+
+:class:`TiltedPrior` is its unnormalised log density; :class:`~pyro_shortrun.energy.PriorRuns` are short runs in it.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from ..density.interface import Density
 from ..density.layout import require_full_plates
 from ..dynamics.adaptation import follow_acceptance
 from ..dynamics.langevin import Langevin
-from ..dynamics.metropolis import BEST_ACCEPTANCE, Proposed, decide, log_ratio
+from ..dynamics.metropolis import BEST_ACCEPTANCE, Position, decide, hastings_log_ratio
 from ..dynamics.step_size import StepSize
 from ..energy.prior import TiltedPrior
 from ..tensors import keep_rows, ordinary_autograd, plain
@@ -142,7 +142,7 @@ def _total(interval: Interval) -> Interval:
     return Interval(interval.lower.sum().reshape(1), interval.upper.sum().reshape(1), interval.ess.min().reshape(1))
 
 
-class _Point(NamedTuple):
+class _OnPath(NamedTuple):
     """A state with the log densities of prior and target there and their gradients."""
 
     u: Tensor
@@ -151,10 +151,10 @@ class _Point(NamedTuple):
     slope: Tensor
     grad: Tensor
 
-    def at(self, beta: float) -> Proposed:
+    def at(self, beta: float) -> Position:
         """As a state of the chain at a temperature."""
         density = (1 - beta) * self.prior + beta * self.target
-        return Proposed(self.u, density, (1 - beta) * self.slope + beta * self.grad)
+        return Position(self.u, density, (1 - beta) * self.slope + beta * self.grad)
 
 
 class _Path:
@@ -192,7 +192,7 @@ class _Path:
         lower, upper = _log_mean_exp(log_w), -_log_mean_exp(self._reverse(end))
         return Interval(lower, upper, 1 / weights.square().sum(0))
 
-    def _forward(self, chains: int, adapt: bool = False) -> tuple[Tensor, _Point]:
+    def _forward(self, chains: int, adapt: bool = False) -> tuple[Tensor, _OnPath]:
         point = self._at(self.call.prior(chains))
         log_w = torch.zeros_like(point.prior)
         for t in range(1, len(self.betas)):
@@ -205,7 +205,7 @@ class _Path:
                     self._log_eta = follow_acceptance(self._log_eta, accept.mean(0), BEST_ACCEPTANCE, _GAIN)
         return log_w, point
 
-    def _reverse(self, point: _Point) -> Tensor:
+    def _reverse(self, point: _OnPath) -> Tensor:
         log_w = torch.zeros_like(point.prior)
         for t in range(len(self.betas) - 1, 0, -1):
             for _ in range(self.transitions):
@@ -213,19 +213,19 @@ class _Path:
             log_w = log_w - (self.betas[t] - self.betas[t - 1]) * (point.target - point.prior)
         return log_w
 
-    def _at(self, u: Tensor) -> _Point:
-        return _Point(u, *self._density.execute(_Terms(), (u,)))
+    def _at(self, u: Tensor) -> _OnPath:
+        return _OnPath(u, *self._density.execute(_Terms(), (u,)))
 
-    def _move(self, point: _Point, beta: float, eta: Tensor) -> tuple[_Point, Tensor]:
+    def _move(self, point: _OnPath, beta: float, eta: Tensor) -> tuple[_OnPath, Tensor]:
         """A MALA transition for temperature ``beta``, and its acceptance probabilities."""
         eta, one = eta.unsqueeze(-1), torch.ones_like(point.u[0, 0])
         here = point.at(beta)
         u = self._dynamics.step(here.u, here.pull, eta, torch.randn_like(here.u), one)
         new = self._at(u)
-        ratio = log_ratio(self._dynamics, here, new.at(beta), eta, one)
+        ratio = hastings_log_ratio(self._dynamics, here, new.at(beta), eta, one)
         finite = new.prior.isfinite() & new.target.isfinite()
         move, accept = decide(ratio, finite, torch.rand_like(ratio).log())
-        return _Point(*(keep_rows(move, a, b) for a, b in zip(new, point, strict=True))), accept
+        return _OnPath(*(keep_rows(move, a, b) for a, b in zip(new, point, strict=True))), accept
 
 
 class _Terms:

@@ -1,4 +1,4 @@
-"""The log likelihood of data under a trained model, by importance sampling."""
+"""The log likelihood of data under a trained model, by importance sampling that treats every method alike."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def importance_log_likelihood(
     :raises ValueError: where a site is missing from ``draws`` or there are too few of them, and for models with
         :func:`~pyro_shortrun.energy_prior`, whose log Z :func:`~pyro_shortrun.evaluation.evidence` brackets.
     """
-    density = _rows_of(model, args, kwargs).density
+    density = _on_full_plates(model, args, kwargs).density
     missing = [s.name for s in density.layout.sites if s.name not in draws]
     if missing:
         raise ValueError(f"draws lack the latent sites {missing}.")
@@ -118,7 +118,7 @@ def guide_log_likelihood(
     """
     check_count("num_samples", num_samples)
     check_count("at_once", at_once)
-    call = _rows_of(model, args, kwargs)
+    call = _on_full_plates(model, args, kwargs)
     with poutine.block():
         guide(*args, **kwargs)  # what it creates, and checks, at its first call cannot be vectorised
     start, parts = FromGuide(guide), []
@@ -128,7 +128,7 @@ def guide_log_likelihood(
     return LogLikelihood.of(torch.cat(parts))
 
 
-def _rows_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def _on_full_plates(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """The bound model, whose rows are to have a likelihood each."""
     call = Call.of(model, args, kwargs)
     if energies(call.reading):

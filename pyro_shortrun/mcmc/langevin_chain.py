@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dynamics.adaptation import Adaptation
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.metric import Preconditioner
-from ..dynamics.metropolis import Proposed, decide, log_ratio
+from ..dynamics.metropolis import Position, decide, hastings_log_ratio
 from ..tensors import moved
 from .sampler import ChainState, Sampler, Stats, draw_stats
 from .target import Target
@@ -105,13 +105,13 @@ class LangevinChain(Sampler):
     ) -> tuple[ChainState, Tensor, Tensor]:
         """One transition: the next state, the acceptance probability, and whether the proposal was finite."""
         scales = self.adaptation.scales
-        here = Proposed(scales.whiten(state.u), state.log_density, scales.pull(state.grad))
+        here = Position(scales.whiten(state.u), state.log_density, scales.pull(state.grad))
         moved = self.dynamics.step(here.u, here.pull, eta, noise, self._one)
         new = self.evaluate(scales.color(moved))
         finite = new.log_density.isfinite() & new.grad.isfinite().all(-1) & new.u.isfinite().all(-1)
         if self.adjust:
-            there = Proposed(moved, new.log_density, scales.pull(new.grad))
-            ratio = log_ratio(self.dynamics, here, there, eta, self._one)
+            there = Position(moved, new.log_density, scales.pull(new.grad))
+            ratio = hastings_log_ratio(self.dynamics, here, there, eta, self._one)
             move, accept = decide(ratio, finite, log_uniform)
         else:
             move, accept = finite, finite.to(state.u)

@@ -1,4 +1,7 @@
-"""What VectorizedMCMC and the kernel drive: a sampler that turns the state of chains into the next one."""
+"""The interface of a sampler, chains as a batch: what a :class:`~pyro_shortrun.mcmc.chains.Session` drives.
+
+A :class:`Sampler` turns a :class:`ChainState` into the next one, with the statistics of the draw.
+"""
 
 from __future__ import annotations
 

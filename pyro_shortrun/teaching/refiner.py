@@ -127,7 +127,7 @@ class Refiner:
         self._schedules = num_steps, 0.1 if step_size is None else step_size, noise
         self._scheduled = dynamics is None
         self.num_steps(0)
-        self._dynamics = _Tempered(scheduled(self._schedules[1], 0)) if dynamics is None else dynamics
+        self._dynamics = _NoiseScaled(scheduled(self._schedules[1], 0)) if dynamics is None else dynamics
         self._compile, self._prior = compile, TiltedPrior(self._model, compile)
 
     def num_steps(self, iteration: int) -> int:
@@ -192,7 +192,7 @@ class Refiner:
         like = next(iter(call.reading.unconstrained.values()))
         self._dynamics.step_size.setup(call.density.layout, count, like)
         self._dynamics.step_size.assign(like.new_full((1,), float(eta)))
-        assert isinstance(self._dynamics, _Tempered)
+        assert isinstance(self._dynamics, _NoiseScaled)
         self._dynamics.factor = _factor(noise)
 
     def _model(self, x: Tensor, *context: Any) -> None:
@@ -242,7 +242,7 @@ class _Proposed(TorchDistribution):
         return value.new_zeros(value.shape[:1]) if self._base is None else self._base.log_prob(value)
 
 
-class _Tempered(Langevin):
+class _NoiseScaled(Langevin):
     """Langevin steps with a factor of their noise, which is drawn outside of compiled graphs."""
 
     def __init__(self, step_size: float) -> None:

@@ -26,7 +26,7 @@ class Students:
         """A step of each, and the sum of their losses."""
         total = 0.0
         for svi in svis:
-            with _Watch(self._parameters):
+            with _WatchParameters(self._parameters):
                 loss = svi.step(x, *context)
             total += sum(loss) if isinstance(loss, tuple) else loss  # ReweightedWakeSleep has one for each phase
         return total
@@ -34,7 +34,7 @@ class Students:
     def meet(self, svis: Sequence[SVI], x: Tensor, context: tuple[Any, ...]) -> None:
         """Create and note every parameter and buffer."""
         for svi in svis:
-            with _Watch(self._parameters):
+            with _WatchParameters(self._parameters):
                 svi.evaluate_loss(x, *context)
 
     def state_dict(self, svis: Sequence[SVI]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _optims(svis: Sequence[SVI]) -> list[Any]:
     return list(dict.fromkeys(svi.optim for svi in svis))
 
 
-class _Watch(Messenger):
+class _WatchParameters(Messenger):
     """Takes note of the parameters that pass by."""
 
     def __init__(self, found: dict[str, Tensor]) -> None:
