@@ -177,6 +177,7 @@ class _Path:
     def bracket(self, chains: int, long_run: int) -> Interval:
         self._forward(min(chains, _PILOT_CHAINS), adapt=True)
         log_w, end = self._forward(chains)
+        log_w = torch.where(log_w.isnan(), -torch.inf, log_w)  # draws where the model has no density have no weight
         lost = ~log_w.isfinite().any(0)
         if lost.any():
             raise ValueError(
