@@ -84,6 +84,8 @@ class LangevinEncoderGuide(DensityGuide):
     stored. *Subsampled plates:* log joints count once per row, so posteriors do not depend on ``full_size / size``.
     ``features`` may return rows for the batch or for the full plate (then the batch's are taken).
 
+    (It has more methods than most: a guide's own, and what one asks a Markov chain for.)
+
     Taniguchi, Iwasawa, Kumagai, Matsuo: Langevin Autoencoders for Learning Deep Latent Variable Models, NeurIPS 2022.
 
     :param model: a Pyro model whose latents share their plates: every element of these is a row.

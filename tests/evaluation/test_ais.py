@@ -58,7 +58,7 @@ def test_few_temperatures_are_below_and_above():
 
 
 def test_draws_without_a_density_have_no_weight():
-    """x ~ N(sqrt z, 1/2), z ~ N(0, 1): half of the prior's draws are NaN to the model; quadrature. Seeded; error 0.1."""
+    """x ~ N(sqrt z, 1/2), z ~ N(0, 1): half of the prior's draws are NaN to the model. Seeded; error 0.1."""
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
