@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -94,3 +96,38 @@ def ordinary_autograd() -> Iterator[bool]:
 def moved(saved: Any, device: torch.device) -> Any:
     """Tensors in dicts and lists on another device: a file is read on the CPU."""
     return pytree.tree_map_only(Tensor, lambda t: t.to(device), saved)
+
+
+def random_state(device: torch.device | None = None) -> dict[str, Any]:
+    """States of the generators that draws on a device come from: torch's for the CPU, and the device's own.
+
+    :param device: None for all generators: Python's and NumPy's too, and those of all devices in use, in types that
+        ``torch.load(..., weights_only=True)`` reads.
+    """
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
+    if device is not None:
+        return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+    kind, keys, *rest = np.random.get_state()
+    state["python"], state["numpy"] = random.getstate(), (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device | None = None) -> None:
+    """Let the generators go on from :func:`random_state` of the same device.
+
+    States of all devices are left alone where there now are more or fewer.
+    """
+    torch.set_rng_state(state["torch"])
+    if "python" in state:
+        random.setstate(state["python"])
+    if "numpy" in state:
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" not in state:
+        return
+    if device is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

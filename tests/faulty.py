@@ -148,7 +148,7 @@ class EnergyTraining(Training):
         return self.loss.info.excluded
 
     def parts(self) -> dict[str, Any]:
-        return {**super().parts(), "replay": self.loss.sampler.start.state_dict()}
+        return {**super().parts(), "replay": self.loss.runs.begins.state_dict()}
 
 
 class EncoderTraining(Training):

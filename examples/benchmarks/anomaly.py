@@ -166,7 +166,7 @@ def batches(x: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def score(model: Callable, guide: Callable, x: Tensor, scores: dict[str, Score]) -> dict[str, Tensor]:
-    parts = [anomaly_scores(guide, model, part, scores=scores) for part in x.split(1000)]
+    parts = [anomaly_scores(model, guide, part, scores=scores) for part in x.split(1000)]
     return {name: torch.cat([part[name] for part in parts]) for name in scores}
 
 

@@ -2,10 +2,10 @@
 
     python examples/benchmarks/walk.py [--compiled] [--output DIR]
 
-The walk is that of eight schools with K = 5, eager: the package's functions that are called, and those of the calls that
-go straight from one module of the package into another. Generated code (the methods of dataclasses and named tuples) and
-comprehensions are not counted. The cost is the CPU time per step, of the process, on
-five models with K = 10, the least of several blocks; ratios to another version are those of two runs in turns.
+The walk is that of eight schools with K = 5, eager: the package's functions that are called, and those of the calls
+that go straight from one module of the package into another. Generated code (the methods of dataclasses and named
+tuples) and comprehensions are not counted. The cost is the CPU time per step, of the process, on five models with
+K = 10, the least of several blocks; ratios to another version are those of two runs in turns.
 """
 
 from __future__ import annotations

@@ -18,18 +18,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_between, check_kind
+from ..dynamics.adaptation import follow_acceptance
+from ..dynamics.metropolis import decide
+from ..tensors import keep_rows
 from .basis import Basis, Everywhere
 
 _GAIN = 0.1  # of the step size's adaptation
 _HALVINGS_AT_MOST = 40
 _HARDLY = 0.1
-FOR_ONE_TARGET = 0.574  # the acceptance at which Langevin proposals go farthest
 
 
 @dataclass(frozen=True)
@@ -131,16 +133,10 @@ class LinearTarget:
         else:
             s = point.pull + new.pull
             exponents = -eta / 4 * s.square().sum((-1, -2)) - (eta / 2).sqrt() * (s * noise).sum((-1, -2))
-            log_ratio = (new.value - point.value).sum(-1) + exponents
-            known = finite & ~log_ratio.isnan()  # squares of gradients may overflow
-            log_ratio = torch.where(known, log_ratio, torch.full_like(log_ratio, -torch.inf))
-            accept, move = log_ratio.clamp(max=0).exp(), log_uniform < log_ratio
-        kept = (_where(move, a, b) for a, b in zip(new, point, strict=True))
+            log_ratio = (new.value - point.value).sum(-1) + exponents  # squares of gradients may overflow
+            move, accept = decide(log_ratio, finite, log_uniform)
+        kept = (keep_rows(move, a, b) for a, b in zip(new, point, strict=True))
         return Moved(Point(*kept), accept, finite)
-
-
-def _where(chains: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(chains.reshape(-1, *((1,) * (a.dim() - 1))), a, b)
 
 
 class LinearRun(NamedTuple):
@@ -193,7 +189,7 @@ class LinearChain(nn.Module):
         self.log_step = torch.full_like(length, math.log(self.step_size))
 
     @torch.no_grad()
-    def guess(self, target: LinearTarget, point: Point) -> None:
+    def halve_until_accepted(self, target: LinearTarget, point: Point) -> None:
         """Halve a first step size that adapts while proposals from here are hardly ever accepted."""
         if not self.adapts:
             return
@@ -255,39 +251,10 @@ class LinearChain(nn.Module):
             accepts.append(accept.mean())
             frozen = frozen + (~finite)
             if wanted is not None:
-                log_step = log_step + _GAIN * (accepts[-1] - wanted)
+                log_step = follow_acceptance(log_step, accepts[-1], wanted, _GAIN)
             if keep_every and (k + 1) % keep_every == 0:
                 kept.append((point.phi, point.value.sum(-1)))
         norm = point.phi.flatten(1).norm(dim=-1).mean()
         accepted = torch.stack(accepts) if accepts else frozen[:0]
         info = AmortizedInfo(torch.stack(values), accepted, norm, log_step.exp(), frozen.sum())
         return LinearRun(point, log_step, info, kept)
-
-
-def check_features(features: Any, like: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse features that are no ``(*shape, width)`` tensor of the states' kind.
-
-    :param like: a tensor of the states' dtype and device.
-    """
-    if not isinstance(features, Tensor):
-        raise ValueError(f"features must return a tensor, got {type(features).__name__}.")
-    if features.dim() != len(shape) + 1:
-        raise ValueError(
-            f"features must return a tensor of shape {(*shape, 'width')}, a vector for each independent row, got "
-            f"{tuple(features.shape)}: flatten them, or take the mean over what is no row."
-        )
-    if (features.dtype, features.device) != (like.dtype, like.device):
-        raise ValueError(
-            f"features are {features.dtype} on {features.device} but the latents are {like.dtype} on {like.device}: "
-            "cast the features' net, or the data, or the latents' distributions."
-        )
-
-
-def check_width(rows: int, width: int) -> None:
-    """Refuse fewer features than rows."""
-    if width < rows:
-        raise ValueError(
-            f"features have width {width} for {rows} rows: a linear map of fewer features than rows cannot move the "
-            "rows independently, so that posteriors of some would collapse. Use wider features (width >= rows), or "
-            "smaller batches."
-        )

@@ -11,17 +11,18 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..checks import check_between, check_count, of_arguments, of_module, one_kind
+from ..checks import check_between, check_count
 from ..density.call import Call
 from ..density.layout import Layout
 from ..density.program import Reading
 from ..density.structure import Structure
-from ..density.trust import offender
 from ..guides.base import DensityGuide
 from ..guides.emit import emit, outer_shape
 from ..tensors import ordinary_autograd
 from .basis import Basis
-from .chain import FOR_ONE_TARGET, AmortizedInfo, LinearChain, LinearTarget, Point, check_features, check_width
+from .chain import AmortizedInfo, LinearChain
+from .encoding import Encoding, gaussian_bound
+from .features import check_width, features_of
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _DRAWS_AT_ONCE = 64  # the model's own tensors may be large
@@ -81,6 +82,8 @@ class LangevinEncoderGuide(DensityGuide):
     *Parallel draws* (``vectorize_particles``, ``Predictive(parallel=True)``) are chains from the same map; the first is
     stored. *Subsampled plates:* log joints count once per row, so posteriors do not depend on ``full_size / size``.
     ``features`` may return rows for the batch or for the full plate (then the batch's are taken).
+
+    (It has more methods than most: a guide's own, and what one asks a Markov chain for.)
 
     Taniguchi, Iwasawa, Kumagai, Matsuo: Langevin Autoencoders for Learning Deep Latent Variable Models, NeurIPS 2022.
 
@@ -150,16 +153,16 @@ class LangevinEncoderGuide(DensityGuide):
             outer = outer_shape()
             trains = grad_enabled and poutine.get_mask() is not False
             call = self._bind(args, kwargs, outer.numel())
-            features = self._features(call, trains, check=True)
-            target = self._target(call, features)
+            encoding = self._encoding(call, trains, check=True)
             stores = trains and self.training
             steps = self.num_steps if stores else self.eval_steps
             wanted = self.chain.target_accept_prob if stores else None
-            run = self.chain.run(target, self._start(call, target, outer.numel()), steps, wanted=wanted)
+            start = encoding.start(outer.numel(), self._compiler is not None)
+            run = self.chain.run(encoding.target, start, steps, wanted=wanted)
             self.info = run.info
             if stores:
                 self.chain.store(run)
-            u = features @ run.point.phi.mT
+            u = encoding.states(run.point.phi)
             values, jacobian = call.constrain(u, isolated=True)
             return emit(call, self.plates, self._pyro_name, outer, values, u, -jacobian)
 
@@ -171,7 +174,7 @@ class LangevinEncoderGuide(DensityGuide):
         """
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
-            values, _ = call.constrain(self._features(call, False) @ self.chain.starts(1).mT, isolated=True)
+            values, _ = call.constrain(self._encoding(call).states(self.chain.starts(1)), isolated=True)
         return {k: v[0].detach() for k, v in values.items()}
 
     def sample_posterior(
@@ -206,8 +209,7 @@ class LangevinEncoderGuide(DensityGuide):
         """The call, :meth:`sample_posterior`'s draws, and the log density of each, ``(num_chains, num_samples)``; for
         exporters."""
         with torch.no_grad(), ordinary_autograd(), poutine.block():
-            call = self._bind(args, kwargs)
-            states, density = self._states(call, num_samples, num_chains, warmup_steps, thinning)
+            call, states, density = self._run(args, kwargs, num_samples, num_chains, warmup_steps, thinning)
             parts = [call.constrain(part, isolated=True)[0] for part in states.flatten(0, 1).split(_DRAWS_AT_ONCE)]
         joined = {k: torch.cat([p[k].detach() for p in parts]) for k in parts[0]}
         return call, {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in joined.items()}, density
@@ -224,7 +226,7 @@ class LangevinEncoderGuide(DensityGuide):
         """Posterior mean and standard deviation of every row in unconstrained space, ``(rows, size)`` each, from chains
         as in :meth:`sample_posterior`; for :meth:`log_bound`."""
         with torch.no_grad(), ordinary_autograd(), poutine.block():
-            states, _ = self._states(self._bind(args, kwargs), num_samples, num_chains, warmup_steps, thinning)
+            _, states, _ = self._run(args, kwargs, num_samples, num_chains, warmup_steps, thinning)
         flat = states.flatten(0, 1)
         if len(flat) < 2:
             raise ValueError("a standard deviation takes at least two draws: num_samples * num_chains must be >= 2.")
@@ -255,15 +257,8 @@ class LangevinEncoderGuide(DensityGuide):
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
             if loc is None:
-                loc = (self._features(call, False) @ self.chain.starts(1).mT)[0].detach()
-            normal = torch.distributions.Normal(loc, torch.as_tensor(scale).to(loc).expand_as(loc))
-            total = loc.new_zeros(len(loc))
-            for done in range(0, num_samples, _DRAWS_AT_ONCE):
-                u = normal.sample(torch.Size([min(_DRAWS_AT_ONCE, num_samples - done)]))
-                with torch.no_grad():
-                    joint = call.model(u) / _weight(call.density.layout)
-                total = total + (joint - normal.log_prob(u).sum(-1)).sum(0)
-        return total / num_samples
+                loc = self._encoding(call).states(self.chain.starts(1))[0].detach()
+            return gaussian_bound(call, loc, torch.as_tensor(scale).to(loc).expand_as(loc), num_samples)
 
     # ---------------------------------------------------------------- one call
 
@@ -284,7 +279,8 @@ class LangevinEncoderGuide(DensityGuide):
         super()._admit(structure)
 
     def _begin(self, call: Call) -> None:
-        features = self._features(call, False)
+        encoding = self._encoding(call)
+        features = encoding.features
         self.chain.setup(call.density.layout.size, features)  # a loaded state may replace all of this
         rows = len(features)
         if rows > features.shape[-1]:  # no transition will be made on these
@@ -297,31 +293,14 @@ class LangevinEncoderGuide(DensityGuide):
                 rows,
                 rank,
             )
-        target = self._target(call, features)
-        self.chain.guess(target, self._start(call, target, 1))
+        self.chain.halve_until_accepted(encoding.target, encoding.start(1, self._compiler is not None))
 
-    def _features(self, call: Call, trains: bool, check: bool = False) -> Tensor:
-        """``g`` of the call's rows, ``(rows, d)``.
+    def _encoding(self, call: Call, trains: bool = False, check: bool = False) -> Encoding:
+        """The call's rows at their features.
 
         :param check: whether there must be as many features as rows.
         """
-        args, kwargs = call.bind.args, call.bind.kwargs
-        told = one_kind(lambda: {**of_arguments(args, kwargs), **of_module("the features'", self.features)})
-        with torch.set_grad_enabled(trains), told:
-            features = self.features(*args, **kwargs)
-        structure, plates = call.density.structure, call.density.layout.row_plates
-        like = torch.empty((), dtype=structure.dtype, device=structure.device)
-        check_features(features, like, tuple(p.size for p in plates))
-        for axis, plate in enumerate(plates):
-            if features.shape[axis] == plate.full_size != plate.size:
-                features = features.index_select(axis, call.bind.indices[plate.name].to(features.device))
-            if features.shape[axis] != plate.size:
-                raise ValueError(
-                    f"features must return a tensor with {plate.size} rows along plate '{plate.name}' (or "
-                    f"{plate.full_size}, for the full plate), got shape {tuple(features.shape)}."
-                )
-        features = features.flatten(0, len(plates) - 1)
-        known = self.chain.phi
+        features, known = features_of(call, self.features, trains), self.chain.phi
         if known is not None and known.shape[-1] != features.shape[-1]:
             raise ValueError(
                 f"features have width {features.shape[-1]}, {known.shape[-1]} when the guide was set up: use one guide "
@@ -329,56 +308,19 @@ class LangevinEncoderGuide(DensityGuide):
             )
         if check:
             check_width(*features.shape)
-        return features
+        return Encoding(call, features, self.chain)
 
-    def _target(self, call: Call, features: Tensor) -> LinearTarget:
-        weight = _weight(call.density.layout)
-
-        def gradient(u: Tensor) -> tuple[Tensor, Tensor]:
-            value, grad = call.density.value_and_grad(u)
-            return value.detach() / weight, grad.detach() / weight
-
-        return self.chain.target(gradient, features)
-
-    def _start(self, call: Call, target: LinearTarget, chains: int) -> Point:
-        """Where ``chains`` chains are now, on this call's data."""
-        phi, density = self.chain.starts(chains), call.density
-        with torch.no_grad():
-            u = target.features @ phi.mT
-            if self._compiler is not None:
-                density.expect(u, call.model(u))
-            point = target.at(phi)
-        finite = point.value.isfinite().all(-1) & point.pull.isfinite().flatten(1).all(-1)
-        if not finite.all():
-            bad = int((~finite).nonzero()[0])
-            raise ValueError(
-                "the model's log density, or its gradient, is not finite at the encoding of the data, first at "
-                f"{offender(call.model, u[bad])}: check the data for NaN and the observation's support, or use a "
-                "smaller init_scale or step_size."
-            )
-        return point
-
-    def _states(self, call: Call, samples: int, chains: int, warmup: int, thinning: int) -> tuple[Tensor, Tensor]:
-        """Draws of fresh chains, ``(chains, samples, rows, size)``, and their log densities."""
-        for name, count in (("num_samples", samples), ("num_chains", chains), ("thinning", thinning)):
-            check_count(name, count)
-        check_count("warmup_steps", warmup + 1)
-        features = self._features(call, False, check=True)
-        target = self._target(call, features)
-        wanted = FOR_ONE_TARGET if self.chain.adapts else None
-        begun = self.chain.run(target, self._start(call, target, chains), warmup, wanted=wanted)
-        run = self.chain.run(target, begun.point, samples * thinning, log_step=begun.log_step, keep_every=thinning)
-        self.info = run.info
-        states = torch.stack([features @ phi.mT for phi, _ in run.kept], 1)
-        return states, torch.stack([value for _, value in run.kept], 1)
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int, chains: int, warmup: int, thinning: int
+    ) -> tuple[Call, Tensor, Tensor]:
+        """The call, and draws of fresh chains with their log densities."""
+        call = self._bind(args, kwargs)
+        encoding = self._encoding(call, check=True)
+        states, density, self.info = encoding.run(samples, chains, warmup, thinning, self._compiler is not None)
+        return call, states, density
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "info": None}
-
-
-def _weight(layout: Layout) -> float:
-    """How often a row counts in a subsampled model's log joint."""
-    return math.prod(plate.scale for plate in layout.row_plates)
 
 
 def _global_site(layout: Layout) -> str | None:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count
+from ..dynamics.metropolis import BEST_ACCEPTANCE
 from ..tensors import ordinary_autograd
 from .basis import Basis
-from .chain import FOR_ONE_TARGET, AmortizedInfo, LinearChain, LinearRun, check_features, check_width
+from .chain import AmortizedInfo, LinearChain, LinearRun
+from .features import check_features, check_width
 
 
 class AmortizedSampler(nn.Module):
@@ -54,7 +56,7 @@ class AmortizedSampler(nn.Module):
         size: int,
         step_size: float = 0.1,
         adjust: bool = True,
-        target_accept_prob: float | None = FOR_ONE_TARGET,
+        target_accept_prob: float | None = BEST_ACCEPTANCE,
         basis: Basis | None = None,
         init_scale: float = 1.0,
     ) -> None:
@@ -69,7 +71,7 @@ class AmortizedSampler(nn.Module):
         check_width(*first.shape)
         self.chain.setup(size, first)
         target = self.chain.target(self._gradient, first)
-        self.chain.guess(target, target.at(self.chain.starts(1)))
+        self.chain.halve_until_accepted(target, target.at(self.chain.starts(1)))
 
     @property
     def psi(self) -> Tensor:

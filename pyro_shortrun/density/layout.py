@@ -99,6 +99,16 @@ class Layout:
         return torch.Size(plate.size for plate in self.row_plates)
 
     @cached_property
+    def plate_scale(self) -> float:
+        """``full_size / size`` of the row plates: how often one of their elements counts in the log joint."""
+        return math.prod(plate.scale for plate in self.row_plates)
+
+    @property
+    def row_weight(self) -> float:
+        """How often a row counts in the log joint; an arrowhead's one row counts once."""
+        return 1.0 if self.is_arrow else self.plate_scale
+
+    @cached_property
     def rows(self) -> int:
         """Number of independent rows."""
         return 1 if self.is_arrow else self.row_shape.numel()
@@ -112,7 +122,7 @@ class Layout:
             shared=sum(s.shape.numel() for s in self.split[0]),
             count=self.row_shape.numel(),
             local=sum(packing.numel for _, packing in self._local),
-            weight=math.prod(plate.scale for plate in self.row_plates),
+            weight=self.plate_scale,
         )
 
     @cached_property
@@ -180,3 +190,13 @@ class Layout:
 def constant(layout: Layout, values: Mapping[str, float]) -> Tensor:
     """A ``(size,)`` tensor (float64, CPU) that has ``values[site]`` at every coordinate of each site."""
     return layout.pack({s.name: torch.full(s.shape, values[s.name], dtype=torch.float64) for s in layout.sites})[0]
+
+
+def require_full_plates(layout: Layout, action: str) -> None:
+    """Refuse latents in a subsampled plate.
+
+    :param action: what is to be done on the full plate.
+    """
+    thinned = [s.name for s in layout.sites if s.scale != 1]
+    if thinned:
+        raise ValueError(f"latent sites {thinned} lie in a subsampled plate: {action} on the full plate.")

@@ -1,9 +1,12 @@
-"""What a site of a Pyro trace is: latent, data, computed; its plates and mask."""
+"""What a site of a Pyro trace is: latent, data, computed; its plates and mask; what handlers do to all sites."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pyro
+import torch
+from pyro import poutine
 from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
@@ -50,3 +53,11 @@ def plates_of(site: Site) -> tuple[Plate, ...]:
 def masked(term: Tensor, mask: Any) -> Tensor:
     """``term`` with zeros where ``poutine.mask`` takes a site out."""
     return term if mask is None else scale_and_mask(term, mask=mask)
+
+
+def is_weighted_from_outside() -> bool:
+    """Whether handlers around this call scale, mask or repeat sample statements."""
+    with poutine.trace() as tracer:
+        pyro.sample("_outer", Delta(torch.zeros(())), infer={"is_auxiliary": True})
+    site: Any = tracer.trace.nodes["_outer"]
+    return bool(site["scale"] != 1.0) or site["mask"] is not None or bool(site["cond_indep_stack"])

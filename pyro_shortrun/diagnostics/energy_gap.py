@@ -15,13 +15,11 @@ from ..checks import check_count
 from ..density.call import Call
 from ..density.program import Reading
 from ..density.sites import masked
-from ..dynamics.dynamics import Dynamics
 from ..energy.prior import TiltedPrior
-from ..energy.sampler import NegativeSampler
+from ..energy.runs import PriorRuns
 from ..energy.statement import energies
-from ..starts.start import Start
 from ..tensors import ordinary_autograd, plain
-from .reference import draws_of, independent_draws
+from .sources import draws_of, independent_draws
 
 ERRORS = 4.0  # standard errors that a difference must have to count
 
@@ -70,10 +68,7 @@ def energy_gap(
     guide: Any,
     *args: Any,
     num_samples: int = 64,
-    num_steps: int = 40,
-    step_size: float | None = None,
-    dynamics: Dynamics | None = None,
-    start: Start | Callable[..., Any] | None = None,
+    runs: PriorRuns | None = None,
     **kwargs: Any,
 ) -> EnergyGap:
     r"""The two phases of maximum likelihood, compared: for each :func:`~pyro_shortrun.energy_prior` site
@@ -92,25 +87,26 @@ def energy_gap(
         :func:`~pyro_shortrun.diagnostics.reference.compare_with_nuts`.
     :param args: the model's arguments, as ``kwargs``.
     :param num_samples: draws of each phase; at least 4.
-    :param num_steps: steps of a run in the prior: those of :class:`EnergyELBO`, as ``step_size``, ``dynamics`` and
-        ``start``.
+    :param runs: runs in the prior, those of :class:`~pyro_shortrun.EnergyELBO`:
+        :class:`~pyro_shortrun.energy.PriorRuns`, 40 steps of 0.1 by default.
     :raises ValueError: where the model has no ``energy_prior``, or an argument is out of range.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro_shortrun import energy_prior
+    >>> from pyro_shortrun.energy import PriorRuns
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
     ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
     ...         energy_prior("ebm", lambda z: z.square(), z)
     ...         pyro.sample("x", dist.Normal(z, 0.1), obs=x)
-    >>> found = energy_gap(model, {"z": torch.zeros(1, 4, 3)}, torch.zeros(3), num_steps=5)
+    >>> found = energy_gap(model, {"z": torch.zeros(1, 4, 3)}, torch.zeros(3), runs=PriorRuns(num_steps=5))
     >>> found.posterior["ebm"], found.gap["ebm"] < 0
     (0.0, True)
     """
     check_count("num_samples", num_samples)
     if num_samples < 4:
         raise ValueError("num_samples must be at least 4, for standard errors.")
-    sampler = NegativeSampler(num_steps, step_size, dynamics, start)
+    runs = PriorRuns.of(runs)
     with ordinary_autograd(), torch.no_grad(), poutine.block():
         call = bound_prior(model, args, kwargs)
         density = call.model
@@ -119,7 +115,7 @@ def energy_gap(
         chains, count = next(iter(drawn.values())).shape[:2]
         flat = {k: v.flatten(0, 1) for k, v in drawn.items()}
         positive = torch.stack([density.unconstrain({k: v[i] for k, v in flat.items()}) for i in range(chains * count)])
-        done = sampler.run(call, num_samples)
+        done = runs.make(call, num_samples)
         phases = [mean_energies(call, u) for u in (positive, done.end)]
     chained = {k: v.unflatten(0, (chains, count)) for k, v in phases[0].items()}
     independent = {k: float(independent_draws(v).clamp(max=chains * count)) for k, v in chained.items()}

@@ -13,11 +13,8 @@ from torch import Tensor
 
 from ..checks import check_count
 from ..density.call import Call
-from ..dynamics.dynamics import Dynamics
-from ..energy.prior import begin_in, go_on
-from ..energy.sampler import NegativeSampler
+from ..energy.runs import PriorRuns
 from ..evaluation.two_samples import squared_mmd
-from ..starts.start import Start
 from ..tensors import ordinary_autograd
 from .energy_gap import ERRORS, bound_prior, mean_energies, moments
 
@@ -148,22 +145,19 @@ def run_length(
     model: Callable[..., Any],
     *args: Any,
     num_steps: Sequence[int] = (5, 10, 20, 40, 80, 160),
-    trained: int = 40,
+    runs: PriorRuns | None = None,
     num_samples: int = 64,
-    step_size: float | None = None,
-    dynamics: Dynamics | None = None,
-    start: Start | Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> RunLength:
     r"""Was the run too short? Runs in a model's tilted prior, looked at after several numbers of steps.
 
     The same runs go on from one number of steps to the next. If they have reached the density by the number of steps
-    that the energy was trained with, nothing changes afterwards. Else the model that was learnt is that of the
-    ``trained``-step sampler, and not of its energy: a legitimate model, but one whose samples depend on that number.
+    that the energy was trained with, nothing changes afterwards. Else the model that was learnt is that of the sampler
+    with so many steps, and not of its energy: a legitimate model, but one whose samples depend on that number.
 
     That energies stay is not enough: steps can be too small to get anywhere, too large to be right, and runs can stay
-    in the mode that they fell into. Two more numbers tell. Runs that remember at the end where they were after
-    ``trained`` steps have not mixed (``memory``); and since integration by parts gives
+    in the mode that they fell into. Two more numbers tell. Runs that remember at the end where they were after as many
+    steps as in training have not mixed (``memory``); and since integration by parts gives
 
     .. math:: E_\pi[-u \cdot \nabla\log\pi(u)] = \dim u ,
 
@@ -176,33 +170,34 @@ def run_length(
 
     :param model: a Pyro model with ``energy_prior`` statements.
     :param args: the model's arguments, as ``kwargs``; data after the last energy do not matter, their shapes do.
-    :param num_steps: increasing numbers of steps, ``trained`` and larger ones among them. The last ones' time bounds
-        what can be seen: take at least four times ``trained``.
-    :param trained: steps of a run in training.
+    :param num_steps: increasing numbers of steps, ``runs.num_steps`` and larger ones among them. The last ones' time
+        bounds what can be seen: take at least four times ``runs.num_steps``.
+    :param runs: runs in the prior as in training, :class:`~pyro_shortrun.energy.PriorRuns`; 40 steps of 0.1 by default.
+        Step sizes of single steps go on with the last.
     :param num_samples: runs of every row; at least 4.
-    :param step_size: as in training, 0.1 by default; or ``dynamics``. Step sizes of single steps go on with the last.
-    :param start: as in training.
     :raises ValueError: where the model has no ``energy_prior``, or an argument is out of range.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro_shortrun import energy_prior
+    >>> from pyro_shortrun.energy import PriorRuns
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
     ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
     ...         energy_prior("ebm", lambda z: 4 * z.square(), z)
     ...         pyro.sample("x", dist.Normal(z, 0.1), obs=x)
-    >>> run_length(model, torch.zeros(50), num_steps=(4, 16, 64), trained=4, step_size=0.01).too_short
+    >>> run_length(model, torch.zeros(50), num_steps=(4, 16, 64), runs=PriorRuns(4, step_size=0.01)).too_short
     True
     """
+    runs = PriorRuns.of(runs)
+    trained = runs.num_steps
     lengths = _lengths(num_steps, trained, num_samples)
-    sampler = NegativeSampler(trained, step_size, dynamics, start)
     with ordinary_autograd(), torch.no_grad(), poutine.block():
         call = bound_prior(model, args, kwargs)
-        state, eta = begin_in(call, sampler.start, sampler.dynamics, trained, num_samples)
+        state, eta = runs.begin(call, num_samples)
         eta = torch.cat([eta, eta[-1:].expand(max(lengths[-1] - trained, 0), -1)])
         frozen, stages, done = torch.zeros_like(state[..., 0], dtype=torch.bool), [], 0
         for steps in lengths:
-            part = go_on(call, sampler.dynamics, state, eta[done:steps])
+            part = runs.go_on(call, state, eta[done:steps])
             state, done, frozen = part.end, steps, frozen | part.info.frozen
             stages.append(_Stage.of(call, state, frozen))
     return _summarised(lengths, trained, stages)
@@ -221,19 +216,12 @@ class _Stage:
     def of(cls, call: Call, state: Tensor, frozen: Tensor) -> _Stage:
         density, grad = call.density.value_and_grad(state)
         # Rows of a subsampled plate count for several; what a mask takes out has no gradient and no virial.
-        weight, counted = _weight(call), (grad != 0).any(0).sum().clamp(min=1)
+        weight, counted = call.density.layout.row_weight, (grad != 0).any(0).sum().clamp(min=1)
         energy = {**mean_energies(call, state), "-log density": -density.mean(-1) / weight}
         return cls(state, energy, -(state * grad).sum((-2, -1)) / (weight * counted), frozen)
 
 
-def _weight(call: Call) -> float:
-    """What each row of a subsampled plate counts for."""
-    layout = call.density.layout
-    return 1.0 if layout.is_arrow else math.prod(p.scale for p in layout.row_plates)
-
-
 def _lengths(num_steps: Sequence[int], trained: int, num_samples: int) -> tuple[int, ...]:
-    check_count("trained", trained)
     check_count("num_samples", num_samples)
     for steps in num_steps:
         check_count("num_steps", steps)
@@ -241,7 +229,7 @@ def _lengths(num_steps: Sequence[int], trained: int, num_samples: int) -> tuple[
     if len(lengths) < 2 or lengths != tuple(sorted(set(lengths))):
         raise ValueError(f"num_steps must be two or more increasing numbers of steps, got {lengths}.")
     if trained not in lengths[:-1]:
-        raise ValueError(f"num_steps must hold trained={trained} and a larger number, got {lengths}.")
+        raise ValueError(f"num_steps must hold runs.num_steps={trained} and a larger number, got {lengths}.")
     if num_samples < 4:
         raise ValueError("num_samples must be at least 4, for standard errors.")
     return lengths

@@ -24,7 +24,7 @@ from ..mcmc.kernel import ShortRunLangevin
 from ..mcmc.vectorized import VectorizedMCMC
 from ..starts.from_guide import FromGuide
 from ..tensors import ordinary_autograd, plain
-from .simulator import Draws, Simulator, as_it_is, fixed_parameters
+from .simulator import Simulator, Values, as_it_is, fixed_parameters
 from .uniformity import UniformBand, holm, plot_ecdf, symmetry_pvalue
 
 LIKELIHOOD = "log_likelihood"
@@ -44,7 +44,7 @@ class SBC:
 
     @property
     def pvalues(self) -> dict[str, float]:
-        """Of uniform ranks, exact, for each quantity by itself; see :class:`~pyro_shortrun.diagnostics.uniformity.UniformBand`."""
+        """Of uniform ranks, exact, for each quantity by itself; see :class:`.UniformBand`."""
         band = UniformBand(len(self.ranks), self.num_draws + 1)
         return dict(zip(self.names, map(band.pvalue, self.ranks.T.cpu().numpy()), strict=True))
 
@@ -60,8 +60,8 @@ class SBC:
         """The VSBC diagnostic: bias, distance and p-value of each quantity.
 
         With ``p = (rank + 1/2) / (num_draws + 1)``, the bias is ``1/2 - mean p``, positive where draws are too large;
-        distance and p-value are those of :func:`~pyro_shortrun.diagnostics.uniformity.symmetry_pvalue`. A posterior that is right but for
-        its width, as variational ones may be at best, is symmetric.
+        distance and p-value are those of :func:`.symmetry_pvalue`. A posterior that is right but for its width, as
+        variational ones may be at best, is symmetric.
         """
         values = ((self.ranks + 0.5) / (self.num_draws + 1)).double().cpu().numpy().T
         return {k: (float(0.5 - p.mean()), *symmetry_pvalue(p)) for k, p in zip(self.names, values, strict=True)}
@@ -90,7 +90,7 @@ class SBC:
 
 def sbc(
     model: Callable[..., Any],
-    posterior: Callable[..., Draws],
+    posterior: Callable[..., Values],
     *args: Any,
     num_simulations: int = 100,
     num_draws: int = 99,
@@ -265,7 +265,7 @@ class _Quantities:
         self.needed = [s.name for s in simulator.call.density.layout.sites]
         self.names: list[str] = []
 
-    def ranks(self, truth: Draws, data: Draws, draws: Draws) -> Tensor:
+    def ranks(self, truth: Values, data: Values, draws: Values) -> Tensor:
         """Of every quantity, ``(quantities,)``."""
         if not isinstance(draws, Mapping):
             raise ValueError(f"posterior must return draws by site, {{site: (draws, *shape)}}, got {type(draws)!r}.")
@@ -292,7 +292,7 @@ class _Quantities:
         self.names = names
         return _rank(table)
 
-    def _checked(self, truth: Draws, draws: Draws) -> dict[str, Tensor]:
+    def _checked(self, truth: Values, draws: Values) -> dict[str, Tensor]:
         """Draws of the model's latents, thinned to ``(num_draws, *shape)``."""
         found, known = {}, {k: v for k, v in draws.items() if k in truth}
         missing = sorted(set(self.sites or ()) - set(known))

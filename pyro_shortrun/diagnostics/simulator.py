@@ -22,7 +22,7 @@ from ..density.sites import is_data
 from ..density.structure import check_proper
 from ..density.vectorize import map_chains
 
-Draws = Mapping[str, Tensor]
+Values = Mapping[str, Tensor]
 
 
 class Simulator:
@@ -47,17 +47,17 @@ class Simulator:
         values = self.call.program.simulate(self.call.bind, {})
         return {k: values[k] for k in self.latents}, {k: values[k] for k in self.observed}
 
-    def conditioned(self, data: Draws) -> Callable[..., Any]:
+    def conditioned(self, data: Values) -> Callable[..., Any]:
         """The model with these data, whatever its ``obs=`` are."""
         return poutine.condition(self.model, data=dict(data))
 
-    def arguments(self, data: Draws) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, data: Values) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's arguments, with these data for those tensors that a site observes as they are."""
         new = {id(old): data[k] for k, old in self.observed.items() if data[k].shape == torch.as_tensor(old).shape}
         return _replaced(self.args, new), _replaced(self.kwargs, new)
 
     @torch.no_grad()
-    def check_arguments(self, truth: Draws, data: Draws) -> None:
+    def check_arguments(self, truth: Values, data: Values) -> None:
         """Refuse a model that is another one where its arguments are the simulated data.
 
         :raises ValueError: where the density changes with them.
@@ -75,7 +75,7 @@ class Simulator:
             )
 
     @torch.no_grad()
-    def log_likelihood(self, data: Draws, values: Draws) -> Tensor:
+    def log_likelihood(self, data: Values, values: Values) -> Tensor:
         """``log p(data | values)``, ``(draws,)``."""
         names = [s.name for s in self.call.density.layout.sites]
         density = replace(self.call.model, program=Program(self.conditioned(data)))

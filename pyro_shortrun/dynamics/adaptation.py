@@ -1,4 +1,4 @@
-"""Adaptation: the step size and the scales that a chain learns during warm-up."""
+"""Adaptation: the step size that goes with a wanted acceptance, and the scales that a chain learns in warm-up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ import torch
 from pyro.ops.dual_averaging import DualAveraging
 from torch import Tensor
 
-from .metric import _FEWEST, _POOLED_FROM, _WINDOWS, Identity, Moments, Preconditioner
+from .metric import Identity, Moments, Preconditioner
+
+_WINDOWS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)  # shares of the warm-up at whose ends the scales are fitted anew
+_POOLED_FROM = 0.4  # before that every chain has a step size of its own, so that stragglers can follow
+_FEWEST = 20  # draws in a window, and transitions left to find the step size that goes with new scales
+
+
+def follow_acceptance(log_step: Tensor, acceptance: Tensor, wanted: float, gain: float) -> Tensor:
+    """``log eta`` for the next transition: stochastic approximation with a constant gain (Robbins, Monro 1951).
+
+    For a step size that goes on adapting; :class:`Adaptation` is for a warm-up that ends.
+    """
+    return log_step + gain * (acceptance - wanted)
 
 
 class Adaptation:

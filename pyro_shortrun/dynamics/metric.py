@@ -1,4 +1,8 @@
-"""Metrics: linear maps per row in which a posterior has unit scales, and how a chain's draws fit them."""
+"""Metrics: linear maps per row in which a posterior has unit scales, and how a chain's draws fit them.
+
+A preconditioner makes a linear map per row, ``u = L w``; the dynamics then moves ``w``, in which the posterior has unit
+scales. For Langevin dynamics with a diagonal ``L`` this is one step size ``eta * L_i ** 2`` per coordinate.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_WINDOWS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)  # shares of the warm-up at whose ends the scales are fitted anew
-_POOLED_FROM = 0.4  # before that every chain has a step size of its own, so that stragglers can follow
-_FEWEST = 20  # draws in a window, and transitions left to find the step size that goes with new scales
 _SHRINKAGE = 4.0  # times dimension: as many draws leave half of the correlations
 
 

@@ -3,14 +3,14 @@
 from .elbo import EnergyELBO, EnergyInfo
 from .predictive import EnergyPredictive, sample_prior
 from .prior import TiltedPrior
-from .sampler import NegativeSampler
+from .runs import PriorRuns
 from .statement import energy_prior
 
 __all__ = [
     "EnergyELBO",
     "EnergyInfo",
     "EnergyPredictive",
-    "NegativeSampler",
+    "PriorRuns",
     "TiltedPrior",
     "energy_prior",
     "sample_prior",

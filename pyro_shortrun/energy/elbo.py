@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ..checks import check_count, check_kind
 from ..density.call import Call
-from ..density.sites import Site
+from ..density.sites import Site, is_weighted_from_outside
 from ..dynamics.dynamics import Dynamics
-from ..guides.emit import is_weighted_from_outside
 from ..runs.record import RunInfo, ShortRun
 from ..starts.start import Start
 from ..tensors import ordinary_autograd, plain, where_rows
+from .negative import Landing, Negative, Term, mean_energy
 from .prior import TiltedPrior
-from .sampler import Landing, Negative, NegativeSampler, Term, mean_energy
+from .runs import PriorRuns
 from .statement import energy_of
 
 
@@ -99,12 +99,9 @@ class EnergyELBO(ELBO):
     joint energy).
 
     :param base_elbo: ``Trace_ELBO()``, ``TraceMeanField_ELBO()``, ``RenyiELBO()``, ``ShortRunELBO()``, ...
-    :param num_steps: steps of a negative run.
-    :param step_size: ``eta`` of ``u + eta * grad + sqrt(2 * eta) * eps``, 0.1 by default; recipes with :math:`s^2/2`
-        have ``eta = s ** 2 / 2`` (their s = 0.4 is 0.08).
-    :param dynamics: instead of ``step_size``; it is not tuned.
-    :param start: where negative runs start: :class:`~pyro_shortrun.Prior` (default, fresh for every call),
-        :class:`~pyro_shortrun.starts.Replay`, :class:`~pyro_shortrun.Persistent` or a guide.
+    :param num_steps: steps of a negative run, 40 by default.
+    :param step_size: as in :class:`PriorRuns`, as ``dynamics`` and ``start``.
+    :param runs: instead of these four: :class:`PriorRuns`, for the same runs here and wherever there are some.
     :param num_chains: negative runs per row.
     :param l2: weight of the sum of squared energies of both phases, whose gradient reaches the energies' own
         parameters.
@@ -118,9 +115,10 @@ class EnergyELBO(ELBO):
     def __init__(
         self,
         base_elbo: ELBO,
-        num_steps: int = 40,
+        num_steps: int | None = None,
         step_size: float | None = None,
         *,
+        runs: PriorRuns | None = None,
         dynamics: Dynamics | None = None,
         start: Start | Callable[..., Any] | None = None,
         num_chains: int = 1,
@@ -134,7 +132,7 @@ class EnergyELBO(ELBO):
             raise ValueError(f"l2 must be a finite number >= 0, got {l2!r}.")
         self.base_elbo: Any = base_elbo
         self.num_chains, self.l2 = num_chains, l2
-        self.sampler = NegativeSampler(num_steps, step_size, dynamics, start)
+        self.runs = PriorRuns.of(runs, num_steps=num_steps, step_size=step_size, dynamics=dynamics, start=start)
         self.info: EnergyInfo | None = None
         self._compile = compile
         self._prior: TiltedPrior | None = None
@@ -181,7 +179,7 @@ class EnergyELBO(ELBO):
                 raise ValueError("the model has no energy_prior(...) statement: use the base ELBO without EnergyELBO.")
             if call.density is call.model:  # not compiled
                 call = replace(call, density=Landing(call.model, squared=self.l2 > 0))
-            done = self.sampler.run(call, self.num_chains)
+            done = self.runs.make(call, self.num_chains)
             self._warn_once(done.info)
             negative = Negative.at(call, done.end, done.info, squared=self.l2 > 0)
             return replace(negative, keep=partial(self._keep, call, done))
@@ -192,7 +190,7 @@ class EnergyELBO(ELBO):
         end = done.end
         if done.info.nonfinite:
             end = where_rows(done.info.frozen, call.prior(len(end)), end)
-        self.sampler.start.finish(call, end)
+        self.runs.begins.finish(call, end)
 
     def _finish(self, negative: Negative, watch: _Watch) -> Tensor:
         """The term whose gradient is to be added; keeps the statistics of the call."""

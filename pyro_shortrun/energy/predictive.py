@@ -19,7 +19,7 @@ from ..dynamics.dynamics import Dynamics
 from ..starts.start import Start
 from ..tensors import ordinary_autograd, plain
 from .prior import TiltedPrior
-from .sampler import NegativeSampler
+from .runs import PriorRuns
 
 _NUMBERS_AT_ONCE = 2**20  # coordinates of states
 
@@ -28,10 +28,11 @@ def sample_prior(
     model: Callable[..., Any],
     *args: Any,
     num_samples: int = 64,
-    num_steps: int = 40,
+    num_steps: int | None = None,
     step_size: float | None = None,
     dynamics: Dynamics | None = None,
     start: Start | Callable[..., Any] | None = None,
+    runs: PriorRuns | None = None,
     given: Mapping[str, Tensor] | None = None,
     compile: bool = False,
     **kwargs: Any,
@@ -59,10 +60,9 @@ def sample_prior(
     :param model: a Pyro model.
     :param args: its arguments; the values of its data do not matter, their shapes do.
     :param num_samples: number of draws, each of all sites; rows of a draw are independent.
-    :param num_steps: steps of a run.
-    :param step_size: ``eta``, 0.1 by default.
-    :param dynamics: instead of ``step_size``.
-    :param start: where runs start, :class:`~pyro_shortrun.Prior` by default.
+    :param num_steps: steps of a run, 40 by default.
+    :param step_size: as in :class:`PriorRuns`, as ``dynamics`` and ``start``.
+    :param runs: instead of these four: :class:`PriorRuns`.
     :param given: latents held at values of the site's own shape, so that the others are drawn from the tilted prior
         given these: vary one layer and keep the others.
     :param compile: whether runs are compiled; :class:`EnergyPredictive` keeps the graphs for later calls.
@@ -72,14 +72,14 @@ def sample_prior(
         is not finite at a start.
     :raises NotImplementedError: where some of the prior lies in a subsampled plate and some does not.
     """
-    sampler = NegativeSampler(num_steps, step_size, dynamics, start)
-    return draw_sites(TiltedPrior(model, compile), sampler, args, kwargs, num_samples, given or {})
+    runs = PriorRuns.of(runs, num_steps=num_steps, step_size=step_size, dynamics=dynamics, start=start)
+    return draw_sites(TiltedPrior(model, compile), runs, args, kwargs, num_samples, given or {})
 
 
 @torch.no_grad()
 def draw_sites(
     prior: TiltedPrior,
-    sampler: NegativeSampler,
+    runs: PriorRuns,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     count: int,
@@ -99,7 +99,7 @@ def draw_sites(
         layout = call.density.layout
         parts = max(1, math.ceil(count * layout.rows * layout.size / _NUMBERS_AT_ONCE))
         chains = math.ceil(count / parts)  # of equal size: every other one would be compiled anew
-        latents = [call.model.constrain(sampler.run(call, chains).end)[0] for _ in range(parts)]
+        latents = [call.model.constrain(runs.make(call, chains).end)[0] for _ in range(parts)]
         values = {k: torch.cat([part[k] for part in latents])[:count] for k in latents[0]}
         values |= prior.discrete(call, values)
         held = {**prior.conditions, **given}
@@ -147,12 +147,13 @@ class EnergyPredictive(Predictive):
 
     >>> import pyro, pyro.distributions as dist, torch
     >>> from pyro_shortrun import energy_prior
+    >>> from pyro_shortrun.energy import PriorRuns
     >>> def model(x=None):
     ...     with pyro.plate("data", 3):
     ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
     ...         energy_prior("ebm", lambda z: z.square(), z)
     ...         pyro.sample("x", dist.Normal(z, 0.1), obs=x)
-    >>> EnergyPredictive(model, num_samples=5, num_steps=10)()["x"].shape
+    >>> EnergyPredictive(model, num_samples=5, runs=PriorRuns(num_steps=10))()["x"].shape
     torch.Size([5, 3])
 
     :param model: a Pyro model.
@@ -162,7 +163,8 @@ class EnergyPredictive(Predictive):
     :param return_sites: names of sites to return; by default all, or as ``Predictive`` does where there are posterior
         samples.
     :param parallel: as for ``Predictive``; draws from the prior are vectorised in any case.
-    :param num_steps: steps of a run in the prior, as for :func:`sample_prior`, whose other options follow.
+    :param runs: runs in the prior, :class:`PriorRuns`; 40 steps of 0.1 by default.
+    :param compile: as for :func:`sample_prior`.
     :raises ValueError: at a call, where guide or posterior samples lack a latent of the tilted prior.
     """
 
@@ -175,20 +177,17 @@ class EnergyPredictive(Predictive):
         return_sites: Sequence[str] = (),
         parallel: bool = False,
         *,
-        num_steps: int = 40,
-        step_size: float | None = None,
-        dynamics: Dynamics | None = None,
-        start: Start | Callable[..., Any] | None = None,
+        runs: PriorRuns | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__(model, posterior_samples, guide, num_samples, return_sites, parallel)
-        self._sampler = NegativeSampler(num_steps, step_size, dynamics, start)
+        self._runs = PriorRuns.of(runs)
         self._prior = TiltedPrior(model, compile)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws of the sites; the arguments are the model's."""
         if self.guide is None and not self.posterior_samples:
-            draws = draw_sites(self._prior, self._sampler, args, kwargs, self.num_samples, {})
+            draws = draw_sites(self._prior, self._runs, args, kwargs, self.num_samples, {})
             return {k: v for k, v in draws.items() if not self.return_sites or k in self.return_sites}
         self._check(args, kwargs)
         return super().forward(*args, **kwargs)

@@ -1,15 +1,21 @@
-"""The prior tilted by its energies, as a density of its own and short runs in it."""
+"""The prior tilted by its energies, as a density of its own: a model's latents without its observations.
+
+A prior with energies is not normalised as it is written:
+
+    p(z) = exp(-sum_j E_j(z)) prod_i p(z_i | parents) / Z.
+
+:class:`TiltedPrior` is its unnormalised log density; :class:`~pyro_shortrun.energy.PriorRuns` are short runs in it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -19,15 +25,7 @@ from ..compile.executor import density_of
 from ..density.call import Binder, Call
 from ..density.program import Program, Reading
 from ..density.sites import Site, is_data, plates_of
-from ..density.trust import offender
-from ..dynamics.dynamics import Dynamics
-from ..objectives.path import PathDensity
-from ..runs.record import ShortRun
-from ..runs.run import run
-from ..starts.start import Start
 from .statement import energies, energy_of
-
-_OBJECTIVE = PathDensity()  # one, as compiled graphs are known by it; nothing is accounted for
 
 
 class _Ended(Exception):
@@ -158,42 +156,3 @@ def _up_to_last_energy(reading: Reading) -> Reading | None:
         trace.remove_node(name)
     kept = {k: v for k, v in reading.unconstrained.items() if k in trace.nodes}
     return replace(reading, trace=trace, unconstrained=kept)
-
-
-@torch.no_grad()
-def run_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chains: int) -> ShortRun:
-    """Short runs from ``start``, without graphs; nothing that is learnable shows to Pyro.
-
-    :raises ValueError: where a start is not finite, naming the site.
-    """
-    state, eta = begin_in(call, start, dynamics, num_steps, chains)
-    return go_on(call, dynamics, state, eta)
-
-
-@torch.no_grad()
-def begin_in(call: Call, start: Start, dynamics: Dynamics, num_steps: int, chains: int) -> tuple[Tensor, Tensor]:
-    """Where runs begin, ``(chains, rows, size)``, and their step sizes, ``(num_steps, size)``."""
-    layout, like = call.density.layout, next(iter(call.reading.unconstrained.values()))
-    with poutine.block():
-        start.setup(call.density)
-        dynamics.step_size.setup(layout, num_steps, like)
-        dynamics.setup(like)
-        eta = cast(Tensor, dynamics.step_size(layout, num_steps)).detach()
-        drawn = start.draw(call, chains)
-        finite = drawn.log_density.isfinite()
-        if not finite.all():
-            chain = int((~finite).any(1).nonzero()[0])
-            raise ValueError(
-                "the prior's log density is not finite at the start of a run, first at "
-                f"{offender(call.model, drawn.state[chain])}: the energies may have diverged; lower their learning "
-                "rate, or set EnergyELBO(l2=...)."
-            )
-        call.density.expect(drawn.state, drawn.log_density)
-        return drawn.state, eta
-
-
-@torch.no_grad()
-def go_on(call: Call, dynamics: Dynamics, state: Tensor, eta: Tensor) -> ShortRun:
-    """A run from ``state`` with these step sizes."""
-    with poutine.block():
-        return run(call.density, dynamics, _OBJECTIVE, state, eta, account=False)

@@ -2,7 +2,7 @@
 
 from .anomaly import Above, Bound, Energies, Joint, Latents, Reconstruction, Score, anomaly_score, anomaly_scores
 from .evidence import Evidence, ais
-from .likelihood import LogLikelihood, importance_log_likelihood
+from .likelihood import LogLikelihood, guide_log_likelihood, importance_log_likelihood
 from .two_samples import frechet_distance, squared_mmd
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "anomaly_score",
     "anomaly_scores",
     "frechet_distance",
+    "guide_log_likelihood",
     "importance_log_likelihood",
     "squared_mmd",
 ]

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from ..checks import check_count, check_kind
 from ..density.call import Call
-from ..density.layout import Layout
+from ..density.layout import Layout, require_full_plates
 from ..density.rows import sum_to_rows
 from ..density.sites import Site, is_data, masked, plates_of
-from ..dynamics.dynamics import Dynamics
 from ..energy.predictive import draw_sites
 from ..energy.prior import TiltedPrior
-from ..energy.sampler import NegativeSampler
+from ..energy.runs import PriorRuns
 from ..energy.statement import energy_of
-from ..starts.start import Start
 
 
 class Draw:
@@ -56,9 +54,9 @@ class Draw:
         trace.compute_log_prob()
         return {k: s for k, s in trace.nodes.items() if _is_stochastic(s)}
 
-    def again(self, prior: TiltedPrior, sampler: NegativeSampler, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def again(self, prior: TiltedPrior, runs: PriorRuns, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of all sites: one draw of the tilted prior, given some of the latents, and of what follows."""
-        drawn = draw_sites(prior, sampler, self._bind.args, self._bind.kwargs, 1, given)
+        drawn = draw_sites(prior, runs, self._bind.args, self._bind.kwargs, 1, given)
         return {name: value[0] for name, value in drawn.items()}
 
     def rows(self, sites: list[Site]) -> Tensor:
@@ -172,7 +170,8 @@ class Above(Score):
     Han, CVPR 2023, eq. 20.
 
     :param sites: names of the latents above k, as the guide samples them.
-    :param num_steps: steps of a run, as for :func:`~pyro_shortrun.sample_prior`, whose other options follow.
+    :param runs: runs in the prior, :class:`~pyro_shortrun.energy.PriorRuns`; 40 steps of 0.1 by default.
+    :param compile: as for :func:`~pyro_shortrun.sample_prior`.
     """
 
     weighs_guide = True
@@ -180,16 +179,13 @@ class Above(Score):
     def __init__(
         self,
         *sites: str,
-        num_steps: int = 40,
-        step_size: float | None = None,
-        dynamics: Dynamics | None = None,
-        start: Start | Callable[..., Any] | None = None,
+        runs: PriorRuns | None = None,
         compile: bool = False,
     ) -> None:
         if not sites:
             raise ValueError("Above needs the names of the latent sites that come from the guide: Above('z2', 'z3').")
         self.sites = set(sites)
-        self._sampler, self._compile = NegativeSampler(num_steps, step_size, dynamics, start), compile
+        self._runs, self._compile = PriorRuns.of(runs), compile
         self._prior: TiltedPrior | None = None
 
     def __call__(self, draw: Draw) -> Tensor:
@@ -204,7 +200,7 @@ class Above(Score):
         held = {k: draw.values[k] for k in sorted(self.sites)}
         if self._prior is None or self._prior.model != draw.model:
             self._prior = TiltedPrior(draw.model, self._compile)
-        drawn = draw.again(self._prior, self._sampler, held)
+        drawn = draw.again(self._prior, self._runs, held)
         sites = draw.at({k: drawn[k] for k in draw.values})
         above = [s["value"] for k, s in sites.items() if k in self.sites]
         prior = [s for k, s in sites.items() if k in self.sites or _only_of(s, above)]
@@ -218,8 +214,8 @@ def _only_of(site: Site, values: list[Tensor]) -> bool:
 
 
 def anomaly_score(
-    guide: Callable[..., Any],
     model: Callable[..., Any],
+    guide: Callable[..., Any],
     *args: Any,
     score: Score | None = None,
     num_draws: int = 1,
@@ -233,12 +229,12 @@ def anomaly_score(
     ...     with pyro.plate("data", len(x)):
     ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
     ...         pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-    >>> scores = anomaly_score(ShortRunGuide(model, num_steps=5), model, torch.tensor([0.0, 9.0]))
+    >>> scores = anomaly_score(model, ShortRunGuide(model, num_steps=5), torch.tensor([0.0, 9.0]))
     >>> bool(scores[1] > scores[0])
     True
 
-    :param guide: a guide for the model, of any kind, that samples every continuous latent.
     :param model: a Pyro model whose local latents share a plate: one row per datum.
+    :param guide: a guide for the model, of any kind, that samples every continuous latent.
     :param args: the arguments of both.
     :param score: :class:`Joint` (default), :class:`Reconstruction`, :class:`Latents`, :class:`Energies`,
         :class:`Bound` or :class:`Above`.
@@ -250,9 +246,8 @@ def anomaly_score(
     :raises NotImplementedError: where latents are discrete, and where a score needs log q row by row and the guide has
         it in one piece.
     """
-    return anomaly_scores(guide, model, *args, scores={"score": score or Joint()}, num_draws=num_draws, **kwargs)[
-        "score"
-    ]
+    found = anomaly_scores(model, guide, *args, scores={"score": score or Joint()}, num_draws=num_draws, **kwargs)
+    return found["score"]
 
 
 def _rows_of(call: Call) -> Layout:
@@ -260,17 +255,15 @@ def _rows_of(call: Call) -> Layout:
     if call.density.structure.summed:
         raise NotImplementedError("scores of a model with discrete latents: marginalise them by hand in the model.")
     layout = call.density.layout
-    thinned = [s.name for s in layout.sites if s.scale != 1]
-    if thinned:
-        raise ValueError(f"latent sites {thinned} lie in a subsampled plate: score on the full plate.")
+    require_full_plates(layout, "score")
     rows = {p.name for p in layout.row_plates}
     return replace(layout, sites=tuple(s for s in layout.sites if rows <= {p.name for p in s.plates}))
 
 
 @torch.no_grad()
 def anomaly_scores(
-    guide: Callable[..., Any],
     model: Callable[..., Any],
+    guide: Callable[..., Any],
     *args: Any,
     scores: Mapping[str, Score],
     num_draws: int = 1,

@@ -16,12 +16,14 @@ from ..compile.compiler import Compiler
 from ..compile.executor import density_of
 from ..density.call import Call
 from ..density.interface import Density
+from ..density.layout import require_full_plates
+from ..dynamics.adaptation import follow_acceptance
 from ..dynamics.langevin import Langevin
+from ..dynamics.metropolis import BEST_ACCEPTANCE, Position, decide, hastings_log_ratio
 from ..dynamics.step_size import StepSize
 from ..energy.prior import TiltedPrior
-from ..tensors import ordinary_autograd, plain
+from ..tensors import keep_rows, ordinary_autograd, plain
 
-_ACCEPT = 0.574  # best acceptance rate of MALA in many dimensions
 _PILOT_CHAINS = 8
 _GAIN = 0.3  # of the step size's adaptation
 
@@ -141,7 +143,7 @@ def _total(interval: Interval) -> Interval:
     return Interval(interval.lower.sum().reshape(1), interval.upper.sum().reshape(1), interval.ess.min().reshape(1))
 
 
-class _Point(NamedTuple):
+class _OnPath(NamedTuple):
     """A state with the log densities of prior and target there and their gradients."""
 
     u: Tensor
@@ -150,11 +152,10 @@ class _Point(NamedTuple):
     slope: Tensor
     grad: Tensor
 
-    def value(self, beta: float) -> Tensor:
-        return (1 - beta) * self.prior + beta * self.target
-
-    def pull(self, beta: float) -> Tensor:
-        return (1 - beta) * self.slope + beta * self.grad
+    def at(self, beta: float) -> Position:
+        """As a state of the chain at a temperature."""
+        density = (1 - beta) * self.prior + beta * self.target
+        return Position(self.u, density, (1 - beta) * self.slope + beta * self.grad)
 
 
 class _Path:
@@ -163,9 +164,7 @@ class _Path:
     def __init__(
         self, call: Call, betas: list[float], num_transitions: int, step_size: float, compile: bool = False
     ) -> None:
-        thinned = [s.name for s in call.density.layout.sites if s.scale != 1]
-        if thinned:
-            raise ValueError(f"latent sites {thinned} lie in a subsampled plate: evaluate on the full plate.")
+        require_full_plates(call.density.layout, "evaluate")
         self.call, self.betas, self.transitions = call, betas, num_transitions
         compiler = Compiler() if compile else None
         self._density = density_of(call.model, compiler)
@@ -179,6 +178,7 @@ class _Path:
     def bracket(self, chains: int, long_run: int) -> Interval:
         self._forward(min(chains, _PILOT_CHAINS), adapt=True)
         log_w, end = self._forward(chains)
+        log_w = torch.where(log_w.isnan(), -torch.inf, log_w)  # draws where the model has no density have no weight
         lost = ~log_w.isfinite().any(0)
         if lost.any():
             raise ValueError(
@@ -194,7 +194,7 @@ class _Path:
         lower, upper = _log_mean_exp(log_w), -_log_mean_exp(self._reverse(end))
         return Interval(lower, upper, 1 / weights.square().sum(0))
 
-    def _forward(self, chains: int, adapt: bool = False) -> tuple[Tensor, _Point]:
+    def _forward(self, chains: int, adapt: bool = False) -> tuple[Tensor, _OnPath]:
         point = self._at(self.call.prior(chains))
         log_w = torch.zeros_like(point.prior)
         for t in range(1, len(self.betas)):
@@ -204,10 +204,10 @@ class _Path:
             for _ in range(self.transitions):
                 point, accept = self._move(point, self.betas[t], self._etas[t - 1])
                 if adapt:
-                    self._log_eta = self._log_eta + _GAIN * (accept.mean(0) - _ACCEPT)
+                    self._log_eta = follow_acceptance(self._log_eta, accept.mean(0), BEST_ACCEPTANCE, _GAIN)
         return log_w, point
 
-    def _reverse(self, point: _Point) -> Tensor:
+    def _reverse(self, point: _OnPath) -> Tensor:
         log_w = torch.zeros_like(point.prior)
         for t in range(len(self.betas) - 1, 0, -1):
             for _ in range(self.transitions):
@@ -215,21 +215,19 @@ class _Path:
             log_w = log_w - (self.betas[t] - self.betas[t - 1]) * (point.target - point.prior)
         return log_w
 
-    def _at(self, u: Tensor) -> _Point:
-        return _Point(u, *self._density.execute(_Terms(), (u,)))
+    def _at(self, u: Tensor) -> _OnPath:
+        return _OnPath(u, *self._density.execute(_Terms(), (u,)))
 
-    def _move(self, point: _Point, beta: float, eta: Tensor) -> tuple[_Point, Tensor]:
+    def _move(self, point: _OnPath, beta: float, eta: Tensor) -> tuple[_OnPath, Tensor]:
         """A MALA transition for temperature ``beta``, and its acceptance probabilities."""
-        eta, one, dynamics = eta.unsqueeze(-1), torch.ones_like(point.u[0, 0]), self._dynamics
-        there = dynamics.step(point.u, point.pull(beta), eta, torch.randn_like(point.u), one)
-        new = self._at(there)
-        forth = dynamics.log_transition(point.u, there, point.pull(beta), eta.expand_as(there), one)
-        back = dynamics.log_transition(there, point.u, new.pull(beta), eta.expand_as(there), one)
-        log_ratio = (new.value(beta) - point.value(beta) + back - forth).nan_to_num(nan=-torch.inf)
-        move = torch.rand_like(log_ratio).log() < log_ratio
-        pairs = zip(new, point, strict=True)
-        kept = _Point(*(torch.where(move if a.dim() == 2 else move.unsqueeze(-1), a, b) for a, b in pairs))
-        return kept, log_ratio.clamp(max=0).exp()
+        eta, one = eta.unsqueeze(-1), torch.ones_like(point.u[0, 0])
+        here = point.at(beta)
+        u = self._dynamics.step(here.u, here.pull, eta, torch.randn_like(here.u), one)
+        new = self._at(u)
+        ratio = hastings_log_ratio(self._dynamics, here, new.at(beta), eta, one)
+        finite = new.prior.isfinite() & new.target.isfinite()
+        move, accept = decide(ratio, finite, torch.rand_like(ratio).log())
+        return _OnPath(*(keep_rows(move, a, b) for a, b in zip(new, point, strict=True))), accept
 
 
 class _Terms:

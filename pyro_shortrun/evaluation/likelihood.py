@@ -1,4 +1,4 @@
-"""The log likelihood of data under a trained model, by importance sampling."""
+"""The log likelihood of data under a trained model, by importance sampling that treats every method alike."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from ..checks import check_count
 from ..density.call import Call
+from ..density.layout import require_full_plates
 from ..energy.statement import energies
+from ..starts.from_guide import FromGuide
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,12 @@ class LogLikelihood:
     value: Tensor
     error: Tensor
     ess: Tensor
+
+    @classmethod
+    def of(cls, log_w: Tensor) -> LogLikelihood:
+        """The estimate from log weights, ``(samples, rows)``."""
+        count, ess = len(log_w), 1 / log_w.softmax(0).square().sum(0)
+        return cls(log_w.logsumexp(0) - math.log(count), (1 / ess - 1 / count).clamp(min=0).sqrt(), ess)
 
     @property
     def mean(self) -> float:
@@ -62,13 +73,7 @@ def importance_log_likelihood(
     :raises ValueError: where a site is missing from ``draws`` or there are too few of them, and for models with
         :func:`~pyro_shortrun.energy_prior`, whose log Z :func:`~pyro_shortrun.evaluation.evidence` brackets.
     """
-    call = Call.of(model, args, kwargs)
-    if energies(call.reading):
-        raise ValueError("the model's prior has energies and its log Z is not known here: use ais(model, ...) instead.")
-    density = call.model
-    thinned = [s.name for s in density.layout.sites if s.scale != 1]
-    if thinned:
-        raise ValueError(f"latent sites {thinned} lie in a subsampled plate: evaluate on the full plate.")
+    density = _on_full_plates(model, args, kwargs).model
     missing = [s.name for s in density.layout.sites if s.name not in draws]
     if missing:
         raise ValueError(f"draws lack the latent sites {missing}.")
@@ -83,10 +88,53 @@ def importance_log_likelihood(
         states = proposal.sample(torch.Size([num_samples]))
         log_w = density(states) - proposal.log_prob(states)
         weights = log_w.softmax(0)
-    value = log_w.logsumexp(0) - math.log(num_samples)
-    ess = 1 / weights.square().sum(0)
-    error = (1 / ess - 1 / num_samples).clamp(min=0).sqrt()
-    return LogLikelihood(value, error, ess)
+    return LogLikelihood.of(log_w)
+
+
+@torch.no_grad()
+def guide_log_likelihood(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 1000,
+    at_once: int = 100,
+    progress: bool = False,
+    **kwargs: Any,
+) -> LogLikelihood:
+    r"""``log p(x)`` per row (datum, sequence) by importance sampling with a guide.
+
+    .. math:: \log \hat p(x) = \log \frac{1}{J} \sum_{j=1}^{J} \frac{p(x, z_j)}{q(z_j)} , \qquad z_j \sim q(z \mid x) ,
+
+    a lower bound in expectation that rises with J; with a :class:`~pyro_shortrun.SemiImplicit_ELBO`'s
+    :meth:`~pyro_shortrun.SemiImplicit_ELBO.mixing` guide, whose density is an estimate, also with its K.
+
+    :param model: as for :func:`importance_log_likelihood`.
+    :param guide: a guide for the model, of any kind whose density is known at its draws.
+    :param args: the arguments of both, as ``kwargs``.
+    :param num_samples: J, in vectorised parts of ``at_once``.
+    :param progress: whether to show a progress bar.
+    :raises ValueError: for arguments out of range, where model and guide do not fit, and for models as in
+        :func:`importance_log_likelihood`.
+    """
+    check_count("num_samples", num_samples)
+    check_count("at_once", at_once)
+    call = _on_full_plates(model, args, kwargs)
+    with poutine.block():
+        guide(*args, **kwargs)  # what it creates, and checks, at its first call cannot be vectorised
+    start, parts = FromGuide(guide), []
+    for begin in tqdm(range(0, num_samples, at_once), disable=not progress, unit="part"):
+        drawn = start.draw(call, min(at_once, num_samples - begin))
+        parts.append(drawn.log_density - drawn.log_q)
+    return LogLikelihood.of(torch.cat(parts))
+
+
+def _on_full_plates(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The bound model, whose rows are to have a likelihood each."""
+    call = Call.of(model, args, kwargs)
+    if energies(call.reading):
+        raise ValueError("the model's prior has energies and its log Z is not known here: use ais(model, ...) instead.")
+    require_full_plates(call.density.layout, "evaluate")
+    return call
 
 
 def _fit(states: Tensor, weights: Tensor) -> torch.distributions.MultivariateNormal:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +52,7 @@ def weigh(call: Call, drawn: StartDraw, result: ShortRun, account: bool) -> Weig
     if not account:
         return WeightedDraws(values, None, None, None, frozen, result.end, None)
     # Rows of a subsampled plate stand for full_size / size rows each, in log q as in the model's log joint.
-    weight = 1.0 if layout.is_arrow else math.prod(plate.scale for plate in layout.row_plates)
+    weight = layout.row_weight
     row_log_q = drawn.log_q - result.increment
     log_q = weight * (row_log_q - jacobian).sum(-1)
     log_p = (density - weight * jacobian).sum(-1)

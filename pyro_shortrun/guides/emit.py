@@ -23,14 +23,6 @@ def outer_shape() -> torch.Size:
     return pyro.sample("_outer", dist.Delta(torch.zeros(())), infer=infer).shape
 
 
-def is_weighted_from_outside() -> bool:
-    """Whether handlers around this call scale, mask or repeat sample statements."""
-    with poutine.trace() as tracer:
-        pyro.sample("_outer", dist.Delta(torch.zeros(())), infer={"is_auxiliary": True})
-    site: Any = tracer.trace.nodes["_outer"]
-    return bool(site["scale"] != 1.0) or site["mask"] is not None or bool(site["cond_indep_stack"])
-
-
 def emit(
     call: Call,
     plates: Mapping[str, pyro.plate],

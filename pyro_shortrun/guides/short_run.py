@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,6 +17,7 @@ from ..checks import check_count, check_kind
 from ..density.call import Call
 from ..density.handlers import init_uniform
 from ..density.program import Reading
+from ..density.sites import is_weighted_from_outside
 from ..density.structure import Structure, check_latents, check_proper
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
@@ -33,7 +33,7 @@ from ..starts.start import Start, StartDraw, check_start
 from ..tensors import ordinary_autograd
 from .base import DensityGuide
 from .draws import WeightedDraws, weigh
-from .emit import emit, is_weighted_from_outside, outer_shape
+from .emit import emit, outer_shape
 from .simulation import Simulation, Watch
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -171,8 +171,7 @@ class ShortRunGuide(DensityGuide):
         with ordinary_autograd() as grad_enabled, self._pyro_context:
             call, result, log_q, gradients = self._play(args, kwargs, num_particles, grad_enabled)
             density = call.density.differentiable(result.end, grad_enabled)
-            weight = math.prod(1.0 if call.density.layout.is_arrow else p.scale for p in call.density.layout.row_plates)
-            return (density - weight * log_q).sum(-1)
+            return (density - call.density.layout.row_weight * log_q).sum(-1)
 
     def _play(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int, grad_enabled: bool

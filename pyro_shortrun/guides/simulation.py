@@ -13,12 +13,12 @@ from torch import Tensor
 from ..density.call import Call
 from ..density.layout import Layout
 from ..density.structure import check_masks
-from ..density.trust import offender
 from ..dynamics.dynamics import Dynamics
 from ..objectives.objective import Objective
 from ..runs.pilot import pilot_chains, pilot_fails
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients, run
+from ..starts.finite import require_finite
 from ..starts.from_guide import FromGuide
 from ..starts.start import Start, StartDraw
 
@@ -92,22 +92,9 @@ class Simulation:
         attached = gradients is Gradients.FULL or (learned and gradients is Gradients.GUIDE)
         with torch.set_grad_enabled(attached):
             drawn = self.start.draw(call, chains)
-        finite = drawn.log_density.isfinite() & drawn.log_q.isfinite()
-        if not finite.all():
-            chain = int((~finite).any(1).nonzero()[0])
-            raise ValueError(
-                "the model's log density is not finite at the start of the run, first at "
-                f"{offender(call.model, drawn.state[chain].detach())}: check the data for NaN, the observation's "
-                "support, and the priors, or pass another start, such as start=Init(init_to_median)."
-            )
-        if attached:
-            return drawn
-        return replace(
-            drawn,
-            state=drawn.state.detach(),
-            log_q=drawn.log_q.detach(),
-            log_density=drawn.log_density.detach(),
-        )
+        what = "the model's log density is not finite at the start of the run"
+        require_finite(drawn.finite, call.model, drawn.state, what)
+        return drawn if attached else drawn.detached()
 
     @torch.no_grad()
     def pilot_fails(self, call: Call) -> bool:

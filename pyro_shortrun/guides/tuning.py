@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from ..checks import check_count, check_kind
 from ..density.call import Call
 from ..runs.record import ShortRun
 from ..starts.start import StartDraw
+from ..tensors import random_state, set_random_state
 from .short_run import ShortRunGuide
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -49,8 +48,7 @@ class Trial:
     @property
     def weight(self) -> float:
         """How many rows each row of a subsampled plate stands for."""
-        layout = self.call.density.layout
-        return 1.0 if layout.is_arrow else math.prod(plate.scale for plate in layout.row_plates)
+        return self.call.density.layout.row_weight
 
     def log_joint(self) -> Tensor:
         """``log p(x, z_K)``, ``(runs,)``."""
@@ -82,10 +80,10 @@ class Trials:
         check_kind("guide", guide, ShortRunGuide, "ShortRunGuide(model)")
         guide.setup(*args, **kwargs)
         self._guide, self._args, self._kwargs, self._count = guide, args, kwargs, count
-        self._random = get_rng_state()
+        self._random = random_state()
 
     def __call__(self, factor: float, num_steps: int | None = None) -> Trial:
-        set_rng_state(self._random)
+        set_random_state(self._random)
         return Trial(*self._guide.trial(self._args, self._kwargs, self._count, factor, num_steps))
 
 

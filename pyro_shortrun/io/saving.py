@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import glob
 import os
-import random
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,8 @@ import torch
 from pyro.optim import PyroOptim
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor
+
+from ..tensors import random_state, set_random_state
 
 FORMAT = 1
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -54,7 +55,7 @@ def save_state(path: str | os.PathLike[str], /, **parts: Any) -> None:
     """
     content = {
         "format": FORMAT,
-        "random": _random_states(),
+        "random": random_state(),
         "parts": {name: {"type": type(part).__name__, **_saved(name, part)} for name, part in parts.items()},
     }
     with replacing(Path(path)) as scratch:
@@ -111,7 +112,7 @@ def load_state(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
                     f"{name!r} in {path} does not fit this {type(part).__name__} (nothing was changed): {why} Build it "
                     "as it was when saved, and create lazy parameters first, as with guide.setup(*args)."
                 ) from reason
-        _set_random_states(content["random"])
+        set_random_state(content["random"])
         undo.pop_all()
     return {name: entry["value"] for name, entry in saved.items() if "value" in entry}
 
@@ -262,27 +263,3 @@ def _check_names(path: str | os.PathLike[str], saved: dict[str, dict[str, Any]],
     for name, part in parts.items():
         if type(part).__name__ != saved[name]["type"]:
             raise ValueError(f"{name!r} in {path} is a {saved[name]['type']}, got a {type(part).__name__}.")
-
-
-# ---------------------------------------------------------------- random number generators
-
-
-def _random_states() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])

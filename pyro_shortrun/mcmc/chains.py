@@ -1,4 +1,4 @@
-"""Chains under way: what :class:`~pyro_shortrun.mcmc.kernel.ShortRunLangevin` and VectorizedMCMC advance draw by draw."""
+"""A session: the chains of one run of MCMC under way, what they have told so far, and how that is saved."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..tensors import moved, ordinary_autograd
+from .sampler import ChainState, Sampler, Stats
 from .target import Target
-from .transitions import Sampler, State, Stats
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,52 @@ class DrawStats:
         return f"DrawStats({', '.join(self.values)}: {length} draws)"
 
 
+class StatsRecord:
+    """The statistics of a session's kept draws, and of the last draw of all."""
+
+    def __init__(self) -> None:
+        self._kept: list[Stats] = []
+        self._last: Stats | None = None
+
+    def add(self, stats: Stats, kept: bool) -> None:
+        """Statistics of one more draw."""
+        if kept:
+            self._kept.append(stats)
+        self._last = stats
+
+    def forget_after(self, kept: int) -> None:
+        """Drop all but those of so many kept draws."""
+        del self._kept[kept:]
+
+    def table(self, chains: int) -> Stats:
+        """Those of kept draws, ``(chains, draws)``."""
+        if not self._kept:
+            return {k: torch.zeros(chains, 0) for k in ("lp", "acceptance_rate", "nonfinite")}
+        return {k: torch.stack([s[k] for s in self._kept], 1) for k in self._kept[0]}
+
+    def load(self, table: Stats, kept: int) -> None:
+        """Go on from :meth:`table`."""
+        self._kept = [{k: v[:, i] for k, v in table.items()} for i in range(kept)]
+        if self._kept:
+            self._last = self._kept[-1]
+
+    def short(self) -> OrderedDict[str, Any]:
+        """The last draw's, for progress bars."""
+        if self._last is None:
+            return OrderedDict()
+        size, accept = self._last["step_size"][0].item(), self._last["acceptance_rate"].mean().item()
+        return OrderedDict([("step size", f"{size:.2e}"), ("acc. prob", f"{accept:.3f}")])
+
+
 class Session:
     """Chains under way: a sampler, its state, and the statistics of every kept draw."""
 
     def __init__(self, sampler: Sampler, warmup_steps: int) -> None:
         self.sampler, self.warmup_steps = sampler, warmup_steps
         self.done = 0  # draws, warm-up included
-        self._stats: list[Stats] = []
-        self._last: Stats | None = None
+        self.record = StatsRecord()
         self._warned = False
-        self.state: State
+        self.state: ChainState
 
     @property
     def target(self) -> Target:
@@ -83,13 +119,11 @@ class Session:
             self.state, stats = self.sampler.draw(self.state, warming)
         self.done += 1
         self._warn_once(stats, warming)
-        if not warming:
-            self._stats.append(stats)
-        self._last = stats
+        self.record.add(stats, kept=not warming)
 
     def forget_after(self, kept: int) -> None:
         """Drop what was noted of draws beyond so many kept ones: an interrupt may come before a draw is kept."""
-        del self._stats[kept:]
+        self.record.forget_after(kept)
         self.done = min(self.done, self.warmup_steps + kept)
 
     def _warn_once(self, stats: Stats, warming: bool) -> None:
@@ -100,18 +134,9 @@ class Session:
                 f"{fault}; this warning is shown once. Use a smaller step_size, or adjust=True.", stacklevel=4
             )
 
-    def logging(self) -> OrderedDict[str, Any]:
-        """For progress bars."""
-        if self._last is None:
-            return OrderedDict()
-        size, accept = self._last["step_size"][0].item(), self._last["acceptance_rate"].mean().item()
-        return OrderedDict([("step size", f"{size:.2e}"), ("acc. prob", f"{accept:.3f}")])
-
     def stats(self) -> Stats:
         """Statistics of the kept draws, ``(chains, draws)``."""
-        if not self._stats:
-            return {k: torch.zeros(len(self.state.u), 0) for k in ("lp", "acceptance_rate", "nonfinite")}
-        return {k: torch.stack([s[k] for s in self._stats], 1) for k in self._stats[0]}
+        return self.record.table(len(self.state.u))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continued run needs: tensors, numbers, lists and dicts."""
@@ -142,14 +167,10 @@ class Session:
                 "with the same dtype."
             )
         device = self.state.u.device
-        state = State(**moved(saved["state"], device))
+        state = ChainState(**moved(saved["state"], device))
         here = self.sampler.evaluate(state.u).log_density
         if not (self.target.is_subsampled or torch.allclose(here, state.log_density, rtol=1e-3, atol=1e-3)):
             raise ValueError("the saved chains have another log density here: resume with the same model and data.")
         self.done, self.state = saved["done"], state
         self.sampler.load_state_dict(saved["sampler"])
-        kept = max(self.done - self.warmup_steps, 0)
-        stats = moved(saved["stats"], device)
-        self._stats = [{k: v[:, i] for k, v in stats.items()} for i in range(kept)]
-        if self._stats:
-            self._last = self._stats[-1]
+        self.record.load(moved(saved["stats"], device), max(self.done - self.warmup_steps, 0))

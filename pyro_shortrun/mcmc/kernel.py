@@ -17,6 +17,7 @@ from ..density.handlers import init_uniform
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
 from ..dynamics.metric import Diagonal, Identity, Preconditioner
+from ..dynamics.metropolis import BEST_ACCEPTANCE
 from ..dynamics.step_size import StepSize
 from ..objectives.objective import Objective
 from ..objectives.path import PathDensity
@@ -27,8 +28,10 @@ from ..starts.prior import Prior
 from ..starts.start import Start, check_start
 from ..tensors import ordinary_autograd, plain
 from .chains import DrawStats, Session
+from .langevin_chain import LangevinChain, StepSizeSchedule
+from .sampler import Sampler
+from .short_runs import ShortRuns
 from .target import ModelTarget, PotentialTarget, Target
-from .transitions import Sampler, Schedule, ShortRuns, Walk
 
 
 class ShortRunLangevin(MCMCKernel):
@@ -96,7 +99,7 @@ class ShortRunLangevin(MCMCKernel):
         self,
         model: Callable[..., Any] | None = None,
         num_steps: int = 20,
-        step_size: float | StepSize | Schedule | None = None,
+        step_size: float | StepSize | StepSizeSchedule | None = None,
         persistent: bool | None = None,
         adjust: bool = False,
         *,
@@ -126,7 +129,7 @@ class ShortRunLangevin(MCMCKernel):
         check_start(start)
         self.model, self.potential_fn, self.num_steps = model, potential_fn, num_steps
         self.adjust, self.persistent = adjust, adjust if persistent is None else persistent
-        self.target_accept_prob = 0.574 if target_accept_prob is None else target_accept_prob
+        self.target_accept_prob = BEST_ACCEPTANCE if target_accept_prob is None else target_accept_prob
         self._schedule = step_size if callable(step_size) and not isinstance(step_size, StepSize) else None
         self._is_guess = dynamics is None and not isinstance(step_size, StepSize)
         guess: Any = 0.1 if step_size is None or self._schedule is not None else step_size
@@ -136,39 +139,12 @@ class ShortRunLangevin(MCMCKernel):
         self.preconditioner = default if preconditioner is None else preconditioner
         self._start = start
         self._given_transforms = transforms
-        self._check_combination(objective, target_accept_prob)
+        _check_combination(self, objective, target_accept_prob)
         self._compiler = Compiler() if compile else None
         self.transforms: dict[str, Any] | None = None
         self._given: dict[str, Tensor] | None = None
         self._session: Session | None = None
         self._params: dict[str, Tensor] = {}
-
-    def _check_combination(self, objective: Objective | None, target_accept_prob: float | None) -> None:
-        if objective is not None and not isinstance(objective, PathDensity):
-            raise NotImplementedError(
-                f"{type(objective).__name__} tunes a ShortRunGuide, not a kernel: use PathDensity()."
-            )
-        if self.dynamics.has_momentum:
-            raise NotImplementedError(
-                f"{type(self.dynamics).__name__} is for a ShortRunGuide with objective=Annealed(): use Langevin(...)."
-            )
-        chain = self.persistent or self.adjust
-        if chain and objective is not None:
-            raise ValueError("objective tunes short runs: it has no use with persistent=True or adjust=True.")
-        if not self.adjust and target_accept_prob is not None:
-            raise ValueError("target_accept_prob has no use without adjust=True.")
-        if self._given_transforms is not None and self.potential_fn is None:
-            raise ValueError("transforms go with potential_fn; a model has its own.")
-        if self.adjust and not self.dynamics.has_transition_density:
-            raise ValueError("adjust=True needs dynamics with noise, such as Langevin(0.1).")
-        if self._schedule is not None and (self.adjust or not self.persistent):
-            raise ValueError("a step-size schedule is for unadjusted chains: set persistent=True, adjust=False.")
-        if not chain and not isinstance(self.preconditioner, Identity):
-            raise ValueError("a preconditioner is learned by a chain: set persistent=True or adjust=True.")
-        if isinstance(self._start, Persistent):
-            raise ValueError("start=Persistent() is for guides; a chain that goes on is persistent=True.")
-        if self._start is not None and self.potential_fn is not None:
-            raise ValueError("start needs a model; with potential_fn, pass initial_params to MCMC.")
 
     # ---------------------------------------------------------------- Pyro's protocol
 
@@ -199,7 +175,7 @@ class ShortRunLangevin(MCMCKernel):
 
     def logging(self) -> OrderedDict[str, Any]:
         """Step size and acceptance for the progress bar."""
-        return self._running().logging()
+        return self._running().record.short()
 
     def diagnostics(self) -> dict[str, Any]:
         """``divergences`` (indices of draws with a non-finite proposal), ``acceptance rate``, and all per-draw
@@ -239,8 +215,8 @@ class ShortRunLangevin(MCMCKernel):
     ) -> Session:
         """Start ``num_chains`` chains of this kernel on the model's arguments."""
         with ordinary_autograd():
-            target = self._target(plain(args), plain(kwargs), initial_params)
-            sampler = self._sampler(target, warmup_steps, chain_batch_size)
+            target = _target(self, plain(args), plain(kwargs), initial_params)
+            sampler = _sampler(self, target, warmup_steps, chain_batch_size)
             session = Session(sampler, warmup_steps)
             if num_chains > 1:
                 two = target.start(2).state if initial_params is None else None
@@ -248,55 +224,89 @@ class ShortRunLangevin(MCMCKernel):
             session.begin(num_chains, initial_params)
         return session
 
-    def _target(self, args: tuple[Any, ...], kwargs: dict[str, Any], initial: Mapping[str, Tensor] | None) -> Target:
-        if self.model is None:
-            if initial is None:
-                raise ValueError("potential_fn needs initial_params: MCMC(kernel, ..., initial_params={name: tensor}).")
-            return PotentialTarget(self.potential_fn, initial, self._given_transforms)  # type: ignore[arg-type]
-        if initial is not None and not self.persistent:
-            raise ValueError("initial_params have no use where every draw restarts; pass start= to the kernel.")
-        start = self._starting()
-        # Improper priors cannot be drawn from; a start that does not draw from the prior need not.
-        init = None if isinstance(start, Prior) else init_uniform
-        target = ModelTarget(Call.of(self.model, args, kwargs, init), start, self._compiler)
-        if self.adjust and target.is_subsampled:
-            name = next(iter(target.call.reading.subsampled))
-            raise ValueError(
-                f"plate '{name}' shows a mini-batch, by whose likelihood adjust=True would accept: use the full plate, "
-                "or persistent=True, adjust=False with a decaying step size (SGLD)."
-            )
-        return target
 
-    def _starting(self) -> Start:
-        if self._start is None:
-            return Init(init_uniform) if self.persistent else Prior()
-        return self._start if isinstance(self._start, Start) else FromGuide(self._start)
+# ---------------------------------------------------------------- what a kernel's arguments make
 
-    def _sampler(self, target: Target, warmup: int, chain_batch_size: int | None) -> Sampler:
-        dynamics = copy.deepcopy(self.dynamics)  # every run of MCMC tunes anew
-        learnable = dynamics.step_size.learnable
-        if not (self.persistent or self.adjust):
-            return ShortRuns(
-                target,
-                dynamics,
-                self.num_steps,
-                chain_batch_size,
-                objective=self.objective,
-                warmup=warmup,
-                guess=self._is_guess,
-                tune=learnable,
-            )
-        return Walk(
+
+def _check_combination(kernel: ShortRunLangevin, objective: Objective | None, target_accept_prob: float | None) -> None:
+    if objective is not None and not isinstance(objective, PathDensity):
+        raise NotImplementedError(f"{type(objective).__name__} tunes a ShortRunGuide, not a kernel: use PathDensity().")
+    if kernel.dynamics.has_momentum:
+        raise NotImplementedError(
+            f"{type(kernel.dynamics).__name__} is for a ShortRunGuide with objective=Annealed(): use Langevin(...)."
+        )
+    chain = kernel.persistent or kernel.adjust
+    if chain and objective is not None:
+        raise ValueError("objective tunes short runs: it has no use with persistent=True or adjust=True.")
+    if not kernel.adjust and target_accept_prob is not None:
+        raise ValueError("target_accept_prob has no use without adjust=True.")
+    if kernel._given_transforms is not None and kernel.potential_fn is None:
+        raise ValueError("transforms go with potential_fn; a model has its own.")
+    if kernel.adjust and not kernel.dynamics.has_transition_density:
+        raise ValueError("adjust=True needs dynamics with noise, such as Langevin(0.1).")
+    if kernel._schedule is not None and (kernel.adjust or not kernel.persistent):
+        raise ValueError("a step-size schedule is for unadjusted chains: set persistent=True, adjust=False.")
+    if not chain and not isinstance(kernel.preconditioner, Identity):
+        raise ValueError("a preconditioner is learned by a chain: set persistent=True or adjust=True.")
+    if isinstance(kernel._start, Persistent):
+        raise ValueError("start=Persistent() is for guides; a chain that goes on is persistent=True.")
+    if kernel._start is not None and kernel.potential_fn is not None:
+        raise ValueError("start needs a model; with potential_fn, pass initial_params to MCMC.")
+
+
+def _target(
+    kernel: ShortRunLangevin, args: tuple[Any, ...], kwargs: dict[str, Any], initial: Mapping[str, Tensor] | None
+) -> Target:
+    if kernel.model is None:
+        if initial is None:
+            raise ValueError("potential_fn needs initial_params: MCMC(kernel, ..., initial_params={name: tensor}).")
+        return PotentialTarget(kernel.potential_fn, initial, kernel._given_transforms)  # type: ignore[arg-type]
+    if initial is not None and not kernel.persistent:
+        raise ValueError("initial_params have no use where every draw restarts; pass start= to the kernel.")
+    start = _starting(kernel)
+    # Improper priors cannot be drawn from; a start that does not draw from the prior need not.
+    init = None if isinstance(start, Prior) else init_uniform
+    target = ModelTarget(Call.of(kernel.model, args, kwargs, init), start, kernel._compiler)
+    if kernel.adjust and target.is_subsampled:
+        name = next(iter(target.call.reading.subsampled))
+        raise ValueError(
+            f"plate '{name}' shows a mini-batch, by whose likelihood adjust=True would accept: use the full plate, "
+            "or persistent=True, adjust=False with a decaying step size (SGLD)."
+        )
+    return target
+
+
+def _starting(kernel: ShortRunLangevin) -> Start:
+    if kernel._start is None:
+        return Init(init_uniform) if kernel.persistent else Prior()
+    return kernel._start if isinstance(kernel._start, Start) else FromGuide(kernel._start)
+
+
+def _sampler(kernel: ShortRunLangevin, target: Target, warmup: int, chain_batch_size: int | None) -> Sampler:
+    dynamics = copy.deepcopy(kernel.dynamics)  # every run of MCMC tunes anew
+    learnable = dynamics.step_size.learnable
+    if not (kernel.persistent or kernel.adjust):
+        return ShortRuns(
             target,
             dynamics,
-            self.num_steps,
+            kernel.num_steps,
             chain_batch_size,
-            adjust=self.adjust,
-            restarts=not self.persistent,
-            schedule=self._schedule,
-            preconditioner=self.preconditioner,
+            objective=kernel.objective,
             warmup=warmup,
-            accept=self.target_accept_prob if self.adjust and learnable else None,
-            guess=self._is_guess and self._schedule is None and not self.adjust and self.model is not None,
-            limit=float("inf") if self._is_guess else dynamics.step_size.max,
+            guess=kernel._is_guess,
+            tune=learnable,
         )
+    return LangevinChain(
+        target,
+        dynamics,
+        kernel.num_steps,
+        chain_batch_size,
+        adjust=kernel.adjust,
+        restarts=not kernel.persistent,
+        schedule=kernel._schedule,
+        preconditioner=kernel.preconditioner,
+        warmup=warmup,
+        accept=kernel.target_accept_prob if kernel.adjust and learnable else None,
+        guess=kernel._is_guess and kernel._schedule is None and not kernel.adjust and kernel.model is not None,
+        limit=float("inf") if kernel._is_guess else dynamics.step_size.max,
+    )

@@ -18,7 +18,8 @@ from ..density.handlers import init_uniform
 from ..density.interface import Density
 from ..density.potential import PotentialDensity
 from ..density.transforms import same_transform
-from ..density.trust import is_random, offender, row_names, rows_mix
+from ..density.trust import is_random, row_names, rows_mix
+from ..starts.finite import redrawn, require_finite
 from ..starts.start import Start, StartDraw
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -125,24 +126,14 @@ class ModelTarget(Target):
         return density_of(replace(self.call.model, batches=draws), self._compiler)
 
     def start(self, chains: int) -> StartDraw:
-        drawn = self._start.draw(self.call, chains)
-        for _ in range(_TRIES):
-            bad = ~_finite(drawn)
-            if not bad.any():
-                self.density.expect(drawn.state, drawn.log_density)
-                return StartDraw(drawn.state.detach(), drawn.log_q.detach(), drawn.log_density.detach())
-            again = self._start.draw(self.call, chains)
-            drawn = StartDraw(
-                torch.where(bad.unsqueeze(-1), again.state, drawn.state),
-                torch.where(bad, again.log_q, drawn.log_q),
-                torch.where(bad, again.log_density, drawn.log_density),
-            )
-        bad_chain = int((~_finite(drawn)).any(1).nonzero()[0])
-        raise ValueError(
-            "the model's log density is not finite at the start of a chain, first at "
-            f"{offender(self.call.model, drawn.state[bad_chain].detach())}: check the data for NaN, the observation's "
-            "support, and the priors, or pass another start, such as start=Init(init_to_median)."
-        )
+        drawn = redrawn(self._start.draw(self.call, chains), lambda one: ~one.finite, self._again, _TRIES)
+        what = "the model's log density is not finite at the start of a chain"
+        require_finite(drawn.finite, self.call.model, drawn.state, what)
+        self.density.expect(drawn.state, drawn.log_density)
+        return drawn.detached()
+
+    def _again(self, drawn: StartDraw, bad: Tensor) -> StartDraw:
+        return self._start.draw(self.call, len(bad)).where(bad, drawn)
 
     def constrain(self, u: Tensor, at_once: int | None = None) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -190,10 +181,6 @@ def check_params(params: Mapping[str, Tensor], shapes: Mapping[str, tuple[Any, .
                 f"initial_params['{name}'] is on {params[name].device} and the model's latents are on {device}: "
                 "move it there."
             )
-
-
-def _finite(drawn: StartDraw) -> Tensor:
-    return drawn.log_density.isfinite() & drawn.log_q.isfinite()
 
 
 def _batches(chains: int, full: int, size: int, device: torch.device) -> Tensor:

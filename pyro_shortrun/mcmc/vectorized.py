@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import check_count, check_kind
+from ..tensors import random_state, set_random_state
 from .chains import Session
 from .kernel import ShortRunLangevin
 from .target import Target
@@ -46,6 +47,8 @@ class VectorizedMCMC:
 
     The state holds torch's random state too, which ``run`` then sets. A run that was interrupted keeps its draws and
     can be saved like any other.
+
+    (Its methods are many because they are those of Pyro's ``MCMC``, and what exporters and saving read.)
 
     :param kernel: a :class:`ShortRunLangevin`.
     :param num_samples: kept draws per chain.
@@ -97,7 +100,7 @@ class VectorizedMCMC:
         self._states: list[Tensor] = []
         self._samples: dict[str, Tensor] | None = None
         self._saved: Mapping[str, Any] | None = None
-        self._rng: dict[str, Tensor] = {}
+        self._rng: dict[str, Any] = {}
 
     @poutine.block
     def run(self, *args: Any, **kwargs: Any) -> None:
@@ -121,7 +124,7 @@ class VectorizedMCMC:
                         self._advance(session, bar)
                 finally:  # as it was after the last draw, whatever else draws before the state is saved
                     session.forget_after(len(self._states))
-                    self._rng = _random_state(session.state.u.device)
+                    self._rng = random_state(session.state.u.device)
 
     def _advance(self, session: Session, bar: Any) -> None:
         warming = session.done < self.warmup_steps
@@ -133,7 +136,7 @@ class VectorizedMCMC:
         if self.hook_fn is not None:
             self.hook_fn(self.kernel, session.all_params(), "Warmup" if warming else "Sample", index)
         if not self.disable_progbar:
-            bar.set_postfix(session.logging(), refresh=False)
+            bar.set_postfix(session.record.short(), refresh=False)
         bar.update()
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
@@ -231,17 +234,11 @@ class VectorizedMCMC:
     def _restore(self, session: Session, saved: Mapping[str, Any]) -> None:
         session.load_state_dict(saved["session"])
         self._states = list(saved["states"].to(session.state.u.device).unbind(1))
-        torch.set_rng_state(saved["rng"]["cpu"])
-        if "cuda" in saved["rng"]:
-            torch.cuda.set_rng_state(saved["rng"]["cuda"], session.state.u.device)
+        rng = {"torch": saved["rng"].get("cpu"), **saved["rng"]}  # "cpu" in states of version 0.1.0
+        set_random_state(rng, session.state.u.device)
         self._saved = None
 
     def _opened(self) -> Session:
         if self._session is None:
             raise RuntimeError("call run(*args) first.")
         return self._session
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dynamics.dynamics import Dynamics
+from ..tensors import random_state, set_random_state
 
 _NOISE_AT_ONCE = 2**20  # numbers drawn in one call
 
@@ -47,7 +49,7 @@ class DrawnNoise(Noise):
         self._dynamics, self._num_steps, self._like = dynamics, num_steps, like.detach()
         self._at_once = max(1, min(num_steps, _NOISE_AT_ONCE // max(like.numel(), 1)))
         self.is_whole = self._at_once >= num_steps
-        self._generators: list[Tensor] = []
+        self._generators: list[dict[str, Any]] = []
         self._chunk, self._values = -1, self._like
 
     def block(self, first: int, count: int) -> Tensor:
@@ -65,26 +67,16 @@ class DrawnNoise(Noise):
             if chunk < len(self._generators):
                 self._values = self._again(chunk, size)
             else:
-                self._generators.append(_random_state(self._like))
+                self._generators.append(random_state(self._like.device))
                 self._values = self._dynamics.draw_noise(size, self._like)
             self._chunk = chunk
         return self._values
 
     def _again(self, chunk: int, size: int) -> Tensor:
-        now = _random_state(self._like)
-        _set_random_state(self._like, self._generators[chunk])
+        device = self._like.device
+        now = random_state(device)
+        set_random_state(self._generators[chunk], device)
         try:
             return self._dynamics.draw_noise(size, self._like)
         finally:
-            _set_random_state(self._like, now)
-
-
-def _random_state(like: Tensor) -> Tensor:
-    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
-
-
-def _set_random_state(like: Tensor, state: Tensor) -> None:
-    if like.is_cuda:
-        torch.cuda.set_rng_state(state, like.device)
-    else:
-        torch.set_rng_state(state)
+            set_random_state(now, device)

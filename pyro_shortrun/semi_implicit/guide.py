@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.nn import PyroParam
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from ..checks import check_between, check_count
@@ -20,8 +20,10 @@ from ..density.structure import Structure
 from ..guides.base import DensityGuide
 from ..guides.emit import emit, outer_shape
 from ..tensors import ordinary_autograd
-from .elbo import _CODE, _NUMBERS_AT_ONCE, _like, _row_index, _Rows
 from .site import MixingNetwork, SemiImplicit, check_mixtures, noise_law
+
+_NUMBERS_AT_ONCE = 2**24
+_CODE = 8  # learned features of a row that has none
 
 
 class SemiImplicitGuide(DensityGuide):
@@ -194,3 +196,40 @@ class SemiImplicitGuide(DensityGuide):
                 f"mixing and conditional of SemiImplicitGuide made events of shape {tuple(fn.event_shape)}, and must "
                 f"make ({layout.size},): the unconstrained values of {[s.name for s in layout.sites]} in one row."
             )
+
+
+class _Rows(nn.Module):
+    """``psi`` of rows without features: a location and a code for each, learned."""
+
+    def __init__(self, network: MixingNetwork, rows: int) -> None:
+        super().__init__()
+        self.network = network
+        self.loc = nn.Parameter(torch.zeros(rows, network.size))
+        self.code = None if network.context is None else nn.Parameter(torch.randn(rows, network.context.in_features))
+
+    def check(self, rows: int) -> None:
+        """Codes are of certain rows, so other data need other codes."""
+        if rows != len(self.loc):
+            raise ValueError(
+                f"SemiImplicitGuide has learned codes for {len(self.loc)} rows of the model's plates, and this call "
+                f"has {rows}: use pyro.plate(..., subsample_size=) for minibatches, or pass mixing=, a network of the "
+                "data."
+            )
+
+    def forward(self, eps: Tensor, index: Tensor) -> Tensor:
+        return self.loc[index] + self.network(eps, None if self.code is None else self.code[index])
+
+
+def _row_index(call: Call) -> Tensor:
+    """Where each row of a (sub)sample is in the full plates, in the shape of the rows."""
+    layout, like = call.density.layout, _like(call)
+    index = torch.zeros((), dtype=torch.long, device=like.device)
+    if not layout.is_arrow:
+        for plate in layout.row_plates:
+            index = index.unsqueeze(-1) * plate.full_size + call.bind.indices[plate.name].to(like.device)
+    return index
+
+
+def _like(call: Call) -> Tensor:
+    """A tensor on the device and in the dtype of the latents."""
+    return next(iter(call.reading.unconstrained.values())).detach()

@@ -115,16 +115,13 @@ class FromGuide(Start):
         layout = call.density.layout
         term, plates = masked(site["unscaled_log_prob"], site["mask"]), plates_of(site)
         inside = {p.name for p in layout.row_plates} <= {p.name for p in plates}
-        scale = 1.0
-        for plate in layout.row_plates:
-            scale = scale * plate.scale
-        if not inside and scale != 1 and not layout.is_arrow:
+        if not inside and layout.row_weight != 1:
             raise NotImplementedError(
                 f"the start guide samples '{name}' outside the subsampled plates of the model's latents; use a "
                 "start that keeps the plates, such as AutoNormal(model, create_plates=...)."
             )
         if inside and layout.is_arrow:
-            term = scale * term
+            term = layout.plate_scale * term
         return sum_to_rows(layout, term, plates)
 
 

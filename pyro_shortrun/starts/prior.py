@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..density.call import Call
 from ..density.rows import joint_and_prior
+from ..tensors import where_rows
 from .base import PriorBase
+from .finite import redrawn
 from .start import Start, StartDraw
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -34,18 +38,13 @@ class Prior(Start):
         known = joint_and_prior(call.model.structure, call.spare[-1]) if chains == 1 and call.spare else None
         u = call.prior(chains)
         value, prior = known or call.model.with_start(u)
-        first = bad = ~(value.isfinite() & prior.isfinite())
-        for _ in range(self.tries):
-            if not bad.any():
-                break
-            with torch.no_grad():
-                again = torch.stack([call.redraw() if row.any() else one for row, one in zip(bad, u, strict=True)])
-            u = torch.where(bad.unsqueeze(-1), again, u)
-            value, prior = call.model.with_start(u)
-            bad = ~(value.isfinite() & prior.isfinite())
-        if first.any() and not bad.any():  # else the run is refused
-            self._tell(int(first.sum()), first.numel())
-        return StartDraw(u, prior, value, PriorBase())
+        drawn = StartDraw(u, prior, value, PriorBase())
+        bad = ~drawn.finite
+        if bad.any():
+            drawn = redrawn(drawn, lambda one: ~one.finite, partial(_again, call), self.tries)
+            if drawn.finite.all():  # else the run is refused
+                self._tell(int(bad.sum()), bad.numel())
+        return drawn
 
     def _tell(self, bad: int, rows: int) -> None:
         if not self._told:
@@ -56,3 +55,13 @@ class Prior(Start):
                 bad,
                 rows,
             )
+
+
+def _again(call: Call, drawn: StartDraw, bad: Tensor) -> StartDraw:
+    """The draw with bad rows drawn anew, in a run of the model for every chain that has some."""
+    with torch.no_grad():
+        pairs = zip(bad, drawn.state, strict=True)
+        again = torch.stack([call.redraw() if rows.any() else state for rows, state in pairs])
+    u = where_rows(bad, again, drawn.state)
+    value, prior = call.model.with_start(u)
+    return StartDraw(u, prior, value, drawn.base)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from ..density.call import Call
 from ..density.interface import Density
+from ..tensors import where_rows
 from .base import Base
-
-_LOGGER = logging.getLogger("pyro_shortrun")
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,26 @@ class StartDraw:
     log_q: Tensor
     log_density: Tensor
     base: Base | None = None
+
+    @property
+    def finite(self) -> Tensor:
+        """Rows that a run can start from, ``(chains, rows)``."""
+        return self.log_density.isfinite() & self.log_q.isfinite()
+
+    def where(self, rows: Tensor, other: StartDraw) -> StartDraw:
+        """This draw in these rows, ``(chains, rows)``, another one in the rest."""
+        return replace(
+            self,
+            state=where_rows(rows, self.state, other.state),
+            log_q=torch.where(rows, self.log_q, other.log_q),
+            log_density=torch.where(rows, self.log_density, other.log_density),
+        )
+
+    def detached(self) -> StartDraw:
+        """The same without gradients."""
+        return replace(
+            self, state=self.state.detach(), log_q=self.log_q.detach(), log_density=self.log_density.detach()
+        )
 
     def every(self, count: int) -> StartDraw:
         """Only the first of every ``count`` chains."""

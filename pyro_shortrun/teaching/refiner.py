@@ -19,7 +19,8 @@ from ..density.interface import Density
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
 from ..dynamics.step_size import StepSize
-from ..energy.prior import TiltedPrior, run_in
+from ..energy.prior import TiltedPrior
+from ..energy.runs import PriorRuns
 from ..energy.statement import energy_prior
 from ..runs.record import RunInfo
 from ..starts.kept import Replay
@@ -126,7 +127,7 @@ class Refiner:
         self._schedules = num_steps, 0.1 if step_size is None else step_size, noise
         self._scheduled = dynamics is None
         self.num_steps(0)
-        self._dynamics = _Tempered(scheduled(self._schedules[1], 0)) if dynamics is None else dynamics
+        self._dynamics = _NoiseScaled(scheduled(self._schedules[1], 0)) if dynamics is None else dynamics
         self._compile, self._prior = compile, TiltedPrior(self._model, compile)
 
     def num_steps(self, iteration: int) -> int:
@@ -164,7 +165,7 @@ class Refiner:
             self._set(iteration, count, call)
             if self.replay is not None:
                 self.replay.setup(call.density)  # so that there is something to load a state into
-            done = run_in(call, begin, self._dynamics, count, 1)
+            done = PriorRuns(count, dynamics=self._dynamics, start=begin).make(call, 1)
             frozen = done.info.frozen[0]
             keep = _stand_ins(frozen)
             begin.finish(call, done.end[:, keep])
@@ -191,7 +192,7 @@ class Refiner:
         like = next(iter(call.reading.unconstrained.values()))
         self._dynamics.step_size.setup(call.density.layout, count, like)
         self._dynamics.step_size.assign(like.new_full((1,), float(eta)))
-        assert isinstance(self._dynamics, _Tempered)
+        assert isinstance(self._dynamics, _NoiseScaled)
         self._dynamics.factor = _factor(noise)
 
     def _model(self, x: Tensor, *context: Any) -> None:
@@ -241,7 +242,7 @@ class _Proposed(TorchDistribution):
         return value.new_zeros(value.shape[:1]) if self._base is None else self._base.log_prob(value)
 
 
-class _Tempered(Langevin):
+class _NoiseScaled(Langevin):
     """Langevin steps with a factor of their noise, which is drawn outside of compiled graphs."""
 
     def __init__(self, step_size: float) -> None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pyro.infer import SVI
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import of_arguments, of_module, one_kind
-from ..density.sites import Site
 from .ancestral import AncestralSampler
-from .refiner import Refined, Refiner, evaluating, of_rows
+from .learning import check_optim, learn
+from .refiner import Refined, Refiner, of_rows
+from .students import Students, several
 
 
 @dataclass(frozen=True)
@@ -132,12 +131,12 @@ class MCMCTeaching:
             raise ValueError(f"l2 must be a finite number >= 0, got {l2!r}.")
         self.sampler = sampler if isinstance(sampler, AncestralSampler) else AncestralSampler(sampler)
         self.refiner, self.optim, self.l2 = refiner, optim, float(l2)
-        self.student, self.dual = _several("student", student), _several("dual", dual)
+        self.student, self.dual = several("student", student), several("dual", dual)
         self.iteration = 0
         self.info: TeachingInfo | None = None
-        self._parameters: dict[str, Tensor] = {}
+        self._students = Students()
         self._warned = False
-        self._check_optim()
+        check_optim(self.energy, optim)
         self._check_latents()
 
     @property
@@ -158,10 +157,10 @@ class MCMCTeaching:
             refined = self._refine(x, context)
             given = tuple(of_rows(c, refined.rows) for c in context)
             losses = {"energy": self._learn(x, context, refined, given)}
-        losses["student"] = self._each(self.student, refined.end, given)
+        losses["student"] = self._students.step(self.student, refined.end, given)
         if self.dual:
             self.sampler.keep(None)  # its latents are not those of the observed data
-            losses["dual"] = self._each(self.dual, x, context)
+            losses["dual"] = self._students.step(self.dual, x, context)
         self.iteration += 1
         return losses
 
@@ -170,10 +169,8 @@ class MCMCTeaching:
         _check_rows(x, context)
         refined = self._noted(self.refiner(self.sampler.propose(x, *context), *context, num_steps=1))
         given = tuple(of_rows(c, refined.rows) for c in context)
-        for svis, data, c in ((self.student, refined.end, given), (self.dual, x, context)):
-            for svi in svis:
-                with _Watch(self._parameters):
-                    svi.evaluate_loss(data, *c)
+        self._students.meet(self.student, refined.end, given)
+        self._students.meet(self.dual, x, context)
 
     def sample(self, x: Tensor, *context: Any, num_steps: int | None = None) -> Refined:
         """The generator's draws and what runs from there make of them, as many as ``x`` has rows.
@@ -195,35 +192,21 @@ class MCMCTeaching:
             "iteration": self.iteration,
             "energy": self.energy.state_dict(),
             "optim": {} if self.optim is None else self.optim.state_dict(),
-            "parameters": {k: v.detach() for k, v in self._parameters.items()},
-            "modules": [m.state_dict() for m in self._modules],
-            "optims": [o.get_state() for o in self._optims],
+            **self._students.state_dict((*self.student, *self.dual)),
             "replay": {} if self.refiner.replay is None else self.refiner.replay.state_dict(),
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; call :meth:`setup` first.
 
         :raises ValueError: where the parameters of generator and guides are not those of the state.
         """
-        wrong = set(state["parameters"]) ^ set(self._parameters)
-        if wrong:
-            raise ValueError(
-                f"parameter '{sorted(wrong)[0]}' is in only one of the saved and the present students: call setup(x) "
-                "before load_state_dict, with the same modules."
-            )
+        self._students.check(state)
         self.iteration = int(state["iteration"])
         self.energy.load_state_dict(state["energy"])
         if self.optim is not None:
             self.optim.load_state_dict(state["optim"])
-        for module, saved in zip(self._modules, state["modules"], strict=True):
-            module.load_state_dict(saved)
-        for name, value in state["parameters"].items():
-            self._parameters[name].copy_(value)
-        for optim, saved in zip(self._optims, state["optims"], strict=True):
-            optim.optim_objs.clear()  # Pyro gives a state to an optimiser when it first meets its parameter
-            optim.set_state(dict(saved))
+        self._students.load_state_dict((*self.student, *self.dual), state)
         if self.refiner.replay is not None:
             self.refiner.replay.load_state_dict(state["replay"])
 
@@ -249,65 +232,10 @@ class MCMCTeaching:
 
     def _learn(self, x: Tensor, context: tuple[Any, ...], refined: Refined, given: tuple[Any, ...]) -> float:
         """The energy's own step, unless runs made no steps."""
-        teaches = refined.run is not None and self.optim is not None
-        with torch.set_grad_enabled(teaches), nullcontext() if teaches else evaluating(self.energy):
-            observed, samples = self.energy(x, *context), self.energy(refined.end, *given)
-            loss = observed.mean() - samples.mean()
-            if self.l2:
-                loss = loss + self.l2 * (observed.square().mean() + samples.square().mean())
-        if not loss.isfinite():
-            raise ValueError("the energy of the data is not finite: it may have diverged. Lower its learning rate.")
-        if teaches and self.optim is not None:
-            self.optim.zero_grad()
-            loss.backward()
-            self._check_gradients()
-            self.optim.step()
-        means = observed.mean().item(), samples.mean().item()
+        optim = None if refined.run is None else self.optim
+        loss, means = learn(self.energy, optim, self.l2, (x, *context), (refined.end, *given))
         self.info = TeachingInfo(*means, refined.displacement, refined.nonfinite, refined.run)
-        return loss.item()
-
-    def _check_gradients(self) -> None:
-        """Refuse a step that would lose the energy."""
-        grads = {k: p.grad for k, p in self.energy.named_parameters() if p.grad is not None}
-        finite = torch.stack([g.isfinite().all() for g in grads.values()])
-        if not finite.all():
-            name = list(grads)[int((~finite).nonzero()[0])]
-            raise ValueError(
-                f"the energy's gradient in parameter '{name}' is not finite (its parameters are as they were): it may "
-                "have diverged, or be a function without a derivative there. Lower its learning rate."
-            )
-
-    def _each(self, svis: Sequence[SVI], x: Tensor, context: tuple[Any, ...]) -> float:
-        total = 0.0
-        for svi in svis:
-            with _Watch(self._parameters):
-                loss = svi.step(x, *context)
-            total += sum(loss) if isinstance(loss, tuple) else loss  # ReweightedWakeSleep has one for each phase
-        return total
-
-    @property
-    def _modules(self) -> list[nn.Module]:
-        found = [part for svi in (*self.student, *self.dual) for part in (svi.model, svi.guide)]
-        return [part for part in dict.fromkeys(found) if isinstance(part, nn.Module)]
-
-    @property
-    def _optims(self) -> list[Any]:
-        return list(dict.fromkeys(svi.optim for svi in (*self.student, *self.dual)))
-
-    def _check_optim(self) -> None:
-        if self.optim is None:
-            return
-        if not isinstance(self.optim, Optimizer):
-            raise ValueError(
-                f"optim must be a torch optimiser of the energy, torch.optim.Adam(energy.parameters()), got "
-                f"{self.optim!r}."
-            )
-        if not any(p.requires_grad for p in self.energy.parameters()):
-            raise ValueError("the energy has nothing to train: pass optim=None, which leaves it as it is.")
-        held = {id(p) for group in self.optim.param_groups for p in group["params"]}
-        lost = [k for k, p in self.energy.named_parameters() if p.requires_grad and id(p) not in held]
-        if lost:
-            raise ValueError(f"optim does not hold the energy's parameter '{lost[0]}': pass energy.parameters() to it.")
+        return loss
 
     def _check_latents(self) -> None:
         """The sampler's latents belong to runs that began at its proposals, and to nothing else."""
@@ -324,25 +252,6 @@ class MCMCTeaching:
 
     def _has_sampler(self, svi: SVI) -> bool:
         return svi.guide is self.sampler or getattr(svi.guide, "start", None) is self.sampler
-
-
-class _Watch(Messenger):
-    """Takes note of the parameters that pass by."""
-
-    def __init__(self, found: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._found = found
-
-    def _pyro_post_param(self, msg: Site) -> None:
-        self._found[msg["name"]] = msg["value"].unconstrained()
-
-
-def _several(name: str, svis: Any) -> tuple[SVI, ...]:
-    found = (svis,) if isinstance(svis, SVI) else tuple(svis) if isinstance(svis, Sequence) else (svis,)
-    wrong = [s for s in found if not isinstance(s, SVI)]
-    if wrong or (name == "student" and not found):
-        raise ValueError(f"{name} must be a pyro.infer.SVI(model, guide, optim, loss) or several, got {svis!r}.")
-    return found
 
 
 def _check_rows(x: Tensor, context: tuple[Any, ...]) -> None:

@@ -19,6 +19,7 @@ from torch.distributions import MultivariateNormal, Normal
 from pyro_shortrun import EnergyELBO, LangevinEncoderGuide, energy_prior, to_arviz
 from pyro_shortrun.amortized import AmortizedSampler, Basis, Everywhere, Span, Whitened
 from pyro_shortrun.amortized.chain import LinearChain, LinearTarget
+from pyro_shortrun.amortized.encoding import Encoding
 from pyro_shortrun.compile import Compiler, Untouched
 from pyro_shortrun.density import LogDensity
 from pyro_shortrun.evaluation import importance_log_likelihood
@@ -227,7 +228,7 @@ def test_subsampling_changes_no_posterior():
     x, phi, noise, found = torch.randn(4, 2), 0.1 * torch.randn(1, 2, 60), torch.randn(5, 1, 2, 60), []
     for full in (None, 400):
         guide = LangevinEncoderGuide(conjugate(full), waves).setup(x)
-        goal = guide._target(guide._bind((x,), {}), waves(x))
+        goal = Encoding(guide._bind((x,), {}), waves(x), guide.chain).target
         run = guide.chain.run(goal, goal.at(phi), 5, noise=noise, log_uniform=torch.full((5, 1), -0.5))
         found.append((run.point.phi, run.info.acceptance))
     torch.testing.assert_close(found[0], found[1])
@@ -240,7 +241,7 @@ def test_step_size_is_that_of_the_mean_energy():
     guide = LangevinEncoderGuide(conjugate(), features, step_size=0.2, adjust=False)
     guide.setup(x)
     phi = guide.phi.clone()
-    goal = guide._target(guide._bind((x,), {}), features(x))
+    goal = Encoding(guide._bind((x,), {}), features(x), guide.chain).target
     noise = torch.randn(1, 1, *phi.shape)
     moved = guide.chain.run(goal, goal.at(phi.unsqueeze(0)), 1, noise=noise).point.phi[0]
     leaf = phi.clone().requires_grad_()

@@ -18,6 +18,7 @@ from pyro_shortrun.diagnostics import (
     plot_step_sizes,
     plot_trajectories,
 )
+from pyro_shortrun.energy import PriorRuns
 
 PIXELS = 6
 
@@ -143,7 +144,7 @@ def test_hierarchy_holds_what_is_above(tilted):
 
     chosen = with_energy if tilted else model
     x, held = torch.randn(4, PIXELS), torch.randn(1, 4, 3)
-    options = dict(layers=("z2", "z1"), image="image", num_samples=5, rows=3, shape=(2, 3), num_steps=3)
+    options = dict(layers=("z2", "z1"), image="image", num_samples=5, rows=3, shape=(2, 3), runs=PriorRuns(3))
     draws = {"z2": held, "z1": torch.randn(1, 4, 3)}
     axes = plot_hierarchy(chosen, draws, x, **options)
     first, second = (torch.as_tensor(ax.images[0].get_array().data) for ax in axes)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_shortrun import Langevin, ShortRunGuide, StepSize, energy_prior
 from pyro_shortrun.diagnostics import energy_gap, run_length
+from pyro_shortrun.energy import PriorRuns
 
 NOISE = 0.5
 
@@ -64,7 +65,7 @@ def test_gap_of_a_quadratic_energy(kind):
     if kind == "draws":
         source = {"z": torch.full((10, 40), 2.0)}
         second = 4.0
-    found = energy_gap(make(c), source, x, num_samples=100, num_steps=10, step_size=0.05)
+    found = energy_gap(make(c), source, x, num_samples=100, runs=PriorRuns(10, 0.05))
     expected = c / 2 * (second - variance(c, 0.05, 10))
     assert found.gap["ebm"] == pytest.approx(expected, abs=5 * found.error["ebm"])
     assert 0 < found.error["ebm"] < 0.1 and found.nonfinite == 0
@@ -78,7 +79,7 @@ def test_gap_is_zero_at_maximum_likelihood():
     marginal = math.sqrt(1 / (1 + c) + NOISE**2)
     x = dist.Normal(0.0, marginal).icdf((torch.arange(400) + 0.5) / 400)
     x = x * marginal / x.square().mean().sqrt()
-    found = energy_gap(make(c), exact_guide(c), x, num_samples=50, num_steps=60, step_size=0.02)
+    found = energy_gap(make(c), exact_guide(c), x, num_samples=50, runs=PriorRuns(60, 0.02))
     assert abs(found.gap["ebm"]) < 5 * found.error["ebm"] + 0.01 and found.error["ebm"] < 0.01
     assert "zero within its error" in found.summary()
 
@@ -90,14 +91,14 @@ def test_gap_has_the_opposite_sign_of_the_losses():
 
     x, elbo = torch.full((200,), 3.0), EnergyELBO(Trace_ELBO(), num_steps=10, step_size=0.05)
     SVI(make(1.0), exact_guide(1.0), pyro.optim.Adam({}), elbo).step(x)
-    gap = energy_gap(make(1.0), exact_guide(1.0), x, num_steps=10, step_size=0.05)
+    gap = energy_gap(make(1.0), exact_guide(1.0), x, runs=PriorRuns(10, 0.05))
     assert gap.gap["ebm"] == pytest.approx(-elbo.info.gap["ebm"], abs=0.3) and gap.gap["ebm"] > 1
 
 
 def test_energies_along_the_run_follow_the_chain():
     """``c / 2 Var_K`` and its change, within 5 standard errors; the energy still falls after 4 small steps."""
     c, eta, lengths = 3.0, 0.02, (2, 4, 16, 64)
-    found = run_length(make(c), torch.zeros(50), num_steps=lengths, trained=4, num_samples=100, step_size=eta)
+    found = run_length(make(c), torch.zeros(50), num_steps=lengths, runs=PriorRuns(4, eta), num_samples=100)
     exact = [c / 2 * variance(c, eta, k) for k in lengths]
     error = found.energy_error["ebm"]
     assert ((found.energy["ebm"] - torch.tensor(exact)).abs() < 5 * error).all() and (error < 0.1).all()
@@ -112,7 +113,7 @@ def test_energies_along_the_run_follow_the_chain():
 
 
 def test_runs_that_are_long_enough_are_recognised():
-    found = run_length(make(3.0), torch.zeros(50), num_steps=(10, 40, 160), trained=40, step_size=0.05)
+    found = run_length(make(3.0), torch.zeros(50), num_steps=(10, 40, 160), runs=PriorRuns(step_size=0.05))
     assert not found.too_short and "look long enough" in found.summary()
     assert (found.mmd[1:].abs() < 5 * found.mmd_error[1:]).all()
     assert (found.nonfinite == 0).all()
@@ -128,21 +129,22 @@ def test_rows_that_are_not_finite_are_counted():
             pyro.sample("x", dist.Normal(z, NOISE), obs=x)
 
     dynamics = Langevin(StepSize(0.9, learnable=False), noise=False, max_drift=math.inf)
-    found = run_length(model, torch.zeros(20), num_steps=(2, 20, 40), trained=20, num_samples=8, dynamics=dynamics)
+    runs = PriorRuns(20, dynamics=dynamics)
+    found = run_length(model, torch.zeros(20), num_steps=(2, 20, 40), runs=runs, num_samples=8)
     assert found.nonfinite[0] <= found.nonfinite[1] <= found.nonfinite[2] and found.nonfinite[2] > 0
     assert "met a non-finite" in found.summary()
-    gap = energy_gap(model, {"z": torch.zeros(4, 20)}, torch.zeros(20), num_samples=8, num_steps=20, dynamics=dynamics)
+    gap = energy_gap(model, {"z": torch.zeros(4, 20)}, torch.zeros(20), num_samples=8, runs=runs)
     assert gap.nonfinite > 0 and "not finite" in gap.summary()
 
 
 def test_step_sizes_of_single_steps_go_on_with_the_last():
     dynamics = Langevin(StepSize(0.02, per="step", learnable=False))
-    found = run_length(make(1.0), torch.zeros(5), num_steps=(2, 4, 8), trained=4, dynamics=dynamics)
+    found = run_length(make(1.0), torch.zeros(5), num_steps=(2, 4, 8), runs=PriorRuns(4, dynamics=dynamics))
     assert found.energy["ebm"].shape == (3,) and len(dynamics.step_size.value) == 4
 
 
 def test_plot_shows_the_numbers():
-    found = run_length(make(1.0), torch.zeros(5), num_steps=(2, 4, 8), trained=4)
+    found = run_length(make(1.0), torch.zeros(5), num_steps=(2, 4, 8), runs=PriorRuns(4))
     left, right = found.plot()
     for container, name in zip(left.containers, found.energy, strict=True):
         assert container.lines[0].get_xdata().tolist() == [2, 4, 8]
@@ -187,7 +189,7 @@ def wells(x: Tensor) -> None:
 )
 def test_constant_energies_do_not_fool_it(model, step_size, lengths, doubt):
     """Energies that stay, since runs hardly move, stay in the mode they fell into, or overshoot for ever."""
-    found = run_length(model, torch.zeros(10), num_steps=lengths, trained=lengths[0], step_size=step_size)
+    found = run_length(model, torch.zeros(10), num_steps=lengths, runs=PriorRuns(lengths[0], step_size))
     assert not found.too_short and not found.conclusive
     assert doubt in found.summary() and "long enough" not in found.summary()
 
@@ -195,14 +197,14 @@ def test_constant_energies_do_not_fool_it(model, step_size, lengths, doubt):
 def test_virial_and_memory_follow_the_chain():
     """``(1 + c) Var_K`` and the correlation ``shrink^(L - K)``, for equal variances."""
     c, eta = 1.0, 0.05
-    found = run_length(make(c), torch.zeros(40), num_steps=(20, 26), trained=20, num_samples=250, step_size=eta)
+    found = run_length(make(c), torch.zeros(40), num_steps=(20, 26), runs=PriorRuns(20, eta), num_samples=250)
     for steps, value, error in zip(found.num_steps, found.virial, found.virial_error, strict=True):
         assert abs(value.item() - (1 + c) * variance(c, eta, steps)) < 5 * error.item()
     assert found.memory == pytest.approx((1 - eta * (1 + c)) ** 6, abs=0.04)  # error 0.01
 
 
 def test_stopped_rows_are_no_conclusion():
-    found = run_length(make(1.0), torch.zeros(4), num_steps=(10, 20), trained=10, step_size=0.1)
+    found = run_length(make(1.0), torch.zeros(4), num_steps=(10, 20), runs=PriorRuns(10))
     assert found.stopped == 0 and found.conclusive
     stopped = replace(found, stopped=0.2)
     assert not stopped.conclusive and (stopped.too_short or "20% of the rows stopped" in stopped.summary())
@@ -212,7 +214,7 @@ def test_errors_of_the_gap_count_dependent_draws_once():
     """Every draw ten times over is worth a tenth of the draws."""
     z = torch.randn(4, 30, 1)
     errors = [
-        energy_gap(make(1.0), {"z": draws}, torch.zeros(1), num_steps=2).posterior_error["ebm"]
+        energy_gap(make(1.0), {"z": draws}, torch.zeros(1), runs=PriorRuns(2)).posterior_error["ebm"]
         for draws in (z, z.repeat_interleave(10, 1))
     ]
     assert errors[1] > 0.8 * errors[0]

@@ -17,10 +17,20 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
-from pyro_shortrun import EnergyELBO, Langevin, Persistent, ShortRunELBO, ShortRunGuide, StepSize, energy_prior
+from pyro_shortrun import (
+    EnergyELBO,
+    Langevin,
+    Persistent,
+    Prior,
+    ShortRunELBO,
+    ShortRunGuide,
+    StepSize,
+    energy_prior,
+    sample_prior,
+)
 from pyro_shortrun.compile import Compiler, Untouched
-from pyro_shortrun.energy import TiltedPrior
-from pyro_shortrun.energy.sampler import Negative
+from pyro_shortrun.energy import PriorRuns, TiltedPrior
+from pyro_shortrun.energy.negative import Negative
 from pyro_shortrun.runs import RunInfo, ShortRun
 from pyro_shortrun.starts import Replay
 
@@ -104,7 +114,7 @@ def test_runs_do_not_depend_on_subsampling():
             energy_prior("ebm", Quadratic(1.0), z)
 
     call = TiltedPrior(model).bind((), {})
-    end = EnergyELBO(Trace_ELBO(), num_steps=30).sampler.run(call, 1000).end
+    end = EnergyELBO(Trace_ELBO(), num_steps=30).runs.make(call, 1000).end
     assert end.square().mean().item() == pytest.approx(0.5 / 0.9, rel=5 * math.sqrt(2 / 6000))
 
 
@@ -251,7 +261,7 @@ def test_adds_the_gradient_of_log_z_and_nothing_else(base):
 def elbo_surrogate(model: Callable, x: Tensor, elbo: EnergyELBO) -> Tensor:
     call = TiltedPrior(model).bind((x,), {})
     assert call is not None
-    end = elbo.sampler.run(call, 1).end
+    end = elbo.runs.make(call, 1).end
     return Negative.at(call, end, silent(end)).surrogate
 
 
@@ -540,7 +550,7 @@ def test_the_decoder_does_not_run_in_the_negative_phase():
 
     prior = TiltedPrior(model)
     call = prior.bind((torch.zeros(3),), {})
-    EnergyELBO(Trace_ELBO(), num_steps=10).sampler.run(call, 2)
+    EnergyELBO(Trace_ELBO(), num_steps=10).runs.make(call, 2)
     assert len(calls) == 1
 
 
@@ -571,7 +581,7 @@ def test_latents_after_the_last_energy_are_not_run():
 
 def test_compiled_runs_equal_eager_ones():
     x, ends = torch.zeros(4), []
-    energy, sampler = Quadratic(0.5), EnergyELBO(Trace_ELBO(), num_steps=6).sampler
+    energy, runs = Quadratic(0.5), EnergyELBO(Trace_ELBO(), num_steps=6).runs
     for compile in (False, True):
         prior = TiltedPrior(one_layer(energy), compile)
         if compile:
@@ -580,7 +590,7 @@ def test_compiled_runs_equal_eager_ones():
             energy.c.data.fill_(c)
             pyro.set_rng_seed(3)
             call = prior.bind((x,), {})
-            ends.append(sampler.run(call, 2).end)
+            ends.append(runs.make(call, 2).end)
         if compile:
             assert len(prior._compiler._graphs) == 2  # of the steps and of the end, not of each call
     torch.testing.assert_close(ends[:2], ends[2:])
@@ -656,9 +666,9 @@ def test_frozen_rows_are_not_replayed():
 def test_replay_of_another_model_is_refused():
     start = Replay(50)
     elbo = EnergyELBO(Trace_ELBO(), num_steps=2, start=start)
-    elbo.sampler.run(TiltedPrior(one_layer(Quadratic())).bind((torch.zeros(3),), {}), 1)
+    elbo.runs.make(TiltedPrior(one_layer(Quadratic())).bind((torch.zeros(3),), {}), 1)
     with pytest.raises(ValueError, match="rows of 1 coordinates and the model now has 2"):
-        elbo.sampler.run(TiltedPrior(two_layers(Layered())).bind((torch.zeros(3),), {}), 1)
+        elbo.runs.make(TiltedPrior(two_layers(Layered())).bind((torch.zeros(3),), {}), 1)
 
 
 def test_methods_as_models_keep_their_graphs():
@@ -709,6 +719,25 @@ def test_rows_that_are_not_finite_are_left_out():
 def test_shapes_of_energies(energy, message):
     with pytest.raises(ValueError, match=message):
         one_layer(energy)(torch.zeros(3))
+
+
+def test_runs_are_one_object_or_its_four_parts():
+    """The same draws of both spellings, in training and out of it; both at once are refused."""
+    model, x, found = one_layer(Quadratic()), torch.zeros(3), []
+    parts = dict(num_steps=3, dynamics=Langevin(0.05), start=Prior())
+    for options in (parts, dict(runs=PriorRuns(**parts))):
+        pyro.set_rng_seed(0)
+        elbo = EnergyELBO(Trace_ELBO(), **options)
+        elbo.loss_and_grads(model, encoder, x)
+        found.append((elbo.info.negative["ebm"], sample_prior(model, x, num_samples=2, **options)["x"].tolist()))
+        for extra in parts:
+            both = {extra: parts[extra], "runs": PriorRuns()}
+            for call in (lambda o=both: EnergyELBO(Trace_ELBO(), **o), lambda o=both: sample_prior(model, x, **o)):
+                with pytest.raises(ValueError, match=f"runs or {extra}, not both"):
+                    call()
+    assert found[0] == found[1]
+    with pytest.raises(ValueError, match="runs must be a PriorRuns object"):
+        EnergyELBO(Trace_ELBO(), runs=40)
 
 
 def test_refusals():

@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_shortrun import EnergyELBO, ShortRunGuide, ais, energy_prior, sample_prior
-from pyro_shortrun.energy import EnergyPredictive
+from pyro_shortrun.energy import EnergyPredictive, PriorRuns
 from pyro_shortrun.starts import Replay
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -85,7 +85,7 @@ def test_models_without_energies():
 
 
 def test_predictive_from_the_prior():
-    predictive = EnergyPredictive(tilted(24.0), num_samples=500, return_sites=["z"], num_steps=50, step_size=0.01)
+    predictive = EnergyPredictive(tilted(24.0), num_samples=500, return_sites=["z"], runs=PriorRuns(50, 0.01))
     draws = predictive(torch.zeros(4))
     assert set(draws) == {"z"} and draws["z"].shape == (500, 4)
     assert draws["z"].std().item() == pytest.approx(math.sqrt(after(50, 25.0, 0.01)), rel=0.1)

@@ -12,6 +12,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch import Tensor
 
 from pyro_shortrun import ShortRunGuide, energy_prior
+from pyro_shortrun.energy import PriorRuns
 from pyro_shortrun.evaluation import (
     Above,
     Bound,
@@ -62,11 +63,11 @@ def test_terms_of_scores():
     parts = terms(0.8 * x)
     joint = sum(parts.values())
     close = dict(rtol=1e-2, atol=2e-2)
-    torch.testing.assert_close(anomaly_score(guide, model, x), -joint, **close)
-    torch.testing.assert_close(anomaly_score(guide, model, x, score=Joint(), num_draws=3), -joint, **close)
-    torch.testing.assert_close(anomaly_score(guide, model, x, score=Reconstruction()), -parts["x"], **close)
+    torch.testing.assert_close(anomaly_score(model, guide, x), -joint, **close)
+    torch.testing.assert_close(anomaly_score(model, guide, x, score=Joint(), num_draws=3), -joint, **close)
+    torch.testing.assert_close(anomaly_score(model, guide, x, score=Reconstruction()), -parts["x"], **close)
     entropy = -2 * dist.Normal(0.0, 1e-4).entropy() * 2
-    found = anomaly_score(guide, model, x, score=Bound(), num_draws=2000)
+    found = anomaly_score(model, guide, x, score=Bound(), num_draws=2000)
     torch.testing.assert_close(found, entropy - joint, rtol=1e-2, atol=0.2)
 
 
@@ -78,7 +79,7 @@ def test_terms_add_up():
         "latents": Latents(),
         "energies": Energies(),
     }
-    found = anomaly_scores(guide, model, data(), scores=scores, num_draws=3)
+    found = anomaly_scores(model, guide, data(), scores=scores, num_draws=3)
     torch.testing.assert_close(found["joint"], found["data"] + found["latents"])
     parts = terms(0.8 * data())
     torch.testing.assert_close(found["energies"], -parts["top"] - parts["low"], rtol=1e-2, atol=2e-2)
@@ -103,11 +104,11 @@ def test_global_latents_add_a_constant():
         draw.update(other(x))
 
     watched_guide = poutine.trace(watched)
-    found = anomaly_score(watched_guide, with_global, x)
+    found = anomaly_score(with_global, watched_guide, x)
     z, mu = draw["z"], draw["mu"]
     exact = dist.Normal(z, 0.5).log_prob(x) + dist.Normal(mu, 1.0).log_prob(z) - 0.1 * z.square()
     torch.testing.assert_close(found - found[0], exact[0] - exact)
-    assert anomaly_score(other, with_global, x, score=Bound()).shape == (3,)
+    assert anomaly_score(with_global, other, x, score=Bound()).shape == (3,)
 
 
 def test_layers_above_from_the_guide():
@@ -116,11 +117,11 @@ def test_layers_above_from_the_guide():
     parts = terms(0.8 * x)
     log_q = -2 * dist.Normal(0.0, 1e-4).entropy()
     exact = parts["x"] + parts["z2"] + parts["top"] - log_q
-    above = Above("z2", num_steps=20, step_size=5e-5)
-    found = anomaly_score(guide, model, x, score=above, num_draws=100)
+    above = Above("z2", runs=PriorRuns(20, 5e-5))
+    found = anomaly_score(model, guide, x, score=above, num_draws=100)
     torch.testing.assert_close(found, -exact, rtol=1e-2, atol=0.5)
     prior = above._prior
-    anomaly_score(guide, model, x, score=above)
+    anomaly_score(model, guide, x, score=above)
     assert above._prior is prior  # and with it what was compiled
 
 
@@ -130,20 +131,20 @@ def test_any_guide(make):
     other = make(model)
     other(x)
     for score in (Joint(), Reconstruction(), Bound()):
-        found = anomaly_score(other, model, x, score=score)
+        found = anomaly_score(model, other, x, score=score)
         assert found.shape == (3,) and found.isfinite().all()
     with pytest.raises(NotImplementedError, match="auxiliary sites"):
-        anomaly_score(other, model, x, score=Above("z2"))
+        anomaly_score(model, other, x, score=Above("z2"))
 
 
 def test_refusals():
     x = data()
     with pytest.raises(ValueError, match="score must be a Score object"):
-        anomaly_score(guide, model, x, score=Joint)
+        anomaly_score(model, guide, x, score=Joint)
     with pytest.raises(ValueError, match="needs the names"):
         Above()
     with pytest.raises(ValueError, match="does not sample 'z9'"):
-        anomaly_score(guide, model, x, score=Above("z9"))
+        anomaly_score(model, guide, x, score=Above("z9"))
 
 
 def test_guides_without_a_latent_are_refused():
@@ -154,16 +155,16 @@ def test_guides_without_a_latent_are_refused():
             pyro.sample("z1", dist.Normal(x, 0.1).to_event(1))
 
     with pytest.raises(ValueError, match="does not sample the model's latent 'z2'"):
-        anomaly_score(half, model, data())
+        anomaly_score(model, half, data())
 
 
 def test_what_has_no_score_per_datum_is_refused():
     x = data()
     joint = AutoDiagonalNormal(model)
     joint(x)
-    assert anomaly_score(joint, model, x).shape == (3,)
+    assert anomaly_score(model, joint, x).shape == (3,)
     with pytest.raises(NotImplementedError, match="'_AutoDiagonalNormal_latent' lies outside plate"):
-        anomaly_score(joint, model, x, score=Bound())
+        anomaly_score(model, joint, x, score=Bound())
 
     def thinned() -> None:
         with pyro.plate("data", 6, subsample_size=2):
@@ -197,4 +198,4 @@ def test_discrete_latents_are_refused():
             pyro.sample("z", dist.Normal(x, 0.1))
 
     with pytest.raises(NotImplementedError, match="discrete latents"):
-        anomaly_score(encoder, mixture, torch.zeros(3))
+        anomaly_score(mixture, encoder, torch.zeros(3))

@@ -18,7 +18,8 @@ from torch import Tensor
 from pyro_shortrun import Init, Langevin, PathDensity, Persistent, Prior, ShortRunLangevin, StepSize, VectorizedMCMC
 from pyro_shortrun.dynamics import Dense, Diagonal, Identity
 from pyro_shortrun.dynamics.metric import CrossMoments, DenseScales, DiagonalScales, Moments
-from pyro_shortrun.mcmc.transitions import State, Walk
+from pyro_shortrun.mcmc.langevin_chain import LangevinChain
+from pyro_shortrun.mcmc.sampler import ChainState
 
 
 def gaussian() -> None:
@@ -59,9 +60,9 @@ def scalar(precision: float, mean: float = 0.0):
     return lambda params: 0.5 * precision * (params["u"] - mean).square().sum()
 
 
-def walk(kernel: ShortRunLangevin, chains: int = 1, warmup: int = 0, **options) -> Walk:
+def walk(kernel: ShortRunLangevin, chains: int = 1, warmup: int = 0, **options) -> LangevinChain:
     sampler = kernel.open(chains, warmup, (), {}, **options).sampler
-    assert isinstance(sampler, Walk)
+    assert isinstance(sampler, LangevinChain)
     return sampler
 
 
@@ -107,7 +108,7 @@ def test_detailed_balance(scales, max_drift, dtype, device):
     here = sampler.evaluate(torch.randn(5, 4, 2))
     white, one = sampler.adaptation.scales, torch.ones(2)
 
-    def propose(state: State, noise: Tensor) -> tuple[State, Tensor, Tensor]:
+    def propose(state: ChainState, noise: Tensor) -> tuple[ChainState, Tensor, Tensor]:
         """Proposed state, acceptance probability, log f(proposal | state) up to the scales' constant."""
         moved, accept, finite = sampler.transition(state, eta, noise, always)
         assert finite.all()

@@ -1,4 +1,4 @@
-"""Negative samples: short runs in a tilted prior."""
+"""The negative phase: energies at the ends of runs in the prior, and the gradient of log Z there."""
 
 from __future__ import annotations
 
@@ -9,52 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_kind
 from ..density.call import Call
 from ..density.interface import Density
 from ..density.model import LogDensity
 from ..density.program import Reading
 from ..density.rows import Rows
 from ..density.sites import Site, masked
-from ..dynamics.dynamics import Dynamics
-from ..dynamics.langevin import Langevin
-from ..dynamics.step_size import StepSize
-from ..runs.record import RunInfo, ShortRun
-from ..starts.from_guide import FromGuide
-from ..starts.prior import Prior
-from ..starts.start import Start, check_start
-from .prior import run_in
+from ..runs.record import RunInfo
 from .statement import Energy, energies, energy_of
-
-
-class NegativeSampler:
-    """How runs in the prior are made.
-
-    :param num_steps: steps of a run.
-    :param step_size: ``eta``, 0.1 if None.
-    :param dynamics: instead of ``step_size``.
-    :param start: :class:`~pyro_shortrun.Prior` if None.
-    """
-
-    def __init__(
-        self,
-        num_steps: int,
-        step_size: float | None,
-        dynamics: Dynamics | None,
-        start: Start | Callable[..., Any] | None,
-    ) -> None:
-        check_count("num_steps", num_steps)
-        check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
-        check_start(start)
-        if dynamics is not None and step_size is not None:
-            raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
-        self.num_steps = num_steps
-        self.dynamics = dynamics or Langevin(StepSize(0.1 if step_size is None else step_size, learnable=False))
-        self.start = Prior() if start is None else start if isinstance(start, Start) else FromGuide(start)
-
-    def run(self, call: Call, chains: int) -> ShortRun:
-        """``chains`` runs of every row."""
-        return run_in(call, self.start, self.dynamics, self.num_steps, chains)
 
 
 @dataclass(frozen=True)
@@ -139,4 +101,5 @@ class Term:
 
 
 def mean_energy(totals: Tensor, counts: Tensor) -> float:
+    """Per element, of sums and the numbers of elements in them."""
     return (totals.sum() / counts.sum()).item()

@@ -1,0 +1,144 @@
+"""Langevin chains, adjusted or not, chains as a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dynamics.adaptation import Adaptation
+from ..dynamics.dynamics import Dynamics
+from ..dynamics.metric import Preconditioner
+from ..dynamics.metropolis import Position, decide, hastings_log_ratio
+from ..tensors import moved
+from .sampler import ChainState, Sampler, Stats, draw_stats
+from .target import Target
+
+_MUCH_CLIPPED = 0.1  # share of coordinates
+StepSizeSchedule = Callable[[int], float]
+
+
+class LangevinChain(Sampler):
+    r"""``num_steps`` transitions per draw, from the last draw or from a fresh start.
+
+    With ``adjust``, a transition ``u -> u'`` of the dynamics with density ``f`` is accepted per row with probability
+    ``min(1, pi(u') f(u | u') / (pi(u) f(u' | u)))`` (Metropolis, Hastings).
+
+    :param schedule: step size as a function of the number of transitions made, or None.
+    :param restarts: whether every draw begins at a fresh start.
+    :param limit: upper bound of the adapted step size.
+    :param guess: whether the step size is a first guess that pilot runs may halve.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        dynamics: Dynamics,
+        num_steps: int,
+        chain_batch_size: int | None,
+        *,
+        adjust: bool,
+        restarts: bool,
+        schedule: StepSizeSchedule | None,
+        preconditioner: Preconditioner,
+        warmup: int,
+        accept: float | None,
+        limit: float,
+        guess: bool,
+    ) -> None:
+        super().__init__(target, dynamics, num_steps, chain_batch_size)
+        layout, structure = target.density.layout, target.density.structure
+        like = torch.zeros(layout.rows, layout.size, dtype=structure.dtype, device=structure.device)
+        self.adjust, self.restarts, self.schedule, self.limit = adjust, restarts, schedule, limit
+        self._set_step_size(like, guess)
+        self._eta = dynamics.step_size.forward(layout, num_steps).detach()
+        self._one = like.new_ones(layout.size)
+        restart = 0.5 * max(layout.size, 1) ** (-1 / 3) / self._eta.mean().item()
+        self.adaptation = Adaptation(like, warmup * num_steps, accept, preconditioner, restart)
+        self.made = 0  # transitions
+
+    @property
+    def kind(self) -> str:
+        name = "adjusted" if self.adjust else "unadjusted"
+        start = "from fresh starts" if self.restarts else "in a chain"
+        preconditioner = type(self.adaptation.preconditioner).__name__
+        return f"{self.num_steps} {name} steps {start}, preconditioner {preconditioner}"
+
+    def fresh(self, chains: int) -> ChainState:
+        """
+        :raises ValueError: where the density has no gradient wherever a chain starts: it would never move.
+        """
+        state = super().fresh(chains)
+        if state.immovable().any():
+            raise ValueError(
+                "the gradient of the log density is not finite at the start of a chain: look for sqrt(0), 0 * inf and "
+                "the like in the model, or pass another start, such as start=Init(init_to_median)."
+            )
+        return state
+
+    def step_size(self, k: int) -> Tensor:
+        """Step size of the ``k``-th step of a draw, broadcastable to ``(rows, size)``."""
+        if self.schedule is not None:
+            return self._one * _checked(self.schedule(self.made), self.made)
+        return (self.adaptation.log_factor.exp().unsqueeze(-1) * self._eta[k]).clamp(max=self.limit)
+
+    @torch.no_grad()
+    def draw(self, state: ChainState, warming: bool) -> tuple[ChainState, Stats]:
+        if self.restarts:
+            state = self.fresh(len(state.u))
+        noise = self.dynamics.draw_noise(self.num_steps, state.u)
+        log_uniform = torch.rand(self.num_steps, *state.log_density.shape).to(state.u).log()
+        accepted, nonfinite = torch.zeros_like(state.log_density), torch.zeros_like(state.log_density)
+        for k in range(self.num_steps):
+            eta = self._last_eta = self.step_size(k)
+            state, accept, finite = self.transition(state, eta, noise[k], log_uniform[k])
+            accepted, nonfinite = accepted + accept, nonfinite + (~finite)
+            self.made += 1
+            if warming:
+                self.adaptation.update(state.u, state.grad, accept)
+        return state, draw_stats(state, accepted / self.num_steps, nonfinite, eta)
+
+    def transition(
+        self, state: ChainState, eta: Tensor, noise: Tensor, log_uniform: Tensor
+    ) -> tuple[ChainState, Tensor, Tensor]:
+        """One transition: the next state, the acceptance probability, and whether the proposal was finite."""
+        scales = self.adaptation.scales
+        here = Position(scales.whiten(state.u), state.log_density, scales.pull(state.grad))
+        moved = self.dynamics.step(here.u, here.pull, eta, noise, self._one)
+        new = self.evaluate(scales.color(moved))
+        finite = new.log_density.isfinite() & new.grad.isfinite().all(-1) & new.u.isfinite().all(-1)
+        if self.adjust:
+            there = Position(moved, new.log_density, scales.pull(new.grad))
+            ratio = hastings_log_ratio(self.dynamics, here, there, eta, self._one)
+            move, accept = decide(ratio, finite, log_uniform)
+        else:
+            move, accept = finite, finite.to(state.u)
+        return new.where(move, state), accept, finite
+
+    def fault(self, state: ChainState, stats: Stats, warming: bool) -> str | None:
+        if self.adjust:  # a rejected proposal is nothing to warn about
+            return None
+        pull = self.adaptation.scales.pull(state.grad)
+        clipped = self.dynamics.clipped(pull, self._last_eta, self._one).float().mean()
+        if not warming and clipped > _MUCH_CLIPPED:
+            return (
+                "drifts are clipped at max_drift: the step size is too large, the chains bounce, and their law is not "
+                "the posterior's"
+            )
+        return super().fault(state, stats, warming)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"made": self.made, "adaptation": self.adaptation.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.made = state["made"]
+        self.adaptation.load_state_dict(moved(state["adaptation"], self._one.device))
+
+
+def _checked(eta: Any, step: int) -> float:
+    eta = float(eta)
+    if not (eta > 0 and eta < float("inf")):
+        raise ValueError(f"the step-size schedule gave {eta} at transition {step}; it must give finite numbers > 0.")
+    return eta
