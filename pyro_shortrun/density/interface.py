@@ -13,6 +13,8 @@ from .layout import Layout
 from .structure import Structure
 from .vectorize import require_vmap
 
+_STEPS_AT_ONCE = 8
+
 
 class Block(Protocol):
     """A function of a density and tensors that may be traced and compiled; ``key`` is everything that decides its
@@ -75,7 +77,7 @@ class Density(ABC):
 
         :param inputs: gives those of one step.
         """
-        return 1
+        return _STEPS_AT_ONCE
 
     def expect(self, u: Tensor, value: Tensor) -> None:
         """Told ``log pi(u)`` as a run of the model gave it; a compiled density checks itself by it."""

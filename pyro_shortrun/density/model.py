@@ -60,13 +60,16 @@ class LogDensity(Density):
             indices = {**self.bind.indices, **dict(zip(names, batch, strict=True))}
             return take(self._read(one, replace(self.bind, indices=indices) if names else self.bind))
 
+        if len(u) == 1 and mapper is map_chains:  # no need of a map
+            out = one_chain(u[0], *(batch[0] for batch in self.batches.values()))
+            return tuple(t.unsqueeze(0) for t in out) if isinstance(out, tuple) else out.unsqueeze(0)
         return mapper(one_chain, (u, *self.batches.values()), self.structure.vectorizes)
 
     def _values(self, reading: Reading) -> list[Tensor]:
         return [reading.trace.nodes[name]["value"] for name in self.structure.latents]
 
     def _joint(self, reading: Reading) -> Tensor:
-        return Rows.of(self.structure, reading).joint()
+        return Rows(self.structure, reading).joint()
 
     def __call__(self, u: Tensor) -> Tensor:
         return self.over(u, self._joint)
@@ -82,7 +85,7 @@ class LogDensity(Density):
         """``log pi(u)`` and the prior's log density ``log p(z(u)) + log |dz/du|``, both ``(chains, rows)``."""
 
         def take(reading: Reading) -> tuple[Tensor, Tensor]:
-            rows = Rows.of(self.structure, reading)
+            rows = Rows(self.structure, reading)
             return rows.joint(), rows.prior()
 
         return self.over(u, take)
@@ -91,7 +94,7 @@ class LogDensity(Density):
         """``log pi(u)``, ``log |dz/du|`` and the site values there, from one run of the model."""
 
         def take(reading: Reading) -> tuple[Tensor, ...]:
-            rows = Rows.of(self.structure, reading)
+            rows = Rows(self.structure, reading)
             return rows.joint(), rows.jacobian(), *self._values(reading)
 
         return self.over(u, take)

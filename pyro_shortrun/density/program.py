@@ -15,7 +15,6 @@ from typing import Any
 
 import pyro
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.discrete import infer_discrete
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -33,7 +32,7 @@ from .handlers import (
     own_dims,
 )
 from .sites import Site, is_discrete, plates_of
-from .transforms import is_identity
+from .transforms import is_identity, log_jacobians
 
 
 @dataclass(frozen=True)
@@ -106,15 +105,10 @@ class Reading:
             if s["type"] == "sample" and not site_is_subsample(s)
         )
 
-    def log_jacobian(self, site: Site) -> Tensor | float:
-        """``log |dz/du|`` over the batch shape of a latent site."""
-        name = site["name"]
-        transform = self.transforms[name]
-        if is_identity(transform):
-            return 0.0
-        term = transform.log_abs_det_jacobian(self.unconstrained[name], site["value"])
-        batch = site["value"].dim() - site["fn"].event_dim
-        return sum_rightmost(term, term.dim() - batch)
+    @cached_property
+    def log_jacobians(self) -> dict[str, Tensor]:
+        """``log |dz/du|`` over the batch shape of each latent site whose transform is not the identity."""
+        return log_jacobians(self.trace.nodes, self.transforms, self.unconstrained)
 
 
 class Program:

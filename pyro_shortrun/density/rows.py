@@ -44,13 +44,6 @@ class Rows:
     structure: Structure
     reading: Reading
 
-    @classmethod
-    def of(cls, structure: Structure, reading: Reading) -> Rows:
-        """With the log-probabilities of the run computed."""
-        with pyro.validation_enabled(False):
-            reading.trace.compute_log_prob()
-        return cls(structure, reading)
-
     def joint(self) -> Tensor:
         """``log p(x, z) + log |dz/du|``."""
         layout, summed = self.structure.layout, self._summed
@@ -64,9 +57,13 @@ class Rows:
 
     def prior(self) -> Tensor:
         """``log p(z) + log |dz/du|`` as a part of log q, over the latents alone."""
-        latents, summed = self.reading.latents, self._summed
+        sites, summed = self._sites, self._summed
+        latents = [s for s in sites if s["name"] in self.structure.latents]
         terms = [
-            self._weighted(masked(s["unscaled_log_prob"], s["mask"]), self._shape(s))
+            self._weighted(
+                s["unscaled_log_prob"] if s["mask"] is None else masked(s["unscaled_log_prob"], s["mask"]),
+                self._shape(s),
+            )
             for s in latents
             if s["name"] not in summed
         ]
@@ -80,7 +77,10 @@ class Rows:
 
     @cached_property
     def _sites(self) -> list[Site]:
+        """Sites but subsamples, with the log-probabilities of the run."""
         nodes = self.reading.trace.nodes.values()
+        with pyro.validation_enabled(False):
+            self.reading.trace.compute_log_prob()
         return [s for s in nodes if s["type"] == "sample" and not site_is_subsample(s)]
 
     @cached_property
@@ -96,14 +96,13 @@ class Rows:
         rows = first.new_zeros(self.structure.layout.rows)
         if self.structure.is_real:
             return rows
-        for site in self.reading.latents:
-            term = self.reading.log_jacobian(site)
-            if isinstance(term, Tensor):
-                shape, term = self._shape(site), masked(term, site["mask"])
-                if weighted:
-                    rows = rows + self._weighted(term, shape)
-                else:
-                    rows = rows + sum_to_rows(self.structure.layout, shape.scale * term, shape.plates)
+        for name, term in self.reading.log_jacobians.items():
+            shape, mask = self.structure.latents[name], self.reading.trace.nodes[name]["mask"]
+            term = term if mask is None else masked(term, mask)
+            if weighted:
+                rows = rows + self._weighted(term, shape)
+            else:
+                rows = rows + sum_to_rows(self.structure.layout, shape.scale * term, shape.plates)
         return rows
 
     def _weighted(self, term: Tensor, site: LatentSite) -> Tensor:
@@ -124,5 +123,5 @@ def joint_and_prior(structure: Structure, reading: Reading) -> tuple[Tensor, Ten
     that run does not tell (enumerated sites are not drawn)."""
     if structure.summed:
         return None
-    rows = Rows.of(structure, reading)
+    rows = Rows(structure, reading)
     return rows.joint().unsqueeze(0), rows.prior().unsqueeze(0)

@@ -1,10 +1,30 @@
-"""Comparing transforms, which torch does for some classes only."""
+"""Transforms from unconstrained space: log-Jacobians, and comparisons, which torch has for some classes only."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import Transform
 from torch.distributions.transforms import ComposeTransform, IndependentTransform
+
+
+def log_jacobians(
+    nodes: Mapping[str, Any], transforms: Mapping[str, Transform], unconstrained: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """``log |dz/du|`` over the batch shape of each latent site whose transform is not the identity.
+
+    :param nodes: trace nodes by name.
+    """
+    found = {}
+    for name, u in unconstrained.items():
+        if not is_identity(transforms[name]):
+            value = nodes[name]["value"]
+            term = transforms[name].log_abs_det_jacobian(u, value)
+            found[name] = sum_rightmost(term, term.dim() - value.dim() + nodes[name]["fn"].event_dim)
+    return found
 
 
 def is_identity(transform: Transform) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 
+import pyro
 import torch
 from torch import Tensor
 
 from .interface import Density
 from .layout import Arrow, Layout
 from .model import LogDensity
-from .rows import Rows
 
 
 @torch.no_grad()
@@ -77,7 +77,9 @@ def row_names(layout: Layout) -> str:
 
 def offender(density: LogDensity, u: Tensor) -> str:
     """Name and value of the first site whose log density is not finite at ``u`` (one chain)."""
-    reading = Rows.of(density.structure, density.read(u)).reading
+    reading = density.read(u)
+    with pyro.validation_enabled(False):
+        reading.trace.compute_log_prob()
     for name, site in reading.trace.nodes.items():
         if site["type"] == "sample" and not torch.isfinite(site["log_prob"]).all():
             value = site["value"]

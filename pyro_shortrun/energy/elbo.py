@@ -20,7 +20,7 @@ from ..density.sites import Site, is_weighted_from_outside
 from ..dynamics.dynamics import Dynamics
 from ..runs.record import RunInfo, ShortRun
 from ..starts.start import Start
-from ..tensors import ordinary_autograd, plain, where_rows
+from ..tensors import keep_rows, ordinary_autograd, plain
 from .negative import Landing, Negative, Term, mean_energy
 from .prior import TiltedPrior
 from .runs import PriorRuns
@@ -189,7 +189,7 @@ class EnergyELBO(ELBO):
         """Tell the start where the runs ended; rows that froze would freeze again, and begin anew."""
         end = done.end
         if done.info.nonfinite:
-            end = where_rows(done.info.frozen, call.prior(len(end)), end)
+            end = keep_rows(done.info.frozen, call.prior(len(end)), end)
         self.runs.begins.finish(call, end)
 
     def _finish(self, negative: Negative, watch: _Watch) -> Tensor:

@@ -75,7 +75,7 @@ class Landing(Density):
     def _read(self, reading: Reading) -> tuple[Tensor, ...]:
         terms = [Term.of(s) for s in energies(reading).values()]
         found = [t for term in terms for t in (term.total, term.count, *([term.square()] if self._squared else []))]
-        return Rows.of(self.structure, reading).joint(), *found
+        return Rows(self.structure, reading).joint(), *found
 
 
 @dataclass(frozen=True)

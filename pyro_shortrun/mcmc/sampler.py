@@ -15,7 +15,7 @@ from torch import Tensor
 from ..dynamics.dynamics import Dynamics
 from ..runs.pilot import back_off, pilot_chains, pilot_fails
 from ..starts.finite import redrawn
-from ..tensors import where_rows
+from ..tensors import keep_rows
 from .target import Target
 
 _TRIES = 100
@@ -37,9 +37,9 @@ class ChainState:
     def where(self, rows: Tensor, other: ChainState) -> ChainState:
         """This state in these rows, ``(chains, rows)``, another one in the rest."""
         return ChainState(
-            where_rows(rows, self.u, other.u),
+            keep_rows(rows, self.u, other.u),
             torch.where(rows, self.log_density, other.log_density),
-            where_rows(rows, self.grad, other.grad),
+            keep_rows(rows, self.grad, other.grad),
         )
 
 

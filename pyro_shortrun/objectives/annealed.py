@@ -54,9 +54,9 @@ def mixed(slopes: Sequence[Tensor], beta: Tensor) -> Tensor:
     return beta * grad + (1 - beta) * base
 
 
-def weighed(density: Density, terms: Tensor) -> Tensor:
-    """Terms per coordinate summed over a row; an arrowhead's local ones count ``full_size / size`` times."""
-    return (terms / density.layout.drift_scale(terms) if density.layout.is_arrow else terms).sum(-1)
+def weighed(density: Density, terms: Tensor, scale: Tensor) -> Tensor:
+    """Terms per coordinate summed over a row; an arrowhead's local ones count ``1 / scale`` times."""
+    return (terms / scale if density.layout.is_arrow else terms).sum(-1)
 
 
 def around(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,16 +106,16 @@ class LangevinTransition(Tempered):
         before, u = state[:2]
         eta, ahead, beta, beta_ahead = column.values
         ends, *parameters = column.constants
-        scale = density.layout.drift_scale(u)
+        scale = column.scale
         mean = self.dynamics.mean(u, mixed(found, beta), eta, scale)
-        extra = weighed(density, ends * self.reverse.log_density(before, u, mean, eta, parameters))
+        extra = weighed(density, ends * self.reverse.log_density(before, u, mean, eta, parameters), scale)
         proposal = self.dynamics.step(u, mixed(found, beta_ahead), ahead, column.noise, scale)
         return (u, proposal, mean - u) if self.learns else (u, proposal), extra
 
     def departure(
         self, density: Density, u: Tensor, grad: Tensor, column: Column, create_graph: bool
     ) -> Departure | None:
-        return Departure(weighed(density, 0.5 * column.noise.square()))
+        return Departure(weighed(density, 0.5 * column.noise.square(), column.scale))
 
     def learn(self, states: State, last: State, valid: Tensor) -> None:
         before, u, drift = states
@@ -169,15 +169,13 @@ class MomentumTransition(Tempered):
         _, u, momentum = state
         eta, eta_ahead, beta, beta_ahead, kept = column.values
         ends, begins = column.constants
-        here = self._leap(density, u, found, eta, beta, ends)
-        ahead = self._leap(density, u, found, eta_ahead, beta_ahead, begins)
+        here = self._leap(column.scale, found, eta, beta, ends)
+        ahead = self._leap(column.scale, found, eta_ahead, beta_ahead, begins)
         proposal, momentum, gained = self.dynamics.arrive(u, momentum, here, ahead, kept, column.noise)
-        return (u, proposal, momentum), weighed(density, gained)
+        return (u, proposal, momentum), weighed(density, gained, column.scale)
 
-    def _leap(
-        self, density: Density, u: Tensor, slopes: Sequence[Tensor], eta: Tensor, beta: Tensor, exists: Tensor
-    ) -> Leap:
-        drift = self.dynamics.drift(mixed(slopes, beta), eta, density.layout.drift_scale(u))
+    def _leap(self, scale: Tensor, slopes: Sequence[Tensor], eta: Tensor, beta: Tensor, exists: Tensor) -> Leap:
+        drift = self.dynamics.drift(mixed(slopes, beta), eta, scale)
         return Leap(leapfrog(eta), drift, exists)
 
 

@@ -40,13 +40,12 @@ class LinearizedTransition(Plain):
         _, u, covariance = state
         grad, hessian = found
         (eta,) = column.values
-        scale = density.layout.drift_scale(u)
         eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
-        jacobian = eye + self.dynamics.jacobian(grad, eta, scale).slope.unsqueeze(-1) * hessian
+        jacobian = eye + self.dynamics.jacobian(grad, eta, column.scale).slope.unsqueeze(-1) * hessian
         spread = jacobian @ covariance @ jacobian.mT
         if self.dynamics.has_transition_density:
             spread = spread + 2 * torch.diag_embed(eta.expand_as(u))
-        return (u, self.dynamics.step(u, grad, eta, column.noise, scale), spread), None
+        return (u, self.dynamics.step(u, grad, eta, column.noise, column.scale), spread), None
 
     def finish(self, first: State, last: State, step_size: Tensor, log_q: Tensor | None) -> Tensor | None:
         return 0.5 * (torch.linalg.slogdet(last[-1])[1] - torch.linalg.slogdet(first[-1])[1])

@@ -31,9 +31,8 @@ class MixtureTransition(Plain):
         self, density: Density, state: State, found: Sequence[Tensor], column: Column
     ) -> tuple[State, Tensor | None]:
         u, (eta,) = state[1], column.values
-        scale = density.layout.drift_scale(u)
-        mean = self.dynamics.mean(u, found[0], eta, scale)
-        return (u, self.dynamics.step(u, found[0], eta, column.noise, scale), mean), None
+        mean = self.dynamics.mean(u, found[0], eta, column.scale)
+        return (u, self.dynamics.step(u, found[0], eta, column.noise, column.scale), mean), None
 
     def finish(self, first: State, last: State, step_size: Tensor, log_q: Tensor | None) -> Tensor | None:
         end, mean = (t.unflatten(0, (-1, self.copies)) for t in (last[0], last[-1]))

@@ -38,7 +38,7 @@ class PathTransition(Plain):
     ) -> Departure | None:
         layout = density.layout
         product = density.hessian_product(u, grad, create_graph)
-        slope, judged = self.dynamics.jacobian(grad, column.values[0], layout.drift_scale(u))
+        slope, judged = self.dynamics.jacobian(grad, column.values[0], column.scale)
         probes = column.shared[0] if column.shared else None
         return Departure(*self.logdet(product, slope, layout, probes, judged=judged))
 

@@ -26,11 +26,13 @@ State = tuple[Tensor, ...]
 
 class Column(NamedTuple):
     """What one arrival is given: ``values`` are differentiated in, ``constants`` are not; ``noise`` is that of the step
-    which begins here, ``(chains, rows, size)``; ``shared`` is what :meth:`Transition.draw` gave."""
+    which begins here, ``(chains, rows, size)``; ``scale`` are ``(size,)`` factors of a gradient that undo the scaling
+    of subsampled plates; ``shared`` is what :meth:`Transition.draw` gave."""
 
     values: tuple[Tensor, ...]
     constants: tuple[Tensor, ...]
     noise: Tensor
+    scale: Tensor
     shared: tuple[Tensor, ...] = ()
 
 
@@ -150,7 +152,7 @@ class Plain(Transition):
         self, density: Density, state: State, found: Sequence[Tensor], column: Column
     ) -> tuple[State, Tensor | None]:
         u, (eta,) = state[1], column.values
-        return (u, self.dynamics.step(u, found[0], eta, column.noise, density.layout.drift_scale(u))), None
+        return (u, self.dynamics.step(u, found[0], eta, column.noise, column.scale)), None
 
 
 def check_whole(density: Density, objective: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..density.interface import Density
 from ..objectives.transition import Column, Departure, State, Transition
-from ..tensors import keep_rows, mean_over, where_rows
+from ..tensors import keep_rows
 
 
 class Sizes(NamedTuple):
@@ -93,12 +93,14 @@ class Advance:
     def __call__(self, density: Density, *inputs: Tensor) -> tuple[Tensor, ...]:
         state, (*carried, noise), values, constants, shared, tensors = self.sizes.split(inputs, 5)
         carry, reports, tapes = Carry(*carried), [], []
+        scale = density.layout.drift_scale(noise)
         for k in range(len(noise)):
-            column = Column(tuple(t[k] for t in values), tuple(t[k] for t in constants), noise[k], shared)
+            column = Column(tuple(t[k] for t in values), tuple(t[k] for t in constants), noise[k], scale, shared)
             before = state if self.transition.looks_back else state[1:]
             state, carry, report, parts = self._arrive(density, state, carry, column, tensors)
             reports.append(report)
-            tapes.append((*before, *parts))
+            if self.taped:
+                tapes.append((*before, *parts))
         first, *columns = zip(*reports, strict=True)
         out = (*state, *carry, first[0], *map(torch.stack, columns))
         return (*out, *(torch.stack(t).detach() for t in zip(*tapes, strict=True))) if self.taped else out
@@ -122,7 +124,7 @@ class Advance:
             total = carry.total + torch.where(arrived, extra, torch.zeros_like(extra))
             state, carry = self._leave(state, carry._replace(alive=arrived, total=total), leaving)
         norm = found[0].detach().norm(dim=-1)
-        report = Report(value.detach(), *(mean_over(t.detach(), arrived) for t in (value, norm, extra)))
+        report = Report(value.detach(), *(_mean_over(t.detach(), arrived) for t in (value, norm, extra)))
         return state, carry, report, parts
 
     def _depart(
@@ -151,7 +153,7 @@ class Advance:
         u, proposal, *others = state
         bad = carry.singular if leaving.singular is None else carry.singular | (leaving.singular & moving)
         carry = carry._replace(alive=moving, pending=leaving.increment, singular=bad)
-        return (u, where_rows(moving, proposal, u), *others), carry
+        return (u, torch.where(moving.unsqueeze(-1), proposal, u), *others), carry
 
 
 @dataclass(frozen=True)
@@ -169,9 +171,9 @@ class Last:
             value, *landed = density.land(proposal.detach())
             arrived = alive & value.isfinite() & proposal.isfinite().all(-1)
         with torch.set_grad_enabled(self.graph):
-            end = where_rows(arrived, proposal, u)
+            end = torch.where(arrived.unsqueeze(-1), proposal, u)
             total = total + torch.where(arrived, pending, torch.zeros_like(pending))
-        means = mean_over(value, arrived), mean_over(pending.detach(), arrived)
+        means = _mean_over(value, arrived), _mean_over(pending.detach(), arrived)
         return end, total, arrived, *means, value, *landed
 
 
@@ -213,9 +215,9 @@ class Retreat:
         back, (total, valid), inputs = inputs[:width], inputs[width : width + 2], inputs[width + 2 :]
         tape, (noise,), values, constants, shared, tensors = self.sizes.split(inputs, 1, sum(self.taped))
         steps: list[State] = []
-        sums = tuple(torch.zeros_like(t) for t in tensors)
+        sums, scale = tuple(torch.zeros_like(t) for t in tensors), density.layout.drift_scale(noise)
         for k in reversed(range(len(noise))):
-            column = Column(tuple(t[k] for t in values), tuple(t[k] for t in constants), noise[k], shared)
+            column = Column(tuple(t[k] for t in values), tuple(t[k] for t in constants), noise[k], scale, shared)
             before, parts = tuple(t[k] for t in tape[:states]), tuple(t[k] for t in tape[states:])
             back, grads, more = self._step(density, back, total, before, column, tensors)
             if parts:
@@ -271,3 +273,8 @@ def _kept(grad: Tensor, valid: Tensor) -> Tensor:
 
 def _as(rows: Tensor, like: Tensor) -> Tensor:
     return rows.reshape(*rows.shape, *((1,) * (like.dim() - rows.dim())))
+
+
+def _mean_over(value: Tensor, rows: Tensor) -> Tensor:
+    """The mean of a value over these rows, 0 if there are none."""
+    return torch.where(rows, value, torch.zeros_like(value)).sum() / rows.sum().clamp(min=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..density.call import Call
 from ..density.rows import joint_and_prior
-from ..tensors import where_rows
+from ..tensors import keep_rows
 from .base import PriorBase
 from .finite import redrawn
 from .start import Start, StartDraw
@@ -62,6 +62,6 @@ def _again(call: Call, drawn: StartDraw, bad: Tensor) -> StartDraw:
     with torch.no_grad():
         pairs = zip(bad, drawn.state, strict=True)
         again = torch.stack([call.redraw() if rows.any() else state for rows, state in pairs])
-    u = where_rows(bad, again, drawn.state)
+    u = keep_rows(bad, again, drawn.state)
     value, prior = call.model.with_start(u)
     return StartDraw(u, prior, value, drawn.base)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..density.call import Call
 from ..density.interface import Density
-from ..tensors import where_rows
+from ..tensors import keep_rows
 from .base import Base
 
 
@@ -35,7 +35,7 @@ class StartDraw:
         """This draw in these rows, ``(chains, rows)``, another one in the rest."""
         return replace(
             self,
-            state=where_rows(rows, self.state, other.state),
+            state=keep_rows(rows, self.state, other.state),
             log_q=torch.where(rows, self.log_q, other.log_q),
             log_density=torch.where(rows, self.log_density, other.log_density),
         )
