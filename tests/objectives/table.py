@@ -23,32 +23,9 @@ from pyro_shortrun.dynamics import Dynamics
 from pyro_shortrun.objectives import Exact, Lanczos, Objective
 from pyro_shortrun.objectives.reverse import weighed_by
 from pyro_shortrun.objectives.reverse_kernels import Affine, Fit
-from pyro_shortrun.runs import Gradients, ShortRun, run
-from pyro_shortrun.runs.run import Runner
 from pyro_shortrun.starts import Base, GaussianBase, PriorBase
 
 STEPS = 3
-
-
-def short_run(
-    density: Any,
-    dynamics: Dynamics,
-    objective: Objective,
-    start: Tensor,
-    step_size: Tensor,
-    noise: Tensor | None = None,
-    *,
-    base: Base | None = None,
-    log_q: Tensor | None = None,
-    temperatures: Tensor | None = None,
-    account: bool = True,
-    gradients: Gradients = Gradients.NONE,
-    keep_states: bool = False,
-    checkpoint: bool = False,
-) -> ShortRun:
-    """The run, of draws where an objective makes one of several."""
-    runner = Runner(density, dynamics, objective, account, checkpoint, base, temperatures)
-    return run(runner, start, step_size, noise, gradients, keep_states, log_q).every(objective.copies)
 
 
 # ------------------------------------------------------------------------------------------------ a density by hand
@@ -221,6 +198,7 @@ class Row:
     :param by_hand: states and what is added to the log weight; None where it is random.
     :param start: what the density of the start is, for objectives that ask.
     :param judges: whether steps that are not invertible are found.
+    :param by_step: whether what a run reports of its steps sums to what it adds.
     """
 
     objective: Callable[[], Objective]
@@ -228,6 +206,7 @@ class Row:
     dynamics: Callable[..., Dynamics] = langevin
     start: str = "prior"
     judges: bool = False
+    by_step: bool = True
 
     def learned(self, layout: Any, eta: Tensor) -> Objective:
         """The objective; a reverse kernel has the coefficients of made-up runs."""
@@ -271,8 +250,8 @@ ROWS = {
     "reverse, dense": Row(reverse(dense=True), reversed_by),
     "reverse, tempered": Row(reverse(True), reversed_by),
     "reverse, tempered, dense": Row(reverse(True, True), reversed_by),
-    "mixture": Row(lambda: Mixture(2), mixture),
-    "linearized": Row(Linearized, linearized),
-    "linearized, noise-free": Row(Linearized, linearized, quiet),
-    "linearized, Gaussian": Row(Linearized, linearized, start="diagonal"),
+    "mixture": Row(lambda: Mixture(2), mixture, by_step=False),
+    "linearized": Row(Linearized, linearized, by_step=False),
+    "linearized, noise-free": Row(Linearized, linearized, quiet, by_step=False),
+    "linearized, Gaussian": Row(Linearized, linearized, start="diagonal", by_step=False),
 }
