@@ -164,8 +164,8 @@ class Loop:
                 self._advance(segment, graph=False, taped=True, again=True)
             back, sums = self._retreat(segment, tuple(back), total, valid, sums, found)
         grads = [torch.cat(t[::-1]) for t in zip(*found, strict=True)]
-        eta = self._values[0]
-        grads[0] = grads[0] - pull / (eta * self._columns.steps * eta.shape[-1])
+        eta = self._values[0][-self._columns.steps :]  # before the first arrival there may be no step
+        grads[0][-len(eta) :] -= pull / (eta * eta.numel())
         return *(_only(valid, t) for t in back), *grads, *sums
 
     def _retreat(

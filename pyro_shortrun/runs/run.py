@@ -77,6 +77,8 @@ def run(
         loop = Loop(density, transition, noise, step_size, len(first), shared, keep_states, checkpoint)
         *last, total = _walked(loop, (*first, *values, *transition.tensors), gradients)
         added = transition.finish(first, tuple(last), step_size, log_q)
+        if added is not None and gradients is Gradients.GUIDE:  # of an invalid row nothing counts but its pull
+            added = torch.where(loop.invalid, added.detach(), added)
         increment = total if added is None else total + added
     if transition.learns:
         with torch.no_grad():

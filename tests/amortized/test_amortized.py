@@ -1,15 +1,15 @@
-"""Amortised Langevin dynamics: one transition and its Metropolis ratio exactly, gradients, laws, living inside Pyro."""
+"""Amortised Langevin dynamics: laws, gradients, living inside Pyro."""
 
 from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from encoders import Decoder, chain, conjugate, generator, net, posterior, skewed, waves
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
 from pyro_shortrun import EnergyELBO, LangevinEncoderGuide, energy_prior, to_arviz
-from pyro_shortrun.amortized import AmortizedSampler, Basis, Everywhere, Span, Whitened
-from pyro_shortrun.amortized.chain import LinearChain, LinearTarget
+from pyro_shortrun.amortized import Basis, Span, Whitened
+from pyro_shortrun.amortized.chain import LinearTarget
 from pyro_shortrun.amortized.encoding import Encoding
 from pyro_shortrun.compile import Compiler, Untouched
 from pyro_shortrun.density import LogDensity
@@ -27,184 +27,7 @@ from pyro_shortrun.evaluation import importance_log_likelihood
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-def eta(value: float = 0.03) -> Tensor:
-    return torch.tensor(value)
-
-
-def net(width: int = 12, inputs: int = 2) -> nn.Module:
-    return nn.Sequential(nn.Linear(inputs, 16), nn.Tanh(), nn.Linear(16, width), nn.Tanh())
-
-
-def skewed(u: Tensor) -> tuple[Tensor, Tensor]:
-    """An asymmetric density of two correlated coordinates, by rows; with its gradient."""
-    a, b = u.unbind(-1)
-    e = (a + 0.5 * b).exp()
-    return -e + 2 * a + b - b.square(), torch.stack([-e + 2, -0.5 * e + 1 - 2 * b], -1)
-
-
-def target(rows: int = 3, width: int = 5, basis: Basis | None = None) -> LinearTarget:
-    features = torch.randn(rows, width)
-    return LinearTarget(skewed, features, None if basis is None else basis.of(features))
-
-
-BASES = [Everywhere(), Span(), Whitened(0.1)]
-
-
-# ---------------------------------------------------------------- one transition, exactly
-
-
-@pytest.mark.parametrize("width", [2, 3, 7])
-def test_a_transition_is_langevin_preconditioned_by_the_gram_matrix(width):
-    """u' = u + eta K grad log pi(u) + sqrt(2 eta) xi, with xi ~ N(0, K) over rows; whatever the rank of K."""
-    goal = target(3, width)
-    point, noise = goal.at(torch.randn(4, 2, width)), torch.randn(4, 2, width)
-    moved = goal.move(point, eta(), noise, None)
-    u = goal.features @ point.phi.mT
-    gram = goal.features @ goal.features.T
-    xi = torch.einsum("id,csd->cis", goal.features, noise)
-    expected = u + eta() * gram @ skewed(u)[1] + (2 * eta()).sqrt() * xi
-    torch.testing.assert_close(goal.features @ moved.point.phi.mT, expected)
-    torch.testing.assert_close(moved.point.value, skewed(expected)[0])
-    draws = torch.randn(20_000, 2, width) @ goal.features.T  # xi's covariance, within 5 standard errors
-    torch.testing.assert_close(draws[:, 0].T.cov(), gram, rtol=0, atol=5 * 1.5 * gram.max().item() / 20_000**0.5)
-
-
-def log_f(goal: LinearTarget, begin: Tensor, end: Tensor) -> Tensor:
-    """log density of the proposal from the map ``begin`` to ``end``, whose ``A`` are given."""
-    at = begin if goal.basis is None else begin @ goal.basis.T
-    return Normal(begin + eta() * goal.at(at).pull, (2 * eta()).sqrt()).log_prob(end).sum((-1, -2))
-
-
-def maps(goal: LinearTarget, a: Tensor) -> Tensor:
-    return a if goal.basis is None else a @ goal.basis.T
-
-
-def states(goal: LinearTarget, count: int) -> Tensor:
-    return 0.4 * torch.randn(count, 2, 5 if goal.basis is None else goal.basis.shape[1])
-
-
-@pytest.mark.parametrize("basis", BASES, ids=lambda b: type(b).__name__)
-def test_acceptance_has_the_reverse_mean_at_the_proposal(basis):
-    goal = target(basis=basis)
-    a = states(goal, 50)
-    point, noise = goal.at(maps(goal, a)), torch.randn_like(a)
-    accept = goal.move(point, eta(), noise, torch.zeros(50)).accept
-    there = a + eta() * point.pull + (2 * eta()).sqrt() * noise
-    log_pi = goal.at(maps(goal, there)).value.sum(-1) - point.value.sum(-1)
-    ratio = log_pi + log_f(goal, there, a) - log_f(goal, a, there)
-    assert (ratio < 0).any() and (ratio > 0).any()
-    torch.testing.assert_close(accept, ratio.clamp(max=0).exp())
-
-
-@pytest.mark.parametrize("basis", BASES, ids=lambda b: type(b).__name__)
-def test_detailed_balance(basis):
-    """pi(A) f(A'|A) a(A, A') = pi(A') f(A|A') a(A', A), all terms from independent pairs of states."""
-    goal = target(basis=basis)
-    here, there = states(goal, 200), states(goal, 200)
-
-    def flow(begin: Tensor, end: Tensor) -> Tensor:
-        point = goal.at(maps(goal, begin))
-        noise = (end - begin - eta() * point.pull) / (2 * eta()).sqrt()
-        accept = goal.move(point, eta(), noise, torch.zeros(200)).accept
-        return point.value.sum(-1) + log_f(goal, begin, end) + accept.log()
-
-    torch.testing.assert_close(flow(here, there), flow(there, here))
-
-
-def test_small_steps_are_accepted_and_one_decision_is_made_for_all_rows():
-    goal = target()
-    point, noise = goal.at(0.4 * torch.randn(20, 2, 5)), torch.randn(20, 2, 5)
-    assert goal.move(point, eta(1e-8), noise, torch.zeros(20)).accept.min() > 0.99
-    moved = goal.move(point, eta(0.1), noise, torch.full((20,), 0.5).log())
-    stays = moved.accept < 0.5
-    assert 0 < stays.sum() < 20
-    torch.testing.assert_close(moved.point.phi[stays], point.phi[stays])
-    assert (moved.point.value[~stays] != point.value[~stays]).all()
-
-
-def chain(basis: Basis | None = None) -> LinearChain:
-    return LinearChain(0.1, True, 0.574, basis, 1.0)
-
-
-def test_span_moves_the_rows_alike_and_nothing_else():
-    """Same noise, same rows, same decisions; the part of the map that no feature sees stays as it was."""
-    features, begin = torch.randn(3, 8), torch.randn(2, 2, 8)
-    basis = Span().of(features)
-    noise, log_uniform = torch.randn(6, 2, 2, 8), torch.rand(6, 2).log()
-    blind = torch.eye(8) - torch.linalg.pinv(features) @ features
-    ends = []
-    for kind, eps in ((Everywhere(), noise), (Span(), noise @ basis)):
-        moves = chain(kind)
-        moves.setup(2, features)
-        goal = moves.target(skewed, features)
-        run = moves.run(goal, goal.at(begin), 6, noise=eps, log_uniform=log_uniform)
-        assert 0 < run.info.acceptance.mean() < 1
-        ends.append(run.point.phi)
-    torch.testing.assert_close(features @ ends[0].mT, features @ ends[1].mT)
-    torch.testing.assert_close(ends[1] @ blind, begin @ blind)
-    assert not torch.allclose(ends[0] @ blind, begin @ blind)
-
-
-def test_whitened_rows_move_by_plain_langevin():
-    """As the ridge goes to zero, u' = u + eta grad log pi(u) + sqrt(2 eta) eps, whatever the features."""
-    goal = target(3, 7, Whitened(1e-9))
-    point, noise = goal.at(torch.randn(4, 2, 7)), torch.randn(4, 2, 3)
-    u = goal.features @ point.phi.mT
-    moved = goal.features @ goal.move(point, eta(), noise, None).point.phi.mT
-    torch.testing.assert_close(moved, u + eta() * skewed(u)[1] + (2 * eta()).sqrt() * noise.mT, rtol=1e-5, atol=1e-6)
-
-
-def test_a_proposal_that_is_not_finite_is_not_made():
-    def cliff(u: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.where(u.sum(-1) > 0, torch.nan, 0.0) * u.sum(-1), torch.zeros_like(u)
-
-    goal = LinearTarget(cliff, torch.eye(2))
-    point, noise = goal.at(-torch.ones(2, 1, 2)), torch.tensor([[[-1.0, -1.0]], [[9.0, 9.0]]])
-    for log_uniform in (None, torch.full((2,), -9.0)):
-        moved = goal.move(point, eta(0.5), noise, log_uniform)
-        assert moved.finite.tolist() == [True, False]
-        assert moved.point.phi.isfinite().all() and torch.equal(moved.point.phi[1], point.phi[1])
-
-
-def test_an_acceptance_that_is_no_number_is_a_rejection():
-    """Gradients that are finite and too large to be squared: the step size's adaptation must not see NaN."""
-
-    def steep(u: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(u[..., 0]), 1.5e308 * torch.tensor([[1.0], [-1.0]]).expand_as(u)
-
-    goal = LinearTarget(steep, torch.eye(2))
-    noise = torch.tensor([[[3.0, 5.0]]])
-    moved = goal.move(goal.at(torch.zeros(1, 1, 2)), eta(1e-300), noise, torch.full((1,), -9.0))
-    assert moved.accept.item() == 0 and moved.point.phi.eq(0).all()
-
-
-# ---------------------------------------------------------------- laws
-
-
-def waves(x: Tensor) -> Tensor:
-    """Random features, nearly orthogonal ones for rows that are not too close."""
-    options = dict(generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
-    weights, phase = (torch.randn(n, 60, **options) for n in (x.shape[-1], 1))
-    return torch.cos(x @ weights.to(x) + 6 * phase.to(x))
-
-
-def conjugate(full: int | None = None) -> Callable:
-    """The papers' toy: z ~ N(0, I) in the plane, x ~ N(z, S)."""
-    cov = torch.tensor([[0.7, 0.6], [0.6, 0.8]])
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", full or len(x), subsample_size=len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.MultivariateNormal(z, cov), obs=x)
-
-    return model
-
-
-def posterior(x: Tensor) -> MultivariateNormal:
-    cov = torch.tensor([[0.7, 0.6], [0.6, 0.8]])
-    inverse = cov.inverse()
-    precision = torch.eye(2) + inverse
-    return MultivariateNormal(torch.linalg.solve(precision, (inverse @ x.T)).T, precision_matrix=precision)
+# ------------------------------------------------------------------------------------------------ laws
 
 
 @pytest.mark.parametrize(("full", "basis"), [(None, None), (300, None), (None, Span()), (None, Whitened())])
@@ -271,26 +94,7 @@ def test_equal_features_are_told(caplog):
     assert "have rank 1" in caplog.text
 
 
-# ---------------------------------------------------------------- gradients and the loss
-
-
-class Decoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.log_sigma = nn.Linear(2, 4), nn.Parameter(torch.tensor(-0.5))
-
-    def forward(self, z: Tensor) -> dist.Distribution:
-        return dist.Normal(torch.tanh(self.linear(z)), self.log_sigma.exp()).to_event(1)
-
-
-def generator(decoder: nn.Module) -> Callable:
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", decoder(z), obs=x)
-
-    return model
+# ------------------------------------------------------------------------------------------- gradients and the loss
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
@@ -394,7 +198,7 @@ def test_what_needs_no_gradient_has_no_graph(monkeypatch):
     assert graphs == [False]
 
 
-# ---------------------------------------------------------------- state
+# ------------------------------------------------------------------------------------------------ state
 
 
 def test_the_map_goes_on_in_training_calls_only():
@@ -458,7 +262,7 @@ def test_state_dict_and_pickle():
     again(x)
 
 
-# ---------------------------------------------------------------- inside Pyro
+# ------------------------------------------------------------------------------------------------ inside Pyro
 
 
 def test_particles_and_predictive():
@@ -592,7 +396,7 @@ def test_arviz():
     torch.testing.assert_close(torch.as_tensor(idata["sample_stats"]["lp"].values).to(x), lp)
 
 
-# ---------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
@@ -665,67 +469,3 @@ def test_whitened_features_that_died():
     nn.init.constant_(last.bias, -100.0)
     with pytest.raises(ValueError, match="features of all rows are zero"):
         guide(torch.randn(4, 2))
-
-
-# ---------------------------------------------------------------- without data
-
-
-class Waves(nn.Module):
-    """Random features with weights to train, nearly orthogonal for inputs that are far apart."""
-
-    def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs, width)
-        nn.init.normal_(self.linear.weight)
-        nn.init.uniform_(self.linear.bias, 0, 6.3)
-
-    def forward(self, v: Tensor) -> Tensor:
-        return self.linear(v).cos()
-
-
-def test_unconditional_gaussian():
-    """60 draws of a correlated Gaussian with mean (1, -1): 100 of such sets, 20 transitions apart; within 5 standard
-    errors of the moments if the sets were independent."""
-    cov = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
-    goal = MultivariateNormal(torch.tensor([1.0, -1.0]), cov)
-    sampler = AmortizedSampler(goal.log_prob, Waves(3, 200), 3 * torch.randn(60, 3), size=2)
-    sampler(500)
-    sampler.eval()
-    draws = torch.cat([sampler(20).detach() for _ in range(100)])
-    error = 5 / len(draws) ** 0.5
-    torch.testing.assert_close(draws.mean(0), goal.mean, rtol=0, atol=2 * error)
-    torch.testing.assert_close(draws.T.cov(), cov, rtol=0, atol=3 * error)
-
-
-def test_unconditional_mixture_and_training_of_its_features():
-    """Both modes have their share; the draws' graph leads to the features, and not into the map."""
-    centers = torch.tensor([[-1.2, 0.0], [1.2, 0.0]])
-
-    def log_density(z: Tensor) -> Tensor:
-        return (-(z.unsqueeze(1) - centers).square().sum(-1) / (2 * 0.5**2)).logsumexp(1)
-
-    features = Waves(3, 200)
-    sampler = AmortizedSampler(log_density, features, 3 * torch.randn(40, 3), size=2)
-    sampler(500)
-    draws = torch.cat([sampler(10).detach() for _ in range(150)])
-    right = draws[:, 0] > 0
-    assert right.float().mean().item() == pytest.approx(0.5, abs=0.1)
-    spread = torch.stack([draws[right, 1].std(), draws[~right, 1].std()])
-    torch.testing.assert_close(spread, torch.full((2,), 0.5), rtol=0.1, atol=0)
-    z = sampler(2)
-    log_density(z).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in features.parameters())
-    assert not sampler.psi.requires_grad
-    assert sampler.at(torch.randn(500, 3)).shape == (500, 2)
-    assert {"chain.phi", "chain.log_step", "inputs"} <= set(sampler.state_dict())
-
-
-def test_sampler_refuses():
-    with pytest.raises(ValueError, match="width 12 for 13 rows"):
-        AmortizedSampler(lambda z: z.sum(-1), net(), torch.randn(13, 2), size=1)
-    with pytest.raises(ValueError, match="log_density must return shape"):
-        AmortizedSampler(lambda z: z.sum(), net(), torch.randn(3, 2), size=1)()
-    with pytest.raises(ValueError, match="or its gradient, is not finite"):
-        AmortizedSampler(lambda z: (0 * z).abs().sqrt().sum(-1), net(), torch.randn(3, 2), size=1)()
-    with pytest.raises(ValueError, match="not finite"):
-        AmortizedSampler(lambda z: z.sum(-1) / 0, net(), torch.randn(3, 2), size=1)()

@@ -4,7 +4,7 @@ Each is a list of :class:`Site` that hypothesis draws and shrinks. On every one 
 own trace, its gradient finite differences, the traced graph the eager one, guide and kernel run, and the kernel takes
 what Pyro's HMC can initialise, or refuses it by the name of a site.
 
-    PROGRAMS=5 pytest tests/test_random_programs.py     # five times as many programs
+    PROGRAMS=5 pytest tests/density/test_random_programs.py     # five times as many programs
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from dataclasses import dataclass, replace
 
 import pyro
 import pyro.distributions as dist
-import test_density as laws
+import small as laws
 import torch
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
+from programs import traced
 from pyro import poutine
 from pyro.infer import ELBO, HMC, SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
-from test_compiled import short, traced
 from torch import Tensor
 
-from pyro_shortrun import ShortRunLangevin, VectorizedMCMC
+from pyro_shortrun import ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
 
 Family = Callable[[Tensor], dist.TorchDistribution]
 
@@ -227,7 +227,7 @@ def test_guide_trains_and_predicts(program: RandomProgram) -> None:
     assume_pyro_takes(program)
     pyro.clear_param_store()
     model = config_enumerate(program)
-    guide = short(model, compile=False)
+    guide = ShortRunGuide(model, num_steps=3, step_size=StepSize(0.01, learnable=False))
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), elbo_of(program))
     try:
         losses = [svi.step() for _ in range(2)]

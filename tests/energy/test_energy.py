@@ -1,10 +1,9 @@
-"""Energy priors: gradients of log Z against closed forms and quadrature, the loss under every ELBO, refusals."""
+"""EnergyELBO: the loss under every ELBO, what it learns, refusals."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -13,214 +12,20 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoNormal
-from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam
+from tilted import Quadratic, log_z_grad, one_layer, silent
 from torch import Tensor, nn
 
-from pyro_shortrun import (
-    EnergyELBO,
-    Langevin,
-    Persistent,
-    Prior,
-    ShortRunELBO,
-    ShortRunGuide,
-    StepSize,
-    energy_prior,
-    sample_prior,
-)
-from pyro_shortrun.compile import Compiler, Untouched
+from pyro_shortrun import EnergyELBO, Langevin, Prior, ShortRunELBO, ShortRunGuide, StepSize, energy_prior, sample_prior
 from pyro_shortrun.energy import PriorRuns, TiltedPrior
 from pyro_shortrun.energy.negative import Negative
-from pyro_shortrun.runs import RunInfo, ShortRun
 from pyro_shortrun.starts import Replay
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-class Quadratic(nn.Module):
-    """``a z + c z^2 / 2``: the prior N(0, 1) becomes ``N(-a / (1 + c), 1 / (1 + c))``."""
+# ------------------------------------------------------------------------------------------------ under every ELBO
 
-    def __init__(self, c: float = 0.5, a: float = 0.0) -> None:
-        super().__init__()
-        self.c, self.a = nn.Parameter(torch.tensor(c)), nn.Parameter(torch.tensor(a))
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.a * z + self.c * z.square() / 2
-
-
-def one_layer(energy: Callable, noise: float = 0.5) -> Callable:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-            energy_prior("ebm", energy, z)
-            pyro.sample("x", dist.Normal(z, noise), obs=x)
-
-    return model
-
-
-def silent(end: Tensor) -> RunInfo:
-    """The record of a run in which nothing went wrong."""
-    none = torch.zeros(end.shape[:2], dtype=torch.bool)
-    return RunInfo(end.new_zeros(2), end.new_zeros(1), end.new_zeros(0), end.new_zeros(1, 1), none, none)
-
-
-def log_z_grad(model: Callable, args: tuple, end: Tensor, params: list[Tensor]) -> list[Tensor]:
-    """The gradient that negative samples ``end`` give, ``(chains, rows, size)``."""
-    call = TiltedPrior(model).bind(args, {})
-    assert call is not None
-    return list(torch.autograd.grad(Negative.at(call, end, silent(end)).surrogate, params))
-
-
-def sigma_points(mean: Tensor, cov: Tensor) -> Tensor:
-    """Points whose equal-weight average is the exact expectation of any quadratic, ``(2 n, n)``."""
-    root = math.sqrt(len(mean)) * torch.linalg.cholesky(cov).T
-    return mean + torch.cat([root, -root])
-
-
-# ---------------------------------------------------------------- the gradient of log Z
-
-
-def test_quadratic_energy():
-    """log Z = a^2 / (2 (1 + c)) - log(1 + c) / 2 per row."""
-    energy, rows = Quadratic(0.5, 0.3), 4
-    points = sigma_points(-energy.a.detach().reshape(1) / 1.5, torch.tensor([[1 / 1.5]]))
-    end = points.reshape(-1, 1, 1).expand(-1, rows, 1)
-    found = log_z_grad(one_layer(energy), (torch.zeros(rows),), end, [energy.c, energy.a])
-    log_z = rows * (energy.a**2 / (2 * (1 + energy.c)) - (1 + energy.c).log() / 2)
-    exact = torch.autograd.grad(log_z, [energy.c, energy.a])
-    torch.testing.assert_close(found, list(exact), rtol=1e-5, atol=1e-5)
-
-
-def test_subsampling_scales_log_z():
-    energy = Quadratic(0.5)
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", 60, subsample_size=6):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-            energy_prior("ebm", energy, z)
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x[:6])
-
-    end = sigma_points(torch.zeros(1), torch.tensor([[1 / 1.5]])).reshape(-1, 1, 1).expand(-1, 6, 1)
-    (found,) = log_z_grad(model, (torch.zeros(60),), end, [energy.c])
-    torch.testing.assert_close(found, torch.tensor(-60 / 3.0), rtol=1e-5, atol=1e-5)
-
-
-def test_runs_do_not_depend_on_subsampling():
-    """A subsampled plate scales log densities by 10, and must not change what the runs sample: 5 standard errors."""
-
-    def model() -> None:
-        with pyro.plate("data", 60, subsample_size=6):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-            energy_prior("ebm", Quadratic(1.0), z)
-
-    call = TiltedPrior(model).bind((), {})
-    end = EnergyELBO(Trace_ELBO(), num_steps=30).runs.make(call, 1000).end
-    assert end.square().mean().item() == pytest.approx(0.5 / 0.9, rel=5 * math.sqrt(2 / 6000))
-
-
-def test_global_and_local_latents():
-    """mu ~ N(0, 1), z_i ~ N(mu, 1) with energies c z_i^2 / 2: log Z = -log det(I + c S) / 2, S = I + 1 1'."""
-    energy, rows = Quadratic(0.7), 3
-
-    def model(x: Tensor) -> None:
-        mu = pyro.sample("mu", dist.Normal(torch.zeros(()), 1.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(mu, 1.0))
-            energy_prior("ebm", energy, z)
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-    precision = torch.eye(rows + 1) * 1.7
-    precision[0, 0], precision[0, 1:], precision[1:, 0] = 1.0 + rows, -1.0, -1.0
-    precision[1:, 1:] = torch.eye(rows) * (1 + 0.7)
-    end = sigma_points(torch.zeros(rows + 1), precision.inverse()).unsqueeze(1)
-    (found,) = log_z_grad(model, (torch.zeros(rows),), end, [energy.c])
-    cov = torch.eye(rows) + torch.ones(rows, rows)
-    log_z = -torch.logdet(torch.eye(rows) + energy.c * cov) / 2
-    torch.testing.assert_close(found, *torch.autograd.grad(log_z, [energy.c]), rtol=1e-5, atol=1e-5)
-
-
-class Layered(nn.Module):
-    """Parameters of z2 -> z1 and of a joint energy with two wells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w, self.s = nn.Parameter(torch.tensor(0.8)), nn.Parameter(torch.tensor(-0.3))
-        self.height = nn.Parameter(torch.tensor(1.5))
-
-    def energy(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return self.height * torch.exp(-(z1.square())) * torch.sigmoid(2 * z2)
-
-
-def two_layers(net: Layered) -> Callable:
-    def model(x: Tensor) -> None:
-        pyro.module("net", net)
-        with pyro.plate("data", len(x)):
-            z2 = pyro.sample("z2", dist.Normal(torch.zeros(()), 1.0))
-            z1 = pyro.sample("z1", dist.Normal(net.w * z2, net.s.exp()))
-            energy_prior("ebm", net.energy, z1, z2)
-            pyro.sample("x", dist.Normal(z1, 0.5), obs=x)
-
-    return model
-
-
-def quadrature(net: Layered) -> tuple[Tensor, Tensor, Tensor]:
-    """log Z on a grid, and the grid's points and probabilities."""
-    axis = torch.linspace(-7, 7, 801)
-    z1, z2 = torch.meshgrid(axis, axis, indexing="ij")
-    log_p = dist.Normal(0.0, 1.0).log_prob(z2) + dist.Normal(net.w * z2, net.s.exp()).log_prob(z1) - net.energy(z1, z2)
-    log_z = log_p.flatten().logsumexp(0) + 2 * math.log(axis[1] - axis[0])
-    return log_z, torch.stack([z2.flatten(), z1.flatten()], -1), log_p.detach().flatten().softmax(0)
-
-
-def test_parameters_of_a_conditional_prior_against_quadrature(dtype):
-    """100,000 exact negative samples of two layers: within 5 standard errors of the quadrature's gradient."""
-    net = Layered()
-    log_z, points, p = quadrature(net)
-    params = [net.w, net.s, net.height]
-    exact = torch.stack(torch.autograd.grad(log_z, params))
-    end = points[p.multinomial(100_000, replacement=True)].reshape(1, -1, 2)
-    found = torch.stack(log_z_grad(two_layers(net), (torch.zeros(100_000),), end, params)) / 100_000
-    assert ((found - exact).abs() < 5 / math.sqrt(100_000)).all()  # integrands vary by about one
-    assert exact[0].abs() > 0.01 and exact[1].abs() > 0.01  # and these are not zero
-
-
-def test_noncentred_layers_have_the_same_gradient_through_the_energy():
-    net = Layered()
-    log_z, points, p = quadrature(net)
-    params = [net.w, net.s, net.height]
-    exact = torch.stack(torch.autograd.grad(log_z, params))
-    z2, z1 = points[p.multinomial(100_000, replacement=True)].unbind(-1)
-    end = torch.stack([z2, (z1 - net.w.detach() * z2) / net.s.detach().exp()], -1).unsqueeze(0)
-    model = poutine.reparam(two_layers(net), config={"z1": LocScaleReparam(0.0)})
-    found = torch.stack(log_z_grad(model, (torch.zeros(100_000),), end, params)) / 100_000
-    assert ((found - exact).abs() < 5 / math.sqrt(100_000)).all()
-
-
-def test_runs_give_the_gradient():
-    """400 small steps from the prior for 20,000 rows: within 5 standard errors and the bias of the step, 2 %."""
-    energy, x = Quadratic(0.5, 0.3), torch.zeros(20_000)
-    elbo = EnergyELBO(Trace_ELBO(), num_steps=60, step_size=0.05)
-    guide = AutoDelta(one_layer(energy))
-    guide(x)
-    elbo.loss_and_grads(one_layer(energy), guide, x)
-    z = guide.median(x)["z"].detach()
-    positive = torch.stack([(z.square() / 2).mean(), z.mean()])
-    log_z = energy.a**2 / (2 * (1 + energy.c)) - (1 + energy.c).log() / 2
-    exact = positive + torch.stack(torch.autograd.grad(log_z, [energy.c, energy.a]))
-    found = torch.stack([energy.c.grad, energy.a.grad]) / len(x)
-    torch.testing.assert_close(found, exact, rtol=0.02, atol=5 / math.sqrt(len(x)))
-
-
-def test_constant_energy_has_no_gradient():
-    constant = nn.Parameter(torch.tensor(0.7))
-    model = one_layer(lambda z: pyro.param("constant", constant).expand(z.shape))
-    x = torch.randn(7)
-    for guide in (AutoNormal(model), ShortRunGuide(model, num_steps=3)):
-        EnergyELBO(Trace_ELBO(), num_steps=3).loss_and_grads(model, guide, x)
-    assert constant.grad.item() == pytest.approx(0.0, abs=1e-6)
-
-
-# ---------------------------------------------------------------- under every ELBO
 
 BASES = [
     Trace_ELBO(),
@@ -228,6 +33,8 @@ BASES = [
     TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False),
     RenyiELBO(0.0, num_particles=2),
 ]
+
+
 BASES += [Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)]
 
 
@@ -419,10 +226,12 @@ def test_l2_reaches_the_energy_alone():
     torch.testing.assert_close(grads[1][1], grads[0][1])
 
 
-# ---------------------------------------------------------------- learning
+# ------------------------------------------------------------------------------------------------ learning
 
 
 ETA, ETA_POSTERIOR, NOISE = 0.05, 0.015, 0.2
+
+
 MEAN, VARIANCE = 0.8, 0.54  # of the data x = z + NOISE * eps
 
 
@@ -535,175 +344,7 @@ def test_pyro_modules_are_trained(make):
     assert pyro.param(name).item() != pytest.approx(0.5)
 
 
-# ---------------------------------------------------------------- the negative phase
-
-
-def test_the_decoder_does_not_run_in_the_negative_phase():
-    calls = []
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-            energy_prior("ebm", lambda z: z.square(), z)
-            calls.append(z)
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-    prior = TiltedPrior(model)
-    call = prior.bind((torch.zeros(3),), {})
-    EnergyELBO(Trace_ELBO(), num_steps=10).runs.make(call, 2)
-    assert len(calls) == 1
-
-
-def test_plain_factors_and_data_are_no_part_of_the_prior():
-    def model(x: Tensor) -> None:
-        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        pyro.factor("likelihood", -5 * (z - 3).square())
-        pyro.sample("y", dist.Normal(z, 0.1), obs=x)
-        energy_prior("ebm", lambda z: z.square(), z)
-
-    call = TiltedPrior(model).bind((torch.tensor(2.0),), {})
-    u = torch.tensor([[[0.3]], [[-1.0]]])
-    exact = dist.Normal(0.0, 1.0).log_prob(u).squeeze(-1) - u.squeeze(-1).square()
-    torch.testing.assert_close(call.density(u), exact)
-
-
-def test_latents_after_the_last_energy_are_not_run():
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z2 = pyro.sample("z2", dist.Normal(torch.zeros(()), 1.0))
-            energy_prior("ebm", lambda z: z.square(), z2)
-            z1 = pyro.sample("z1", dist.Normal(z2, 1.0))
-            pyro.sample("x", dist.Normal(z1, 0.5), obs=x)
-
-    call = TiltedPrior(model).bind((torch.zeros(3),), {})
-    assert [s.name for s in call.density.layout.sites] == ["z2"]
-
-
-def test_compiled_runs_equal_eager_ones():
-    x, ends = torch.zeros(4), []
-    energy, runs = Quadratic(0.5), EnergyELBO(Trace_ELBO(), num_steps=6).runs
-    for compile in (False, True):
-        prior = TiltedPrior(one_layer(energy), compile)
-        if compile:
-            prior._compiler = Compiler(Untouched())
-        for c in (0.5, 2.0):  # a changed parameter changes the result
-            energy.c.data.fill_(c)
-            pyro.set_rng_seed(3)
-            call = prior.bind((x,), {})
-            ends.append(runs.make(call, 2).end)
-        if compile:
-            assert len(prior._compiler._graphs) == 2  # of the steps and of the end, not of each call
-    torch.testing.assert_close(ends[:2], ends[2:])
-    assert not torch.allclose(ends[0], ends[1])
-
-
-def test_another_batch_size_is_compiled_once():
-    energy = Quadratic(0.5)
-    elbo = EnergyELBO(Trace_ELBO(), num_steps=6, start=Replay(50))
-    elbo._prior = TiltedPrior(one_layer(energy), compile=True)
-    elbo._prior._compiler = compiler = Compiler(Untouched())
-    counts = []
-    for size in (4, 7, 4, 7):
-        elbo.loss_and_grads(elbo._prior.model, encoder, torch.zeros(size))
-        energy.c.data += 0.1
-        counts.append(len(compiler._graphs))
-    assert counts[1:] == [2 * counts[0]] * 3 and compiler._renewals == 0
-
-
-@pytest.mark.parametrize("start", [Replay(50, refresh=0.0), Persistent()], ids=lambda s: type(s).__name__)
-def test_runs_that_go_on(start):
-    """Steps too small to get anywhere in one run do so in many: the variance falls from 1 towards 1 / 9."""
-    model, x = one_layer(Quadratic(8.0)), torch.zeros(50)
-    elbo = EnergyELBO(Trace_ELBO(), num_steps=2, step_size=0.01, start=start)
-    guide = AutoDelta(model)
-    guide(x)
-    means = []
-    for _ in range(60):
-        elbo.loss_and_grads(model, guide, x)
-        means.append(elbo.info.negative["ebm"])
-    assert means[0] > 2.5 and sum(means[-10:]) / 10 < 1.0  # 4 at the start, 8 / 18 in the end
-
-
-@pytest.mark.parametrize("make", [lambda: Replay(50), Persistent], ids=["Replay", "Persistent"])
-def test_states_are_saved_and_loaded(make):
-    """Into a start that has not been called, too."""
-    start, model, x = make(), one_layer(Quadratic()), torch.zeros(7)
-    guide = AutoDelta(model)
-    guide(x)
-    EnergyELBO(Trace_ELBO(), num_steps=2, start=start).loss_and_grads(model, guide, x)
-    again = make()
-    again.load_state_dict(start.state_dict())
-    assert torch.equal(again.store, start.store) and again.store.abs().sum() > 0
-    EnergyELBO(Trace_ELBO(), num_steps=2, start=again).loss_and_grads(model, guide, x)
-    assert not torch.equal(again.store, start.store)
-
-
-def encoder(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(x, 0.5))
-
-
-def test_replay_takes_other_batch_sizes():
-    start, model = Replay(10), one_layer(Quadratic())
-    elbo = EnergyELBO(Trace_ELBO(), num_steps=2, start=start)
-    for size in (4, 7, 12, 1):
-        elbo.loss_and_grads(model, encoder, torch.zeros(size))
-    assert int(start.written) == 4 + 7 + 10 + 1
-
-
-def test_frozen_rows_are_not_replayed():
-    """They would freeze again: new draws of the prior take their place."""
-    start = Replay(40, refresh=0.0)
-    call = TiltedPrior(one_layer(Quadratic())).bind((torch.zeros(40),), {})
-    elbo = EnergyELBO(Trace_ELBO(), num_steps=20, start=start)
-    frozen = torch.arange(40) % 2 == 0
-    end = torch.where(frozen, 7.0, 0.25).reshape(1, 40, 1)
-    start.setup(call.density)
-    elbo._keep(call, ShortRun(end, end, end, replace(silent(end), frozen=frozen.unsqueeze(0))))
-    assert not (start.store == 7.0).any() and (start.store == 0.25).sum() == 20
-
-
-def test_replay_of_another_model_is_refused():
-    start = Replay(50)
-    elbo = EnergyELBO(Trace_ELBO(), num_steps=2, start=start)
-    elbo.runs.make(TiltedPrior(one_layer(Quadratic())).bind((torch.zeros(3),), {}), 1)
-    with pytest.raises(ValueError, match="rows of 1 coordinates and the model now has 2"):
-        elbo.runs.make(TiltedPrior(two_layers(Layered())).bind((torch.zeros(3),), {}), 1)
-
-
-def test_methods_as_models_keep_their_graphs():
-    """``obj.model`` is a new object each time."""
-
-    class Owner:
-        def model(self, x: Tensor) -> None:
-            one_layer(Quadratic())(x)
-
-    owner, elbo = Owner(), EnergyELBO(Trace_ELBO(), num_steps=2)
-    elbo.loss_and_grads(owner.model, encoder, torch.zeros(3))
-    prior = elbo._prior
-    elbo.loss_and_grads(owner.model, encoder, torch.zeros(3))
-    assert elbo._prior is prior
-
-
-def test_rows_that_are_not_finite_are_left_out():
-    def energy(z: Tensor) -> Tensor:
-        return torch.where(z > 0.5, torch.full_like(z, torch.nan), z.square())
-
-    model, x = one_layer(energy), torch.zeros(40)
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(torch.zeros(()) - 3, 0.1))
-
-    elbo = EnergyELBO(Trace_ELBO(), num_steps=20)
-    with pytest.warns(UserWarning, match="are left out"):
-        elbo.loss_and_grads(model, guide, x)
-    assert 0 < elbo.info.excluded < 40
-    elbo.loss_and_grads(model, guide, x)  # warned about once
-    assert math.isfinite(elbo.info.negative["ebm"])
-
-
-# ---------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------ refusals
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import re
-import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import latent_regression, local, refuses, regression
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import (
-    AutoDelta,
-    AutoDiagonalNormal,
     AutoGuideList,
     AutoNormal,
     init_to_median,
@@ -41,36 +38,6 @@ from pyro_shortrun.evaluation import importance_log_likelihood
 from pyro_shortrun.objectives import Lanczos
 
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-def local(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def regression(x: Tensor, y: Tensor | None = None) -> None:
-    """Globals only, and an observed site that is not observed at prediction time."""
-    w = pyro.sample("w", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
-
-
-def latent_regression(x: Tensor, y: Tensor | None = None) -> None:
-    """As ``regression``, with a latent of every datum besides."""
-    w = pyro.sample("w", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(w * x, 1.0))
-        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-
-
-def refuses(guide: ShortRunGuide, args: tuple, error: type[Exception], *words: str) -> None:
-    """The first call raises ``error`` with each of ``words`` (regular expressions), and no step was taken."""
-    with pytest.raises(error) as caught:
-        guide(*args)
-    for word in words:
-        assert re.search(word, str(caught.value)), f"{word!r} is not in: {caught.value}"
-    assert guide.info is None
 
 
 # ------------------------------------------------------------------------------------------------ constructor
@@ -351,102 +318,6 @@ def test_condition_on_with_global_latents_takes_any_size():
     assert guide(torch.ones(3))["w"].shape == ()
 
 
-# ------------------------------------------------------------------------------------------------ starts
-
-
-def test_start_guide_that_misses_a_site():
-    def start(x: Tensor, y: Tensor) -> None:
-        pyro.sample("w", dist.Normal(0.0, 1.0))
-
-    guide = ShortRunGuide(latent_regression, start=start)
-    refuses(guide, (torch.ones(3), torch.ones(3)), ValueError, r"start guide does not sample \['z'\]", "every latent")
-
-
-@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal, AutoDelta])
-def test_start_guide_of_another_model(kind):
-    def renamed(x: Tensor, y: Tensor) -> None:
-        w = pyro.sample("v", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
-
-    args = torch.ones(3), torch.ones(3)
-    guide = ShortRunGuide(regression, step_size=0.01, start=kind(renamed))
-    refuses(guide, args, ValueError, r"start guide does not sample \['w'\]", "for the same model")
-
-
-@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal, AutoDelta])
-def test_start_guide_of_another_shape(kind):
-    def model(x: Tensor, size: int = 3) -> None:
-        w = pyro.sample("w", dist.Normal(torch.zeros(size), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(w.sum(), 1.0), obs=x)
-
-    guide = ShortRunGuide(model, step_size=0.01, start=kind(lambda x: model(x, 2)))
-    refuses(guide, (torch.tensor(1.0),), ValueError, r"samples 'w' in shape \(2,\), the model in shape \(3,\)")
-
-
-def test_start_guide_whose_training_diverged():
-    args = torch.ones(3), torch.ones(3)
-    start = AutoNormal(regression)
-    guide = ShortRunGuide(regression, step_size=0.01, start=start).setup(*args)
-    with torch.no_grad():
-        start.locs.w_unconstrained.fill_(math.nan)
-    with pytest.raises(ValueError, match=r"training has diverged: .*locs\.w.* not finite.*smaller step_size"):
-        guide(*args)
-
-
-def test_start_guide_that_flattens_a_subsampled_plate():
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), subsample_size=2) as index:
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
-
-    def start(x: Tensor) -> None:
-        flat = pyro.sample("flat", dist.Normal(torch.zeros(2), 1.0).to_event(1), infer={"is_auxiliary": True})
-        with pyro.plate("data", len(x), subsample_size=2):
-            pyro.sample("z", dist.Delta(flat))
-
-    guide = ShortRunGuide(model, start=start)
-    refuses(guide, (torch.ones(6),), NotImplementedError, "start guide samples 'flat' outside", "create_plates")
-
-
-def test_persistent_with_a_changed_number_of_data():
-    guide = ShortRunGuide(local, num_steps=2, step_size=0.01, start=Persistent())
-    guide(torch.ones(4))
-    with pytest.raises(ValueError, match=r"keeps 4 states.*now has 3 elements.*subsample_size.*Prior\(\)"):
-        guide(torch.ones(3))
-
-
-def test_persistent_with_vectorised_particles():
-    guide = ShortRunGuide(local, num_steps=2, step_size=0.01, start=Persistent())
-    elbo = Trace_ELBO(num_particles=3, vectorize_particles=True)
-    with pytest.raises(NotImplementedError, match="one state per datum.*num_particles=1"):
-        elbo.loss_and_grads(local, guide, torch.ones(4))
-
-
-def test_persistent_with_shared_latents_beside_a_subsampled_plate():
-    def model(x: Tensor) -> None:
-        w = pyro.sample("w", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x), subsample_size=2) as index:
-            z = pyro.sample("z", dist.Normal(w, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
-
-    guide = ShortRunGuide(model, start=Persistent())
-    refuses(guide, (torch.ones(6),), NotImplementedError, "subsampled", r"full batch or Prior\(\)")
-
-
-def test_subsampled_plates_that_do_not_nest():
-    """Local latents in two different subsampled plates: log q of neither can be scaled."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("a", 6, subsample_size=3):
-            pyro.sample("z_a", dist.Normal(0.0, 1.0))
-        with pyro.plate("b", 4, subsample_size=2):
-            pyro.sample("z_b", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
-
-    refuses(ShortRunGuide(model), (torch.tensor(0.0),), NotImplementedError, "'z_(a|b)'", "full batch")
-
-
 # ------------------------------------------------------------------------------------------------ state
 
 
@@ -517,109 +388,7 @@ def test_rows_coupled_by_batch_norm_warn_once():
     ShortRunGuide(model, num_steps=2, step_size=0.01)(x)
 
 
-# ------------------------------------------------------------------------------------------------ during a run
-
-
-def nan_value(z: Tensor) -> Tensor:
-    return torch.where(z > 1, math.nan, 0.0)
-
-
-def infinite_value(z: Tensor) -> Tensor:
-    return torch.where(z > 1, -math.inf, 0.0)
-
-
-def nan_gradient(z: Tensor) -> Tensor:
-    """Zero everywhere; its gradient is zero below 1 and NaN above."""
-    return torch.where(z > 1, (0 * torch.where(z > 1, z, 1.0)).sqrt(), 0.0)
-
-
-def walled(wall):
-    """Rows with ``x = 4`` are drawn towards 2 and meet the wall at 1; rows with ``x = -4`` do not."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.factor("wall", wall(z))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    return model
-
-
-def zero(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Delta(torch.zeros(len(x))))
-
-
-@pytest.mark.parametrize(
-    "wall,steps", [(nan_value, 4), (nan_value, 10), (infinite_value, 4), (infinite_value, 10), (nan_gradient, 10)]
-)
-def test_rows_that_leave_the_finite_region_stay_at_their_last_finite_state(wall, steps):
-    """From 0 and without noise ``z_k = +-2 (1 - 0.8^k)`` at eta = 0.1, so that the fourth step would pass the wall."""
-    model, x = walled(wall), torch.tensor([4.0, -4.0, 4.0, -4.0, -4.0])
-    guide = ShortRunGuide(model, num_steps=steps, dynamics=Langevin(0.1, noise=False), start=zero)
-    svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO())
-    with pytest.warns(UserWarning, match="2 of 5 rows.*last finite state.*Try a smaller step_size") as caught:
-        loss = svi.step(x)
-    assert len(caught) == 1
-    assert math.isfinite(loss)
-    with warnings.catch_warnings(record=True) as again:
-        warnings.simplefilter("always")
-        assert svi.step(x) == pytest.approx(loss)
-        svi.evaluate_loss(x)
-        z = guide(x)["z"]
-    assert not again, "warned more than once"
-    below, other = 2 * (1 - 0.8**3), -2 * (1 - 0.8**steps)
-    torch.testing.assert_close(z, torch.tensor([below, other, below, other, other]))
-    assert guide.info is not None
-    assert guide.info.frozen.tolist() == [[True, False, True, False, False]]
-    assert guide.info.nonfinite == 2
-    assert guide.info.log_density.isfinite().all() and guide.info.grad_norm.isfinite().all()
-    assert "2 of 5 rows frozen" in repr(guide.info)
-
-
-def test_run_that_ends_before_the_wall_freezes_nothing():
-    model, x = walled(nan_value), torch.tensor([4.0, -4.0])
-    guide = ShortRunGuide(model, num_steps=3, dynamics=Langevin(0.1, noise=False), start=zero)
-    torch.testing.assert_close(guide(x)["z"], torch.tensor([1.0, -1.0]) * 2 * (1 - 0.8**3))
-    assert guide.info is not None and guide.info.nonfinite == 0
-
-
-@pytest.mark.parametrize("wall", [nan_value, infinite_value, nan_gradient])
-def test_frozen_rows_leak_nothing_into_gradients(wall):
-    """Training goes on: every gradient is finite, and the step size moves although some rows freeze."""
-
-    def start(x: Tensor) -> None:
-        loc = pyro.param("loc", torch.full((4,), 0.1))
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, 0.01))
-
-    model, x = walled(wall), torch.tensor([4.0, -4.0, 4.0, -4.0])
-    guide = ShortRunGuide(model, num_steps=10, dynamics=Langevin(0.1), start=start)
-    with pytest.warns(UserWarning, match="last finite state"):
-        Trace_ELBO().loss_and_grads(model, guide, x)
-    assert guide.info is not None and 0 < guide.info.nonfinite < 4
-    store = pyro.get_param_store()
-    grads = {name: store[name].unconstrained().grad for name in store.keys()}
-    assert len(grads) == 2
-    for name, grad in grads.items():
-        assert grad is not None and grad.isfinite().all(), name
-    eta = next(grad for name, grad in grads.items() if name != "loc")
-    assert eta.abs() > 0
-
-
-def test_every_row_frozen_at_the_start():
-    """A start whose gradient is NaN already: the run does not move, and the loss is that of the start."""
-    model, x = walled(nan_gradient), torch.tensor([1.0, 2.0])
-
-    def start(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(torch.full((len(x),), 1.5)))
-
-    guide = ShortRunGuide(model, num_steps=3, dynamics=Langevin(0.1), start=start)
-    with pytest.warns(UserWarning, match="2 of 2 rows"):
-        loss = Trace_ELBO().loss(model, guide, x)
-    expected = dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.5)) * 2 + dist.Normal(1.5, 1.0).log_prob(x).sum()
-    assert loss == pytest.approx(-expected.item(), rel=1e-6)
+# ------------------------------------------------------------------------------------------------ calls
 
 
 @pytest.mark.parametrize(

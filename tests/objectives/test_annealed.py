@@ -8,10 +8,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import gaussian
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from runners import Runner, run
-from test_exact import gaussian
 from torch import Tensor
 
 from pyro_shortrun import Annealed, Init, Langevin, ShortRunGuide, ShortRunLangevin, StepSize

@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from test_density import bind, both, close, data
+from small import bind, both, close, data
 from torch import Tensor
 
 from pyro_shortrun.density import LatentSite, Layout, Plate

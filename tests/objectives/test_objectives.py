@@ -10,12 +10,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import gaussian
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoNormal, init_to_value
 from runners import Runner, run
 from test_annealed import curved, log_joint
-from test_exact import gaussian
 from torch import Tensor
 
 from pyro_shortrun import (

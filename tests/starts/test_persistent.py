@@ -1,0 +1,87 @@
+"""Persistent: a datum's run goes on where its last one ended."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import contraction, data, frozen, local, recorded, trainable
+from pyro.infer import (
+    SVI,
+    Predictive,
+    Trace_ELBO,
+)
+from torch import Tensor
+
+from pyro_shortrun import Persistent, ShortRunGuide, StepSize
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def test_persistent_run_continues(dtype):
+    """Two runs of K noise-free steps are one run of 2 K steps; nothing moves in eval() mode."""
+    x, shrink = data(), 0.8**3
+    guide = ShortRunGuide(local, num_steps=3, dynamics=contraction(0.1), start=Persistent())
+    first = guide(x)["z"]
+    second = guide(x)["z"]
+    torch.testing.assert_close(second, x / 2 + shrink * (first - x / 2))
+    guide.eval()
+    for _ in range(2):
+        torch.testing.assert_close(guide(x)["z"], x / 2 + shrink * (second - x / 2))
+    guide.train()
+    guide.sample_posterior(x, num_samples=3)
+    guide.trajectory(x)
+    with torch.no_grad():
+        guide(x)
+    Predictive(local, guide=guide, num_samples=2)(x)
+    torch.testing.assert_close(guide(x)["z"], x / 2 + shrink * (second - x / 2))
+
+
+def test_persistent_states_are_kept_by_subsample_index():
+    x = torch.arange(6.0)
+
+    def model(index: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample=index):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    guide = ShortRunGuide(model, num_steps=2, dynamics=contraction(0.1), start=Persistent())
+    last: dict[int, float] = {}
+    for index in ([0, 1, 2], [2, 4, 0], [5, 1], [2, 1, 0]):
+        z = guide(torch.tensor(index))["z"].tolist()
+        for i, value in zip(index, z, strict=True):
+            if i in last:
+                assert value == pytest.approx(i / 2 + 0.64 * (last[i] - i / 2), rel=1e-4, abs=1e-4)
+            last[i] = value
+    visited = guide.start.visited
+    assert visited.tolist() == [True, True, True, False, True, True]
+
+
+@pytest.mark.parametrize("refresh", [1.0, 0.5])
+def test_persistent_refresh_restarts_at_the_prior(refresh):
+    x = torch.zeros(400)
+    guide = ShortRunGuide(local, num_steps=1, dynamics=frozen(), start=Persistent(refresh=refresh))
+    first, second = guide(x)["z"], guide(x)["z"]
+    same = (second - first).abs() < 1e-4
+    assert abs(same.sum().item() - 400 * (1 - refresh)) <= 5 * math.sqrt(400 * refresh * (1 - refresh)) + 1
+    assert second[~same].std().item() == pytest.approx(1.0, rel=0.3)
+
+
+def test_persistent_loss_is_the_log_joint_and_trains_the_model():
+    """There is no bound: the step size stays, theta moves by the gradient at the draw."""
+    x = data()
+    guide, seen = recorded(ShortRunGuide(trainable, num_steps=2, step_size=StepSize(0.05), start=Persistent()))
+    loss = Trace_ELBO(max_plate_nesting=1).loss_and_grads(trainable, guide, x)
+    z = seen[-1]["z"]
+    log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(0.3 + z, 1.0).log_prob(x)
+    assert loss == pytest.approx(-log_joint.sum().item(), rel=1e-5)
+    torch.testing.assert_close(pyro.param("theta").grad, -(x - z - 0.3).sum())
+    svi = SVI(trainable, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(x)
+    (eta,) = [v for k, v in pyro.get_param_store().items() if k != "theta"]
+    assert eta.item() == pytest.approx(0.05)
+    assert pyro.param("theta").item() != pytest.approx(0.3)
