@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from tilted import Quadratic, log_z_grad, one_layer, silent
+from tilted import Quadratic, encoder, log_z_grad, one_layer, silent
 from torch import Tensor, nn
 
 from pyro_shortrun import EnergyELBO, Langevin, Prior, ShortRunELBO, ShortRunGuide, StepSize, energy_prior, sample_prior
