@@ -34,6 +34,10 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"
 
 nitpicky = True  # every reference to something of ours leads somewhere
+nitpick_ignore = [  # what signatures name and no one needs
+    ("py:class", "pyro_shortrun.mcmc.target.Target"),
+    ("py:class", "pyro_shortrun.runs.noise.Noise"),
+]
 nitpick_ignore_regex = [("py:class", r"(?!pyro_shortrun).*|.*\._\w*"), ("py:.*", r"(arviz|pyro|torch)\..*")]
 
 html_theme = "furo"

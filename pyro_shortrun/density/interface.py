@@ -47,7 +47,7 @@ class Density(ABC):
     def require_vectorization(self, u: Tensor) -> None:
         """Refuse a model whose chains cannot be a batch dimension, naming the operation.
 
-        :raises NotImplementedError: see :func:`~pyro_shortrun.density.vectorize.require_vmap`.
+        :raises NotImplementedError: with the operation, and the model's line if there is one.
         """
         require_vmap(lambda one: self(one.unsqueeze(0)).squeeze(0), (u,))
 

@@ -40,6 +40,14 @@ def test_index_has_every_package_and_the_names_at_the_top_once():
     assert sorted(re.findall(r"`~pyro_shortrun\.(\w+)`", index)) == sorted(pyro_shortrun.__all__)
 
 
+def test_files_that_pages_name_are_there():
+    root, missing = DOCS.parent, []
+    for page in [*DOCS.rglob("*.md"), root / "README.md", root / "CONTRIBUTING.md"]:
+        named = re.findall(r"\b(?:tests|docs|examples|pyro_shortrun)/[\w/]+\.(?:py|md|ipynb|png)\b", page.read_text())
+        missing += [f"{page.name}: {name}" for name in named if not (root / name).exists()]
+    assert not missing
+
+
 def members(owner: type) -> dict[str, object]:
     """What a class itself has to call or read."""
     kinds = (property, classmethod, staticmethod)
