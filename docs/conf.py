@@ -35,6 +35,7 @@ nb_execution_mode = "off"
 
 nitpicky = True  # every reference to something of ours leads somewhere
 nitpick_ignore = [  # what signatures name and no one needs
+    ("py:class", "pyro_shortrun.density.program.Binding"),
     ("py:class", "pyro_shortrun.mcmc.target.Target"),
     ("py:class", "pyro_shortrun.runs.noise.Noise"),
 ]
