@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from pyro_shortrun import EnergyELBO, sample_prior
 from pyro_shortrun.diagnostics import plot_images
+from pyro_shortrun.energy import PriorRuns
 from pyro_shortrun.evaluation import squared_mmd
 
 KINDS = (
@@ -38,8 +39,13 @@ KINDS = (
 )
 
 
+def prior_runs(args: argparse.Namespace) -> PriorRuns:
+    """The same in training and for samples."""
+    return PriorRuns(args.prior_steps, args.prior_step)
+
+
 def train(model: Callable, guide: Callable, x: Tensor, args: argparse.Namespace, name: str) -> None:
-    elbo = EnergyELBO(Trace_ELBO(), args.prior_steps, args.prior_step, compile=args.compile)
+    elbo = EnergyELBO(Trace_ELBO(), runs=prior_runs(args), compile=args.compile)
     optimiser = pyro.optim.Adam(lambda name: {"lr": args.energy_lr if name.startswith("ebm.") else args.lr})
     svi = SVI(model, guide, optimiser, elbo)
     for _ in tqdm(range(args.epochs), desc=name, unit="epoch"):
@@ -61,7 +67,7 @@ def mmd(a: Tensor, b: Tensor) -> float:
 def priors(model: Callable, x: Tensor, args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One draw of every site for each row of ``x``: without the energy, and with it."""
     plain = {k: v[0] for k, v in Predictive(model, num_samples=1)(x).items()}
-    tilted = sample_prior(model, x, num_samples=1, num_steps=args.prior_steps, step_size=args.prior_step)
+    tilted = sample_prior(model, x, num_samples=1, runs=prior_runs(args))
     return plain, {k: v[0] for k, v in tilted.items()}
 
 
@@ -69,8 +75,8 @@ def vary(model: Callable, kind: Kind, x: Tensor, args: argparse.Namespace) -> li
     """For every layer, images ``(rows, columns, pixels)``: along the columns that layer is drawn anew."""
     _, base = priors(model, x, args)
     names = [f"z{i + 1}" for i in range(len(kind.dims))]
-    runs = dict(num_samples=8, num_steps=args.prior_steps, step_size=args.prior_step)
-    found = [sample_prior(model, x, given={k: base[k] for k in names if k != name}, **runs) for name in names]
+    options = dict(num_samples=8, runs=prior_runs(args))
+    found = [sample_prior(model, x, given={k: base[k] for k in names if k != name}, **options) for name in names]
     return [sites["image"].transpose(0, 1) for sites in found]
 
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_shortrun import EnergyELBO, Langevin, ShortRunGuide, StepSize, energy_prior, sample_prior
+from pyro_shortrun.energy import PriorRuns
 from pyro_shortrun.evaluation import squared_mmd
 
 NOISE, PIXELS = 0.1, 6
@@ -128,13 +129,14 @@ def mmd(a: Tensor, b: Tensor) -> float:
 def prior_draws(model: Callable, args: argparse.Namespace) -> Tensor:
     """2,000 draws of z1, by the runs that training makes."""
     x = torch.zeros(2000, PIXELS)
-    runs = dict(num_steps=args.prior_steps, step_size=args.prior_step)
-    return sample_prior(model, x, num_samples=1, **runs)["z1"][0]
+    runs = PriorRuns(args.prior_steps, args.prior_step)
+    return sample_prior(model, x, num_samples=1, runs=runs)["z1"][0]
 
 
 def train(model: Callable, guide: Callable, x: Tensor, args: argparse.Namespace, name: str) -> list[float]:
     """Energy gaps along the way."""
-    elbo = EnergyELBO(Trace_ELBO(), args.prior_steps, args.prior_step, l2=args.l2, compile=not args.smoke)
+    runs = PriorRuns(args.prior_steps, args.prior_step)
+    elbo = EnergyELBO(Trace_ELBO(), runs=runs, l2=args.l2, compile=not args.smoke)
     gamma = 0.1 ** (1 / args.iterations)
     schedule = pyro.optim.ExponentialLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": args.lr, "betas": (0.5, 0.999)}, "gamma": gamma}

@@ -47,6 +47,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from pyro_shortrun import EnergyELBO, Langevin, ShortRunGuide, StepSize, ais, energy_prior, sample_prior
+from pyro_shortrun.energy import PriorRuns
 from pyro_shortrun.evaluation import frechet_distance, squared_mmd
 
 SMOKE = "SMOKE" in os.environ
@@ -174,11 +175,11 @@ def encoder(layers):
 
 
 # %%
-RUNS = {"num_steps": PRIOR_STEPS, "step_size": 0.05}
+RUNS = PriorRuns(PRIOR_STEPS, step_size=0.05)
 
 
 def train(model, guide, batches, lr, energy_lr, runs):
-    loss = EnergyELBO(Trace_ELBO(), **runs)
+    loss = EnergyELBO(Trace_ELBO(), runs=runs)
     rate = {"betas": (0.5, 0.999)}
     optimiser = pyro.optim.Adam(lambda name: {"lr": energy_lr if name.startswith("ebm.") else lr, **rate})
     svi, gaps, began = SVI(model, guide, optimiser, loss), [], time.process_time()
@@ -224,7 +225,7 @@ log_truth = dist.MixtureSameFamily(
 
 @torch.no_grad()
 def draws(toy, n=TEST):
-    return sample_prior(toy["model"], torch.zeros(n, DIMS), num_samples=1, **RUNS)["z1"][0]
+    return sample_prior(toy["model"], torch.zeros(n, DIMS), num_samples=1, runs=RUNS)["z1"][0]
 
 
 @torch.no_grad()
@@ -367,7 +368,7 @@ def digit_batches(epochs):
         yield from (part for part in parts if len(part) == 100)
 
 
-digit_runs = {"num_steps": PRIOR_STEPS, "step_size": 0.1}
+digit_runs = PriorRuns(PRIOR_STEPS, step_size=0.1)
 digits = {}
 for name, dims in (("1 layer, maximum likelihood", (16,)), ("3 layers, variational", (6, 6, 6))):
     pyro.clear_param_store()
@@ -395,7 +396,7 @@ for name, dims in (("1 layer, maximum likelihood", (16,)), ("3 layers, variation
 def digit_draws(digit, tilted):
     """All layers' latents side by side, and images: one of each for every test image."""
     if tilted:
-        sites = sample_prior(digit["model"], test_images, num_samples=1, **digit_runs)
+        sites = sample_prior(digit["model"], test_images, num_samples=1, runs=digit_runs)
     else:
         sites = Predictive(digit["model"], num_samples=1)(test_images)
     names = sorted(k for k in sites if k.startswith("z"))
@@ -443,11 +444,11 @@ plt.show()
 
 # %%
 model = digits["3 layers, variational"]["model"]
-base = {k: v[0] for k, v in sample_prior(model, test_images[:6], num_samples=1, **digit_runs).items()}
+base = {k: v[0] for k, v in sample_prior(model, test_images[:6], num_samples=1, runs=digit_runs).items()}
 fig, axes = plt.subplots(1, 3, figsize=(9, 2.6), dpi=80, layout="constrained")
 for ax, name in zip(axes, ("z1", "z2", "z3"), strict=True):
     held = {k: base[k] for k in ("z1", "z2", "z3") if k != name}
-    found = sample_prior(model, test_images[:6], given=held, num_samples=8, **digit_runs)["image"]
+    found = sample_prior(model, test_images[:6], given=held, num_samples=8, runs=digit_runs)["image"]
     show(ax, found.transpose(0, 1), 8, f"only {name} drawn anew")
 plt.show()
 

@@ -2,13 +2,14 @@
 
 from .call import Binder, Call
 from .interface import Block, Density
-from .layout import Layout
+from .layout import Arrow, Layout
 from .model import LogDensity
 from .potential import PotentialDensity
 from .program import Program
 from .shapes import LatentSite, Plate
 
 __all__ = [
+    "Arrow",
     "Binder",
     "Block",
     "Call",

@@ -17,15 +17,16 @@ _STEPS_AT_ONCE = 8
 
 
 class Block(Protocol):
-    """A function of a density and tensors that may be traced and compiled; ``key`` is everything that decides its
-    arithmetic.
+    """A function of a density and tensors that may be traced and compiled.
 
     One whose outputs tell ``log pi`` of a state among its inputs may have a method
     ``witness(inputs, outputs) -> (u, log pi(u))``, by which a compiled density checks itself.
     """
 
     @property
-    def key(self) -> tuple[Hashable, ...]: ...
+    def key(self) -> tuple[Hashable, ...]:
+        """Everything that decides its arithmetic."""
+        ...
 
     def __call__(self, density: Any, *inputs: Tensor) -> tuple[Tensor, ...]: ...
 
@@ -47,7 +48,7 @@ class Density(ABC):
     def require_vectorization(self, u: Tensor) -> None:
         """Refuse a model whose chains cannot be a batch dimension, naming the operation.
 
-        :raises NotImplementedError: see :func:`~pyro_shortrun.density.vectorize.require_vmap`.
+        :raises NotImplementedError: with the operation, and the model's line if there is one.
         """
         require_vmap(lambda one: self(one.unsqueeze(0)).squeeze(0), (u,))
 

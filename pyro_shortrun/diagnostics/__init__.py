@@ -9,7 +9,7 @@ from .run_length import RunLength, run_length
 from .run_plots import StepSizeHistory, plot_step_sizes, plot_trajectories
 from .sbc import SBC, Chains, Trained, sbc
 from .step_sweep import StepSweep, step_sweep
-from .uniformity import plot_ecdf, plot_ranks
+from .uniformity import UniformBand, plot_ecdf, plot_ranks, symmetry_pvalue
 
 __all__ = [
     "Chains",
@@ -21,6 +21,7 @@ __all__ = [
     "StepSizeHistory",
     "StepSweep",
     "Trained",
+    "UniformBand",
     "compare_with_nuts",
     "energy_gap",
     "nested_rhat",
@@ -36,4 +37,5 @@ __all__ = [
     "run_length",
     "sbc",
     "step_sweep",
+    "symmetry_pvalue",
 ]

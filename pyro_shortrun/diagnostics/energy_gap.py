@@ -37,7 +37,7 @@ class EnergyGap:
 
     @property
     def gap(self) -> dict[str, float]:
-        """Posterior minus prior: minus :attr:`EnergyInfo.gap`, which is of ``f = -E``."""
+        """Posterior minus prior: minus ``EnergyInfo.gap``, which is of ``f = -E``."""
         return {k: v - self.prior[k] for k, v in self.posterior.items()}
 
     @property
@@ -71,7 +71,7 @@ def energy_gap(
     runs: PriorRuns | None = None,
     **kwargs: Any,
 ) -> EnergyGap:
-    r"""The two phases of maximum likelihood, compared: for each :func:`~pyro_shortrun.energy_prior` site
+    r"""The two phases of maximum likelihood, compared: for each :func:`~pyro_shortrun.energy_prior` site,
 
     .. math:: E_{p(x)}\, E_{q(z \mid x)}[E(z)] - E_{p_K(z)}[E(z)] ,
 

@@ -4,10 +4,11 @@ from .dynamics import Dynamics, Jacobian
 from .hamiltonian import Hamiltonian
 from .langevin import Langevin
 from .metric import Dense, Diagonal, Identity, Preconditioner
-from .momentum import MomentumDynamics
+from .momentum import Arrived, Leap, MomentumDynamics
 from .step_size import StepSize
 
 __all__ = [
+    "Arrived",
     "Dense",
     "Diagonal",
     "Dynamics",
@@ -15,6 +16,7 @@ __all__ = [
     "Identity",
     "Jacobian",
     "Langevin",
+    "Leap",
     "MomentumDynamics",
     "Preconditioner",
     "StepSize",

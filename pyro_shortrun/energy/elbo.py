@@ -62,7 +62,7 @@ class EnergyELBO(ELBO):
     one term for each element of the plates that hold the latents, scaled as Pyro scales them under subsampling. The
     expectation is taken at the ends of short runs in the prior, observations left out (the negative phase), and reaches
     the parameters of the energies *and* of conditional priors (Z depends on both), but none of the guide's. The
-    value of the loss is the base's: log Z itself is not in it (see :func:`~pyro_shortrun.evaluation.evidence`).
+    value of the loss is the base's: log Z itself is not in it (see :func:`~pyro_shortrun.ais`).
 
     With a :class:`~pyro_shortrun.ShortRunGuide` this is maximum likelihood with MCMC for prior and posterior; with an
     amortised guide it is the variational scheme, with ``AutoNormal`` ordinary variational inference.

@@ -71,7 +71,7 @@ def importance_log_likelihood(
     :param num_samples: ``M``, importance samples per row and round.
     :param rounds: rounds, the last one included.
     :raises ValueError: where a site is missing from ``draws`` or there are too few of them, and for models with
-        :func:`~pyro_shortrun.energy_prior`, whose log Z :func:`~pyro_shortrun.evaluation.evidence` brackets.
+        :func:`~pyro_shortrun.energy_prior`, whose log Z :func:`~pyro_shortrun.ais` brackets.
     """
     density = _on_full_plates(model, args, kwargs).model
     missing = [s.name for s in density.layout.sites if s.name not in draws]

@@ -232,7 +232,7 @@ class ShortRunGuide(DensityGuide):
     ) -> tuple[Call, StartDraw, ShortRun]:
         """Independent runs with other step sizes, or of another length, than the guide's; for comparisons.
 
-        They leave the guide, :attr:`info` included, as it is. Step sizes of single steps are stretched over the run.
+        They leave the guide, ``info`` included, as it is. Step sizes of single steps are stretched over the run.
         """
         steps = num_steps or self.num_steps
         with ordinary_autograd(), poutine.block():

@@ -164,7 +164,7 @@ class VectorizedMCMC:
     @property
     def sample_stats(self) -> dict[str, Tensor]:
         """Statistics of the kept draws, ``{name: (num_chains, draws)}``; see
-        :class:`~pyro_shortrun.mcmc.chains.DrawStats`."""
+        :class:`DrawStats`."""
         return self._opened().stats()
 
     @property

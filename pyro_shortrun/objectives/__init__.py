@@ -7,11 +7,13 @@ from .mixture import Mixture
 from .objective import Objective
 from .path import PathDensity
 from .reverse import GaussianReverse
-from .transition import Transition
+from .transition import Column, Departure, Transition
 
 __all__ = [
     "Annealed",
     "Automatic",
+    "Column",
+    "Departure",
     "Exact",
     "GaussianReverse",
     "Lanczos",

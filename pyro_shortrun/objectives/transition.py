@@ -112,7 +112,7 @@ class Transition(ABC):
     ) -> Departure | None:
         """What the step that begins at ``u`` will add when it arrives, if anything.
 
-        Where it :attr:`pays_ahead`, its derivatives are taken on the way there, where its graph is at hand: ``grad``
+        Where it ``pays_ahead``, its derivatives are taken on the way there, where its graph is at hand: ``grad``
         then has a graph to ``u``, and ``create_graph`` tells whether the result needs one.
         """
         return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import math
+import pkgutil
 import re
 import subprocess
 import sys
@@ -16,12 +18,34 @@ import pytest
 import pyro_shortrun
 
 DOCS = Path(__file__).parents[2] / "docs"
-REFERENCE = re.findall(r"auto(?:class|function):: pyro_shortrun\.(\S+)", (DOCS / "api.md").read_text())
+PACKAGES = [found.name for found in pkgutil.iter_modules(pyro_shortrun.__path__) if found.ispkg]
 
 
-def test_reference_has_every_public_name_once():
-    assert len(REFERENCE) == len(set(REFERENCE))
-    assert {name for name in REFERENCE if "." not in name} == set(pyro_shortrun.__all__)
+def public(package: str) -> dict[str, object]:
+    found = importlib.import_module(f"pyro_shortrun.{package}")
+    return {name: getattr(found, name) for name in found.__all__}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_page_of_a_package_has_its_public_names_once(package):
+    page = (DOCS / "api" / f"{package}.md").read_text()
+    entries = re.findall(r"auto(?:class|function):: pyro_shortrun\.(\S+)", page)
+    assert sorted(entries) == sorted(f"{package}.{name}" for name in public(package))
+
+
+def test_index_has_every_package_and_the_names_at_the_top_once():
+    index = (DOCS / "api.md").read_text()
+    assert sorted(re.findall(r"^api/(\w+)$", index, re.M)) == sorted(PACKAGES)
+    assert sorted(re.findall(r"\(api/(\w+)\.md\)", index)) == sorted(PACKAGES)
+    assert sorted(re.findall(r"`~pyro_shortrun\.(\w+)`", index)) == sorted(pyro_shortrun.__all__)
+
+
+def test_files_that_pages_name_are_there():
+    root, missing = DOCS.parent, []
+    for page in [*DOCS.rglob("*.md"), root / "README.md", root / "CONTRIBUTING.md"]:
+        named = re.findall(r"\b(?:tests|docs|examples|pyro_shortrun)/[\w/]+\.(?:py|md|ipynb|png)\b", page.read_text())
+        missing += [f"{page.name}: {name}" for name in named if not (root / name).exists()]
+    assert not missing
 
 
 def members(owner: type) -> dict[str, object]:
@@ -31,10 +55,11 @@ def members(owner: type) -> dict[str, object]:
     return {k: getattr(owner, k) for k, v in own.items() if inspect.isfunction(v) or isinstance(v, kinds)}
 
 
-@pytest.mark.parametrize("name", pyro_shortrun.__all__)
-def test_docstrings_begin_with_a_summary(name):
-    public = getattr(pyro_shortrun, name)
-    found = {name: public, **(members(public) if inspect.isclass(public) else {})}
+@pytest.mark.parametrize("package", PACKAGES)
+def test_docstrings_begin_with_a_summary(package):
+    found = public(package)
+    for name, value in list(found.items()):
+        found |= {f"{name}.{k}": v for k, v in members(value).items()} if inspect.isclass(value) else {}
     without = []
     for key, value in found.items():
         first = (inspect.getdoc(value) or "").split("\n\n")[0]
