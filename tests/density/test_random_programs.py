@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import pyro
 import pyro.distributions as dist
-import small as laws
+import test_density as laws
 import torch
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
