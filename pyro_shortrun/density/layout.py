@@ -163,20 +163,6 @@ class Layout:
         """Number of coordinates of each site in a row (or local block)."""
         return {s.name: s.shape.numel() for s in self.split[0]} | {name: p.numel for name, p in self._local}
 
-    @cached_property
-    def site_index(self) -> Tensor:
-        """``(size,)`` index of the site to which each coordinate belongs."""
-        numbers = {s.name: float(i) for i, s in enumerate(self.sites)}
-        return constant(self, numbers).round().long()
-
-    @cached_property
-    def dim_index(self) -> Tensor:
-        """``(size,)`` index of each coordinate; elements of an arrowhead's local plate share theirs."""
-        if self.arrow is None:
-            return torch.arange(self.size)
-        local = self.arrow.shared + torch.arange(self.arrow.local).repeat(self.arrow.count)
-        return torch.cat([torch.arange(self.arrow.shared), local])
-
     def drift_scale(self, like: Tensor) -> Tensor:
         """``(size,)`` of ``1 / scale`` per site: undoes the scaling that subsampling gives to local latents."""
         key = (like.dtype, like.device)

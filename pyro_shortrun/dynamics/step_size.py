@@ -10,6 +10,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from ..density.coordinates import dim_index, site_index
 from ..density.layout import Layout
 
 Per = Literal["shared", "step", "site", "dim"]
@@ -65,7 +66,7 @@ class StepSize(PyroModule):
 
         :return: whether they were created now.
         """
-        index = layout.site_index if self.per == "site" else layout.dim_index
+        index = site_index(layout) if self.per == "site" else dim_index(layout)
         self._index = index.to(like.device)
         self._length = {"shared": 1, "step": num_steps, "site": len(layout.sites), "dim": _count(index)}[self.per]
         if self.is_set_up:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..density.coordinates import dim_index
 from ..density.layout import Layout
 
 _RIDGE = 1e-6  # of the features' variances
@@ -112,7 +113,7 @@ class Fit:
     def __init__(self, layout: Layout, step_size: Tensor, dense: bool) -> None:
         self.dense = dense
         self._eta = step_size.detach()
-        self._index = layout.dim_index.to(step_size.device)
+        self._index = dim_index(layout).to(step_size.device)
         groups = int(self._index.max()) + 1
         self._shares = torch.bincount(self._index, minlength=groups).double()[:, None, None]
         count, size = step_size.shape

@@ -66,7 +66,7 @@ def test_latents_after_the_last_energy_are_not_run():
 
 def test_compiled_runs_equal_eager_ones():
     x, ends = torch.zeros(4), []
-    energy, sampler = Quadratic(0.5), EnergyELBO(Trace_ELBO(), num_steps=6).sampler
+    energy, runs = Quadratic(0.5), EnergyELBO(Trace_ELBO(), num_steps=6).runs
     for compile in (False, True):
         prior = TiltedPrior(one_layer(energy), compile)
         if compile:
@@ -75,7 +75,7 @@ def test_compiled_runs_equal_eager_ones():
             energy.c.data.fill_(c)
             pyro.set_rng_seed(3)
             call = prior.bind((x,), {})
-            ends.append(sampler.run(call, 2).end)
+            ends.append(runs.make(call, 2).end)
         if compile:
             assert len(prior._compiler._graphs) == 2  # of the steps and of the end, not of each call
     torch.testing.assert_close(ends[:2], ends[2:])
