@@ -251,3 +251,27 @@ def traced(call: Call, compiler: Compiler | None = None) -> CompiledDensity:
     density = density_of(call.program, call.density.structure, call.bind, compiler)
     assert isinstance(density, CompiledDensity)
     return density
+
+
+def posterior(precisions: list[float], mean: float = 1.0) -> tuple[Callable[[], None], float]:
+    """A model with a N(0, 1) prior and a posterior N(mean, 1 / precision) per coordinate; log evidence."""
+    lam = torch.tensor(precisions)
+    data, noise = lam * mean / (lam - 1), (lam - 1).rsqrt()
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(lam)), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z, noise).to_event(1), obs=data)
+
+    return model, dist.Normal(0.0, (1 + noise**2).sqrt()).log_prob(data).sum().item()
+
+
+def langevin_kl(eta: float, steps: int, precisions: list[float], mean: float = 1.0) -> float:
+    """Exact KL of the law of a Langevin run, from N(0, 1), to that posterior."""
+    total = 0.0
+    for lam in precisions:
+        a = 1 - eta * lam
+        if abs(a) >= 1:
+            return math.inf
+        variance = a ** (2 * steps) + 2 * eta * (1 - a ** (2 * steps)) / (1 - a * a)
+        total += 0.5 * (lam * variance + lam * (mean * a**steps) ** 2 - 1 - math.log(lam * variance))
+    return total
