@@ -21,7 +21,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
 from zoo import CASES, EXTRA
 
 from pyro_shortrun import (
@@ -156,11 +158,60 @@ def recorded(guide: Callable) -> tuple[Callable, list[dict[str, Tensor]]]:
 MODES = {"plain": contextlib.nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
 
-def trainable(x: Tensor) -> None:
-    theta = pyro.param("theta", torch.tensor(0.3))
+def shifted(theta: Tensor, x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(theta + z, 1.0), obs=x)
+
+
+def bent(theta: Tensor, x: Tensor) -> None:
+    """Every part of the log density depends on theta, and no Hessian is constant."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        pyro.sample("x", dist.Normal((theta * z).tanh(), 0.7), obs=x)
+
+
+KINDS = ["pyro.param", "PyroModule", "pyro.module", "nn.Module"]
+
+
+def parametrised(
+    kind: str, program: Callable[[Tensor, Tensor], None], value: float, constraint: Any = constraints.real
+) -> tuple[Callable[[Tensor], None], Callable[[], Tensor]]:
+    """``program(theta, x)`` as a model of ``x`` with a parameter of one kind, and what gives the leaf that is trained.
+
+    A plain module's parameter is not constrained, and that of ``nn.Module`` not registered.
+    """
+    if kind == "pyro.param":
+
+        def with_param(x: Tensor) -> None:
+            program(pyro.param("theta", torch.tensor(value), constraint), x)
+
+        return with_param, lambda: pyro.param("theta").unconstrained()
+    if kind == "PyroModule":
+
+        class Model(PyroModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.theta = PyroParam(torch.tensor(value), constraint)
+
+            def forward(self, x: Tensor) -> None:
+                program(self.theta, x)
+
+        model = Model()
+        return model, lambda: model.theta_unconstrained
+    module = nn.Module()
+    module.theta = nn.Parameter(torch.tensor(value))
+
+    def with_module(x: Tensor) -> None:
+        if kind == "pyro.module":
+            pyro.module("module", module)
+        program(module.theta, x)
+
+    return with_module, lambda: module.theta
+
+
+def decoder() -> PyroModule:
+    return parametrised("PyroModule", shifted, 0.3)[0]
 
 
 SEEN: list[Tensor] = []  # the subsample of every run of the models below

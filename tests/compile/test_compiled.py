@@ -10,25 +10,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import traced
 from pyro.infer import SVI, Trace_ELBO
-from runners import Runner, run
+from runners import short_run
 from torch import Tensor, nn
 from zoo import CASES, EXTRA, Case
 
 from pyro_shortrun import Langevin, PathDensity, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
-from pyro_shortrun.compile import CompiledDensity, Compiler, Untouched
-from pyro_shortrun.compile.executor import density_of
+from pyro_shortrun.compile import Compiler, Untouched
 from pyro_shortrun.density import Call
 from pyro_shortrun.objectives import Exact, Lanczos
 from pyro_shortrun.runs import Gradients
-
-
-def traced(call: Call, compiler: Compiler | None = None) -> CompiledDensity:
-    """The density through a traced graph, which is run without inductor: quick to make."""
-    compiler = Compiler(Untouched()) if compiler is None else compiler
-    density = density_of(call.program, call.density.structure, call.bind, compiler)
-    assert isinstance(density, CompiledDensity)
-    return density
 
 
 def short(model: Callable, compile: bool, **options) -> ShortRunGuide:
@@ -235,7 +227,7 @@ def test_tuned_runs_give_the_eager_bound_and_gradient(case: Case, caplog, monkey
     frozen: list[Tensor] = []
     for each in (call.density, density):
         eta = torch.full((2, layout.size), 1e-3, requires_grad=True)
-        result = run(Runner(each, Langevin(1e-3), PathDensity(Exact())), u, eta, noise, Gradients.GUIDE)
+        result = short_run(each, Langevin(1e-3), PathDensity(Exact()), u, eta, noise, gradients=Gradients.GUIDE)
         (result.end.tanh().sum() + result.increment.sum()).backward()
         info = result.info
         found.append((result.end, result.increment, eta.grad, info.log_density, info.grad_norm, info.log_det))
@@ -255,7 +247,7 @@ def test_inductor_gives_the_eager_step_size_gradient(name):
     noise, grads = torch.randn(4, *u.shape), []
     for density in (call.density, traced(call, Compiler())):
         eta = torch.full((4, call.density.layout.size), 1e-3, requires_grad=True)
-        result = run(Runner(density, Langevin(1e-3), PathDensity()), u, eta, noise, Gradients.GUIDE)
+        result = short_run(density, Langevin(1e-3), PathDensity(), u, eta, noise, gradients=Gradients.GUIDE)
         (result.end.tanh().sum() + result.increment.sum()).backward()
         grads.append(eta.grad)
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
@@ -272,7 +264,7 @@ def test_blocks_of_steps_are_single_steps(steps, monkeypatch):
         monkeypatch.setattr("pyro_shortrun.compile.executor._STEPS_AT_MOST", most)
         density = traced(call)
         eta = torch.full((steps, call.density.layout.size), 1e-3, requires_grad=True)
-        result = run(Runner(density, Langevin(1e-3), PathDensity()), u, eta, noise, Gradients.GUIDE)
+        result = short_run(density, Langevin(1e-3), PathDensity(), u, eta, noise, gradients=Gradients.GUIDE)
         (result.end.tanh().sum() + result.increment.sum()).backward()
         results.append((result.end, result.increment, eta.grad, result.info.log_density, result.info.log_det))
     for single, block in zip(*results, strict=True):
