@@ -21,7 +21,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
 from zoo import CASES, EXTRA
 
 from pyro_shortrun import (
@@ -156,11 +158,60 @@ def recorded(guide: Callable) -> tuple[Callable, list[dict[str, Tensor]]]:
 MODES = {"plain": contextlib.nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
 
-def trainable(x: Tensor) -> None:
-    theta = pyro.param("theta", torch.tensor(0.3))
+def shifted(theta: Tensor, x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(theta + z, 1.0), obs=x)
+
+
+def bent(theta: Tensor, x: Tensor) -> None:
+    """Every part of the log density depends on theta, and no Hessian is constant."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        pyro.sample("x", dist.Normal((theta * z).tanh(), 0.7), obs=x)
+
+
+KINDS = ["pyro.param", "PyroModule", "pyro.module", "nn.Module"]
+
+
+def parametrised(
+    kind: str, program: Callable[[Tensor, Tensor], None], value: float, constraint: Any = constraints.real
+) -> tuple[Callable[[Tensor], None], Callable[[], Tensor]]:
+    """``program(theta, x)`` as a model of ``x`` with a parameter of one kind, and what gives the leaf that is trained.
+
+    A plain module's parameter is not constrained, and that of ``nn.Module`` not registered.
+    """
+    if kind == "pyro.param":
+
+        def with_param(x: Tensor) -> None:
+            program(pyro.param("theta", torch.tensor(value), constraint), x)
+
+        return with_param, lambda: pyro.param("theta").unconstrained()
+    if kind == "PyroModule":
+
+        class Model(PyroModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.theta = PyroParam(torch.tensor(value), constraint)
+
+            def forward(self, x: Tensor) -> None:
+                program(self.theta, x)
+
+        model = Model()
+        return model, lambda: model.theta_unconstrained
+    module = nn.Module()
+    module.theta = nn.Parameter(torch.tensor(value))
+
+    def with_module(x: Tensor) -> None:
+        if kind == "pyro.module":
+            pyro.module("module", module)
+        program(module.theta, x)
+
+    return with_module, lambda: module.theta
+
+
+def decoder() -> PyroModule:
+    return parametrised("PyroModule", shifted, 0.3)[0]
 
 
 SEEN: list[Tensor] = []  # the subsample of every run of the models below
@@ -251,3 +302,27 @@ def traced(call: Call, compiler: Compiler | None = None) -> CompiledDensity:
     density = density_of(call.model, compiler)
     assert isinstance(density, CompiledDensity)
     return density
+
+
+def posterior(precisions: list[float], mean: float = 1.0) -> tuple[Callable[[], None], float]:
+    """A model with a N(0, 1) prior and a posterior N(mean, 1 / precision) per coordinate; log evidence."""
+    lam = torch.tensor(precisions)
+    data, noise = lam * mean / (lam - 1), (lam - 1).rsqrt()
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(lam)), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z, noise).to_event(1), obs=data)
+
+    return model, dist.Normal(0.0, (1 + noise**2).sqrt()).log_prob(data).sum().item()
+
+
+def langevin_kl(eta: float, steps: int, precisions: list[float], mean: float = 1.0) -> float:
+    """Exact KL of the law of a Langevin run, from N(0, 1), to that posterior."""
+    total = 0.0
+    for lam in precisions:
+        a = 1 - eta * lam
+        if abs(a) >= 1:
+            return math.inf
+        variance = a ** (2 * steps) + 2 * eta * (1 - a ** (2 * steps)) / (1 - a * a)
+        total += 0.5 * (lam * variance + lam * (mean * a**steps) ** 2 - 1 - math.log(lam * variance))
+    return total

@@ -10,24 +10,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import traced
 from pyro.infer import SVI, Trace_ELBO
-from runners import Runner, run
+from runners import short_run
 from torch import Tensor, nn
 from zoo import CASES, EXTRA, Case
 
 from pyro_shortrun import Langevin, PathDensity, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
-from pyro_shortrun.compile import CompiledDensity, Compiler, Untouched, density_of
+from pyro_shortrun.compile import Compiler, Untouched
 from pyro_shortrun.density import Call
 from pyro_shortrun.objectives import Exact, Lanczos
 from pyro_shortrun.runs import Gradients
-
-
-def traced(call: Call, compiler: Compiler | None = None) -> CompiledDensity:
-    """The density through a traced graph, which is run without inductor: quick to make."""
-    compiler = Compiler(Untouched()) if compiler is None else compiler
-    density = density_of(call.model, compiler)
-    assert isinstance(density, CompiledDensity)
-    return density
 
 
 def short(model: Callable, compile: bool, **options) -> ShortRunGuide:
@@ -66,7 +59,7 @@ def test_graph_gives_value_and_gradient(case: Case, chains: int, caplog):
     torch.testing.assert_close(grad, slope)
     with torch.no_grad():
         torch.testing.assert_close(density(u), wanted)
-    assert len(density._graphs.compiler._graphs) == 2 and not warned(caplog)
+    assert len(density._compiler._graphs) == 2 and not warned(caplog)
 
 
 @pytest.mark.parametrize("name", ["eight_schools", "vae", "mixture"])
@@ -211,7 +204,7 @@ def test_pickles_without_graphs():
 
 
 def test_ever_changing_shapes_end_in_eager_runs(monkeypatch, caplog):
-    monkeypatch.setattr("pyro_shortrun.compile.compiler._GRAPHS_AT_MOST", 2)
+    monkeypatch.setattr("pyro_shortrun.compile.executor._GRAPHS_AT_MOST", 2)
     model = generator(Decoder())
     compiled, eager = short(model, True), short(model, False)
     for size in (2, 3, 4):
@@ -224,7 +217,7 @@ def test_ever_changing_shapes_end_in_eager_runs(monkeypatch, caplog):
 @pytest.mark.parametrize("case", CASES + EXTRA, ids=lambda c: c.name)
 def test_tuned_runs_give_the_eager_bound_and_gradient(case: Case, caplog, monkeypatch):
     """Increments, step-size gradient and every statistic of a taped run, per-dimension steps, two chains."""
-    monkeypatch.setattr("pyro_shortrun.compile.compiler._STEPS_AT_MOST", 1)
+    monkeypatch.setattr("pyro_shortrun.compile.executor._STEPS_AT_MOST", 1)
     model, args = case.make()
     call = Call.of(model, args, {})
     u, layout = call.prior(2).detach(), call.density.layout
@@ -234,7 +227,7 @@ def test_tuned_runs_give_the_eager_bound_and_gradient(case: Case, caplog, monkey
     frozen: list[Tensor] = []
     for each in (call.density, density):
         eta = torch.full((2, layout.size), 1e-3, requires_grad=True)
-        result = run(Runner(each, Langevin(1e-3), PathDensity(Exact())), u, eta, noise, Gradients.GUIDE)
+        result = short_run(each, Langevin(1e-3), PathDensity(Exact()), u, eta, noise, gradients=Gradients.GUIDE)
         (result.end.tanh().sum() + result.increment.sum()).backward()
         info = result.info
         found.append((result.end, result.increment, eta.grad, info.log_density, info.grad_norm, info.log_det))
@@ -242,8 +235,7 @@ def test_tuned_runs_give_the_eager_bound_and_gradient(case: Case, caplog, monkey
     for compiled, eager in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     assert torch.equal(*frozen)
-    graphs = density._graphs.compiler._graphs
-    assert {key[0][0] for key in graphs} == {"forward", "last", "backward"} and not warned(caplog)
+    assert {key[0][0] for key in density._compiler._graphs} == {"forward", "last", "backward"} and not warned(caplog)
 
 
 @pytest.mark.parametrize("name", ["eight_schools", "vae"])
@@ -255,7 +247,7 @@ def test_inductor_gives_the_eager_step_size_gradient(name):
     noise, grads = torch.randn(4, *u.shape), []
     for density in (call.density, traced(call, Compiler())):
         eta = torch.full((4, call.density.layout.size), 1e-3, requires_grad=True)
-        result = run(Runner(density, Langevin(1e-3), PathDensity()), u, eta, noise, Gradients.GUIDE)
+        result = short_run(density, Langevin(1e-3), PathDensity(), u, eta, noise, gradients=Gradients.GUIDE)
         (result.end.tanh().sum() + result.increment.sum()).backward()
         grads.append(eta.grad)
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
@@ -269,10 +261,10 @@ def test_blocks_of_steps_are_single_steps(steps, monkeypatch):
     u = call.prior(1).detach()
     noise, results = torch.randn(steps, *u.shape), []
     for most in (1, 2):
-        monkeypatch.setattr("pyro_shortrun.compile.compiler._STEPS_AT_MOST", most)
+        monkeypatch.setattr("pyro_shortrun.compile.executor._STEPS_AT_MOST", most)
         density = traced(call)
         eta = torch.full((steps, call.density.layout.size), 1e-3, requires_grad=True)
-        result = run(Runner(density, Langevin(1e-3), PathDensity()), u, eta, noise, Gradients.GUIDE)
+        result = short_run(density, Langevin(1e-3), PathDensity(), u, eta, noise, gradients=Gradients.GUIDE)
         (result.end.tanh().sum() + result.increment.sum()).backward()
         results.append((result.end, result.increment, eta.grad, result.info.log_density, result.info.log_det))
     for single, block in zip(*results, strict=True):

@@ -11,12 +11,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import KINDS, parametrised
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.nn import PyroModule, PyroParam
 from pyro.poutine.runtime import _ENUM_ALLOCATOR
 from small import ALL, LOCS, bind, both, close, data, discrete_parent, local, mixture_rows, oracle, param_support
-from torch import Tensor, nn
+from torch import Tensor
 
 # ------------------------------------------------------------------------------------------------ handlers
 
@@ -83,46 +83,15 @@ def test_a_blocked_latent_takes_the_value_it_is_given() -> None:
 # ------------------------------------------------------------------------------------------------ parameters
 
 
-def param_model() -> tuple[Callable, Callable]:
-    def model(x: Tensor) -> None:
-        weight = pyro.param("weight", torch.tensor(0.7), constraint=constraints.positive)
-        with pyro.plate("n", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(weight * z, 1.0), obs=x)
-
-    return model, lambda: pyro.param("weight").unconstrained()
+def weighed(weight: Tensor, x: Tensor) -> None:
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(weight * z, 1.0), obs=x)
 
 
-def pyro_module_model() -> tuple[Callable, Callable]:
-    class Model(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = PyroParam(torch.tensor(0.7), constraints.positive)
-
-        def forward(self, x: Tensor) -> None:
-            with pyro.plate("n", len(x)):
-                z = pyro.sample("z", dist.Normal(0.0, 1.0))
-                pyro.sample("x", dist.Normal(self.weight * z, 1.0), obs=x)
-
-    model = Model()
-    return model, lambda: model.weight_unconstrained
-
-
-def nn_module_model() -> tuple[Callable, Callable]:
-    net = nn.Linear(1, 1)
-
-    def model(x: Tensor) -> None:
-        pyro.module("net", net)
-        with pyro.plate("n", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(net(z.unsqueeze(-1)).squeeze(-1), 1.0), obs=x)
-
-    return model, lambda: net.weight
-
-
-@pytest.mark.parametrize("make", [param_model, pyro_module_model, nn_module_model])
-def test_parameters_are_read_anew(make: Callable) -> None:
-    model, parameter = make()
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_parameters_are_read_anew(kind: str) -> None:
+    model, parameter = parametrised(kind, weighed, 0.7, constraints.positive)
     before = bind(model, data(5))
     u = before.point()
     value, theta = before.density(u).sum(), parameter()

@@ -14,12 +14,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import KINDS, data, decoder, parametrised, shifted
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal, init_to_median
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pyro_shortrun import Init, Langevin, Persistent, Prior, ShortRunGuide, StepSize
 
@@ -54,10 +54,6 @@ class Encoder(PyroModule):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, scale.exp()))
             pyro.sample("s", dist.LogNormal(loc_s, scale_s.exp()))
-
-
-def data(n: int = 5) -> Tensor:
-    return torch.linspace(-1.0, 2.0, n)
 
 
 MAKERS: dict[str, Callable[[], ShortRunGuide]] = {
@@ -261,9 +257,9 @@ def test_state_dict_of_an_elbo_module_with_its_optimiser():
     """``Trace_ELBO()(model, guide)`` and Adam with its moments."""
 
     def start() -> tuple[nn.Module, torch.optim.Optimizer]:
-        decoder = Decoder()
-        guide = ShortRunGuide(decoder, num_steps=3, step_size=StepSize(0.02), start=AutoNormal(decoder)).setup(data())
-        loss_fn = Trace_ELBO()(decoder, guide)
+        model = decoder()
+        guide = ShortRunGuide(model, num_steps=3, step_size=StepSize(0.02), start=AutoNormal(model)).setup(data())
+        loss_fn = Trace_ELBO()(model, guide)
         return loss_fn, torch.optim.Adam(loss_fn.parameters(), lr=0.02)
 
     def steps(loss_fn: nn.Module, optimiser: torch.optim.Optimizer, seed: int) -> list[float]:
@@ -413,75 +409,15 @@ def test_torch_optimiser_trains_the_guide(name):
         assert value.isfinite().all()
 
 
-class Decoder(PyroModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.theta = PyroParam(torch.tensor(0.3), constraints.positive)
-
-    def forward(self, x: Tensor) -> None:
-        theta = self.theta
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(theta + z, 1.0), obs=x)
-
-
-def by_param() -> tuple[Callable, Callable[[float], None]]:
-    def shifted(x: Tensor) -> None:
-        theta = pyro.param("theta", torch.tensor(0.3))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(theta + z, 1.0), obs=x)
-
-    def change(value: float) -> None:
-        pyro.param("theta").data.fill_(value)
-
-    return shifted, change
-
-
-def by_pyro_module() -> tuple[Callable, Callable[[float], None]]:
-    decoder = Decoder()
-
-    def change(value: float) -> None:
-        decoder.theta = torch.tensor(value)
-
-    return decoder, change
-
-
-def by_nn_module(registered: bool) -> tuple[Callable, Callable[[float], None]]:
-    linear = nn.Linear(1, 1)
-    linear.weight.data.fill_(1.0)
-    linear.bias.data.fill_(0.3)
-
-    def shifted(x: Tensor) -> None:
-        if registered:
-            pyro.module("linear", linear)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(linear(z.unsqueeze(-1)).squeeze(-1), 1.0), obs=x)
-
-    def change(value: float) -> None:
-        linear.bias.data.fill_(value)
-
-    return shifted, change
-
-
-KINDS = {
-    "pyro.param": by_param,
-    "PyroModule": by_pyro_module,
-    "pyro.module": lambda: by_nn_module(True),
-    "nn.Module": lambda: by_nn_module(False),
-}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_changed_parameter_changes_the_next_run(kind, dtype):
     """Noise-free steps go to ``(x - theta) / 2`` at rate ``1 - 2 eta``, with the theta of the moment."""
-    shifted, change = KINDS[kind]()
+    shifting, leaf = parametrised(kind, shifted, 0.3)
     x, eta, steps = data(), 0.1, 3
     shrink = (1 - 2 * eta) ** steps
-    guide = ShortRunGuide(shifted, num_steps=steps, dynamics=Langevin(eta, noise=False)).setup(x)
+    guide = ShortRunGuide(shifting, num_steps=steps, dynamics=Langevin(eta, noise=False)).setup(x)
     for theta in (0.3, 1.7, 0.9):
-        change(theta)
+        leaf().data.fill_(theta)
         path = guide.trajectory(x)["z"].squeeze(1)
         mean = (x - theta) / 2
         torch.testing.assert_close(path[-1], mean + shrink * (path[0] - mean))
@@ -490,7 +426,7 @@ def test_a_changed_parameter_changes_the_next_run(kind, dtype):
 def test_a_changed_step_size_changes_the_next_run(dtype):
     """Set through the module, as an optimiser would, or through the parameter store."""
     size = StepSize(0.1)
-    guide = ShortRunGuide(by_pyro_module()[0], num_steps=1, dynamics=Langevin(size, noise=False)).setup(data())
+    guide = ShortRunGuide(decoder(), num_steps=1, dynamics=Langevin(size, noise=False)).setup(data())
 
     def check(eta: float) -> None:
         path = guide.trajectory(data())["z"].squeeze(1)
@@ -507,7 +443,7 @@ def test_a_changed_step_size_changes_the_next_run(dtype):
 
 
 def test_changed_data_change_the_next_run(dtype):
-    guide = ShortRunGuide(Decoder(), num_steps=2, dynamics=Langevin(0.1, noise=False))
+    guide = ShortRunGuide(decoder(), num_steps=2, dynamics=Langevin(0.1, noise=False))
     for shift in (0.0, 3.0, -1.0):
         x = data() + shift
         path = guide.trajectory(x)["z"].squeeze(1)

@@ -179,16 +179,16 @@ def linearized(t: Trial, objective: Objective) -> Weighed:
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def langevin(**options: Any) -> Langevin:
-    return Langevin(StepSize(0.01), **options)
+def langevin(step: StepSize | float | None = None, **options: Any) -> Langevin:
+    return Langevin(StepSize(0.01) if step is None else step, **options)
 
 
-def quiet(**options: Any) -> Langevin:
-    return langevin(noise=False, **options)
+def quiet(step: StepSize | float | None = None, **options: Any) -> Langevin:
+    return langevin(step, noise=False, **options)
 
 
-def leapfrog(**options: Any) -> Hamiltonian:
-    return Hamiltonian(StepSize(0.01), **options)
+def leapfrog(step: StepSize | float | None = None, **options: Any) -> Hamiltonian:
+    return Hamiltonian(StepSize(0.01) if step is None else step, **options)
 
 
 @dataclass(frozen=True)
@@ -228,9 +228,9 @@ class Row:
             return GaussianBase(loc, (torch.randn(rows, size, size).tril() + 2 * torch.eye(size)).requires_grad_())
         return PriorBase()
 
-    def guide(self) -> dict[str, Any]:
+    def guide(self, step: StepSize | float | None = None) -> dict[str, Any]:
         """Arguments of a guide."""
-        return dict(objective=self.objective(), dynamics=self.dynamics())
+        return dict(objective=self.objective(), dynamics=self.dynamics(step))
 
 
 def reverse(tempered: bool = False, dense: bool = False) -> Callable[[], Objective]:

@@ -9,28 +9,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import bent, gaussian, langevin_kl, parametrised
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
-from runners import Runner, run
-from torch import Tensor, nn
+from runners import short_run
+from torch import Tensor
 
 from pyro_shortrun import Init, Langevin, PathDensity, ShortRunGuide, StepSize
-from pyro_shortrun.objectives import Lanczos
+from pyro_shortrun.density import Call
 from pyro_shortrun.runs import Gradients
 
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-def gaussian(lam: float, m: float):
-    """Model with prior N(0, 1) and posterior N(m, 1/lam) in every row; returns (model, y, log evidence per row)."""
-    y, var = m * lam / (lam - 1), 1 / (lam - 1)
-
-    def model(rows: int) -> None:
-        with pyro.plate("data", rows):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(z, math.sqrt(var)), obs=torch.full((rows,), y))
-
-    evidence = dist.Normal(0.0, math.sqrt(1 + var)).log_prob(torch.tensor(y))
-    return model, evidence.item()
 
 
 def sigma_points(steps: int) -> Tensor:
@@ -45,9 +33,9 @@ def exact_bound(lam: float, m: float, steps: int, eta: Tensor, noise: bool) -> T
     points = sigma_points(steps)
     guide = ShortRunGuide(model, num_steps=steps, step_size=0.001)
     call = guide._bind((len(points),), {})
-    runner = Runner(call.density, Langevin(0.001, noise=noise), PathDensity())
-    start = points[:, :1].unsqueeze(0)
-    result = run(runner, start, eta.expand(steps, 1), points[:, 1:].T.reshape(steps, 1, -1, 1), Gradients.GUIDE)
+    dynamics, start = Langevin(0.001, noise=noise), points[:, :1].unsqueeze(0)
+    noises, options = points[:, 1:].T.reshape(steps, 1, -1, 1), dict(gradients=Gradients.GUIDE)
+    result = short_run(call.density, dynamics, PathDensity(), start, eta.expand(steps, 1), noises, **options)
     log_q = dist.Normal(0.0, 1.0).log_prob(start).squeeze(-1) - result.increment
     return evidence - (call.density(result.end) - log_q).mean()
 
@@ -80,14 +68,8 @@ def test_path_density_chooses_the_published_step_with_noise():
     s = math.sqrt(2 * eta)
     assert s == pytest.approx(0.0773, rel=2e-3)
     assert bound == pytest.approx(0.8555, abs=1e-4)
-    assert exact_kl(25.0, 1.0, 25, eta) == pytest.approx(0.311, abs=1e-3)
-    assert exact_kl(25.0, 1.0, 25, 0.122**2 / 2) == pytest.approx(0.003, abs=5e-4)
-
-
-def exact_kl(lam: float, m: float, steps: int, eta: float) -> float:
-    a = 1 - eta * lam
-    var = a ** (2 * steps) + 2 * eta * (1 - a ** (2 * steps)) / (1 - a * a)
-    return 0.5 * (lam * var + lam * a ** (2 * steps) * m * m - 1 - math.log(lam * var))
+    assert langevin_kl(eta, 25, [25.0]) == pytest.approx(0.311, abs=1e-3)
+    assert langevin_kl(0.122**2 / 2, 25, [25.0]) == pytest.approx(0.003, abs=5e-4)
 
 
 @pytest.mark.parametrize("noise", [False, True])
@@ -156,11 +138,12 @@ def test_exp_log_weight_is_unbiased_by_quadrature(noise):
     eta, steps = torch.full((3, 1), 0.06), 3
     guide = ShortRunGuide(model, num_steps=steps, step_size=0.06)
     call = guide._bind((len(line),), {})
-    runner = Runner(call.density, Langevin(0.06, noise=noise), PathDensity())
+    dynamics = Langevin(0.06, noise=noise)
     joint = dist.Normal(0.0, 1.0).log_prob(line) + dist.Normal(torch.tanh(2 * line), 0.8).log_prob(y)
     evidence = torch.trapezoid(joint.exp(), line).item()
     for path in torch.randn(4, steps, 1, 1, 1):
-        result = run(runner, line.reshape(1, -1, 1), eta, path.expand(steps, 1, len(line), 1))
+        noises = path.expand(steps, 1, len(line), 1)
+        result = short_run(call.density, dynamics, PathDensity(), line.reshape(1, -1, 1), eta, noises)
         log_q = dist.Normal(0.0, 1.0).log_prob(line) - result.increment[0]
         log_w = call.density(result.end)[0] - log_q
         assert not result.info.singular.any()
@@ -180,124 +163,12 @@ def test_renyi_bound_of_a_linear_gaussian_model_reaches_the_evidence():
 # ------------------------------------------------------------------ which gradients flow where
 
 
-class Decoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3))
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.net(z)
-
-
-def parametrised(kind: str):
-    """The same model with its parameters as pyro.param, in a PyroModule or in a plain nn.Module."""
-    if kind == "param":
-
-        def model(x: Tensor) -> None:
-            w = pyro.param("w", torch.tensor([[1.0, 0.5, 0.2], [-0.4, 0.3, 1.0]]))
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-                pyro.sample("x", dist.Normal((z @ w).tanh(), 0.5).to_event(1), obs=x)
-
-        return model, lambda: [pyro.param("w").unconstrained()]
-    if kind == "PyroModule":
-
-        class Model(pyro.nn.PyroModule):
-            def __init__(self) -> None:
-                super().__init__()
-                self.decoder = pyro.nn.PyroModule[nn.Linear](2, 3)
-
-            def forward(self, x: Tensor) -> None:
-                with pyro.plate("data", len(x)):
-                    z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-                    pyro.sample("x", dist.Normal(self.decoder(z).tanh(), 0.5).to_event(1), obs=x)
-
-        module = Model()
-        return module, lambda: list(module.parameters())
-    decoder = Decoder()
-
-    def with_module(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z), 0.5).to_event(1), obs=x)
-
-    return with_module, lambda: list(decoder.parameters())
-
-
-@pytest.mark.parametrize("kind", ["param", "PyroModule", "nn.Module"])
-@pytest.mark.parametrize("start", ["prior", "init"])
-def test_model_gradient_is_that_at_fixed_z(kind, start):
-    from pyro.infer.autoguide import init_to_median
-
-    model, parameters = parametrised(kind)
-    x = torch.randn(5, 3)
-    begin = Init(init_to_median) if start == "init" else None
-    guide = ShortRunGuide(model, num_steps=4, step_size=StepSize(0.05, per="dim"), start=begin)
-    guide.setup(x)
-    trace = pyro.poutine.trace(guide).get_trace(x)
-    z = trace.nodes["z"]["value"]
-    loss = -pyro.poutine.trace(pyro.poutine.replay(model, trace)).get_trace(x).log_prob_sum() + trace.log_prob_sum()
-    raw = guide.dynamics.step_size.value_unconstrained
-    got = torch.autograd.grad(loss, [*parameters(), raw])
-    fixed = pyro.poutine.condition(model, {"z": z.detach()})
-    wanted = torch.autograd.grad(-pyro.poutine.trace(fixed).get_trace(x).log_prob_sum(), parameters())
-    for a, b in zip(got[:-1], wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-    assert got[-1].abs().min() > 0
-
-
-@pytest.mark.parametrize("logdet", [None, Lanczos(3, 2)], ids=["exact", "lanczos"])
-@pytest.mark.parametrize("noise", [False, True])
-def test_step_size_gradient_is_that_of_the_unrolled_graph(noise, logdet):
-    """The node with recomputed steps against plain autograd through everything, same start, noise and probes."""
-    model, _ = parametrised("param")
-    guide = ShortRunGuide(model, num_steps=5, step_size=0.05)
-    call = guide._bind((torch.randn(3, 3),), {})
-    runner = Runner(call.density, Langevin(0.05, noise=noise), PathDensity(logdet))
-    start = torch.randn(2, 3, 2)
-    noises = torch.randn(5, 2, 3, 2)
-    grads = []
-    for mode in (Gradients.GUIDE, Gradients.FULL):
-        pyro.set_rng_seed(1)  # the same probes
-        u, eta = start.clone().requires_grad_(), torch.full((5, 2), 0.05).requires_grad_()
-        result = run(runner, u, eta, noises, mode)
-        weights = torch.randn(result.end.shape, generator=torch.Generator().manual_seed(2))
-        loss = (weights * result.end).sum() + (result.increment * torch.tensor([[1.0, 2.0, -1.0]])).sum()
-        grads.append((loss.detach(), *torch.autograd.grad(loss, (u, eta))))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-def test_full_gradient_equals_finite_differences():
-    model, parameters = parametrised("param")
-    x = torch.randn(4, 3)
-    guide = ShortRunGuide(model, num_steps=3, step_size=0.05, full_gradient=True).setup(x)
-    elbo = Trace_ELBO()
-
-    def loss() -> Tensor:
-        pyro.set_rng_seed(5)
-        return elbo.differentiable_loss(model, guide, x)
-
-    (w,) = parameters()
-    (grad,) = torch.autograd.grad(loss(), w)
-    for index in [(0, 0), (1, 2)]:
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                w[index] += sign * 1e-5
-            values.append(loss().item())
-            with torch.no_grad():
-                w[index] -= sign * 1e-5
-        assert grad[index].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
-
-
 def test_without_tuning_no_graph_is_kept():
     """Live tensors after a run do not grow with K, and nothing in the result requires gradients."""
     import gc
 
-    model, _ = parametrised("nn.Module")
-    x = torch.randn(6, 3)
+    model, _ = parametrised("pyro.module", bent, 0.4)
+    x = torch.randn(6)
     counts = []
     for steps in (5, 50):
         guide = ShortRunGuide(model, num_steps=steps, step_size=StepSize(0.01, learnable=False)).setup(x)
@@ -382,42 +253,20 @@ def test_masked_latents_add_nothing_to_the_bound():
     assert losses[0] == pytest.approx(losses[1], abs=0.05)  # several standard errors
 
 
-def curved_run(checkpoint: bool, gradients: Gradients = Gradients.GUIDE, steps: int = 11):
-    """A run on a curved density, noise drawn by the run itself; end, increment and step-size gradient."""
+def test_untuned_run_keeps_nothing_per_step(monkeypatch):
+    """Whatever K is, no more noise is there at once than is to be drawn at once, and nothing is on a tape."""
 
     def model() -> None:
         with pyro.plate("data", 3):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("y", dist.Normal(z.tanh().sum(-1), 0.5), obs=torch.ones(3))
 
-    call = ShortRunGuide(model, num_steps=steps, step_size=0.05)._bind((), {})
-    pyro.set_rng_seed(3)
-    eta = torch.full((steps, 2), 0.05, requires_grad=True)
-    runner = Runner(call.density, Langevin(0.05), PathDensity(), checkpoint=checkpoint)
-    result = run(runner, torch.randn(1, 3, 2), eta, None, gradients)
-    if gradients is not Gradients.NONE:
-        (result.end.square().sum() + result.increment.sum()).backward()
-    return result, eta.grad
-
-
-@pytest.mark.parametrize("at_once", [2**20, 6, 24])
-def test_checkpointed_run_has_the_same_gradient(at_once, monkeypatch):
-    """Also where the noise is drawn in several parts, and drawn again on the way back."""
-    monkeypatch.setattr("pyro_shortrun.runs.noise._NOISE_AT_ONCE", at_once)
-    (plain, wanted), (checked, grad) = curved_run(False), curved_run(True)
-    torch.testing.assert_close(checked.end, plain.end, rtol=0, atol=0)
-    torch.testing.assert_close(grad, wanted)
-    after = torch.rand(3)
-    curved_run(True)
-    torch.testing.assert_close(torch.rand(3), after, rtol=0, atol=0)  # drawing again left the generator alone
-
-
-def test_untuned_run_keeps_nothing_per_step(monkeypatch):
-    """Whatever K is, no more noise is there at once than is to be drawn at once, and nothing is on a tape."""
     monkeypatch.setattr("pyro_shortrun.runs.noise._NOISE_AT_ONCE", 12)
     asked = []
     draw = Langevin.draw_noise
     monkeypatch.setattr(Langevin, "draw_noise", lambda self, k, like: asked.append(k) or draw(self, k, like))
     for steps in (3, 60):
-        result, _ = curved_run(False, Gradients.NONE, steps)
+        density = Call.of(model, (), {}).density
+        eta = torch.full((steps, 2), 0.05, requires_grad=True)
+        result = short_run(density, Langevin(0.05), PathDensity(), torch.randn(1, 3, 2), eta)
         assert result.states is None and not result.end.requires_grad and set(asked) <= {2, 1}

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import contraction, data, frozen, local, recorded, trainable
+from programs import contraction, data, frozen, local, parametrised, recorded, shifted
 from pyro.infer import (
     SVI,
     Predictive,
@@ -72,16 +72,16 @@ def test_persistent_refresh_restarts_at_the_prior(refresh):
 
 def test_persistent_loss_is_the_log_joint_and_trains_the_model():
     """There is no bound: the step size stays, theta moves by the gradient at the draw."""
-    x = data()
-    guide, seen = recorded(ShortRunGuide(trainable, num_steps=2, step_size=StepSize(0.05), start=Persistent()))
-    loss = Trace_ELBO(max_plate_nesting=1).loss_and_grads(trainable, guide, x)
+    (model, theta), x = parametrised("pyro.param", shifted, 0.3), data()
+    guide, seen = recorded(ShortRunGuide(model, num_steps=2, step_size=StepSize(0.05), start=Persistent()))
+    loss = Trace_ELBO(max_plate_nesting=1).loss_and_grads(model, guide, x)
     z = seen[-1]["z"]
     log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(0.3 + z, 1.0).log_prob(x)
     assert loss == pytest.approx(-log_joint.sum().item(), rel=1e-5)
-    torch.testing.assert_close(pyro.param("theta").grad, -(x - z - 0.3).sum())
-    svi = SVI(trainable, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    torch.testing.assert_close(theta().grad, -(x - z - 0.3).sum())
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     for _ in range(3):
         svi.step(x)
     (eta,) = [v for k, v in pyro.get_param_store().items() if k != "theta"]
     assert eta.item() == pytest.approx(0.05)
-    assert pyro.param("theta").item() != pytest.approx(0.3)
+    assert theta().item() != pytest.approx(0.3)
