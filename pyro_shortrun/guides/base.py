@@ -55,6 +55,11 @@ class DensityGuide(AutoGuide):
         """Draws, dict from site to ``(num_chains, num_samples, *site shape)``."""
         raise NotImplementedError
 
+    @property
+    def _reads_prior(self) -> bool:
+        """Whether :meth:`_read` draws from the model's prior."""
+        return False
+
     def _read(self, draw: Callable[..., Reading]) -> Reading:
         """One run of the model, ``draw(init)``, from which a call's shapes, plates and subsamples are read."""
         return draw(init_uniform)
@@ -158,7 +163,8 @@ class DensityGuide(AutoGuide):
         if self._first is not None:
             check_data(self._first, reading)
         call = self._binder(reading, args, kwargs, given, self._admit)
-        call = replace(call, density=density_of(call.model, self._compiler))
+        spare = call.spare if self._reads_prior else []  # another reading is no draw from the prior
+        call = replace(call, density=density_of(call.model, self._compiler), spare=spare)
         create_missing(self.plates, reading, latents_only=self.master is not None)
         if self._first is None:
             self._begin(call)

@@ -77,8 +77,7 @@ class ShortRunGuide(DensityGuide):
     Nijkamp, Pang, Han, Zhou, Zhu, Wu: Learning Multi-layer Latent Variable Model via Variational Optimization of
     Short Run MCMC for Approximate Inference, ECCV 2020.
 
-    (It has more methods than most classes here: what a Pyro user calls, and what a
-    :class:`~pyro_shortrun.guides.DensityGuide` asks of its subclasses.)
+    (Its many methods are what a Pyro user calls, and what :class:`~pyro_shortrun.guides.DensityGuide` asks.)
 
     :param model: a Pyro model.
     :param num_steps: ``K >= 1``.
@@ -263,10 +262,8 @@ class ShortRunGuide(DensityGuide):
             call = self._bind(args, kwargs)
             _, result = self._run(call, num_chains, False, Gradients.NONE, keep_states=True)
             assert result.states is not None
-            flat = result.states.flatten(0, 1)
-            values, _ = call.model.constrain(flat)
-        shape = result.states.shape[:2]
-        return {k: v.detach().unflatten(0, shape) for k, v in values.items()}
+            values, _ = call.model.constrain(result.states.flatten(0, 1))
+        return {k: v.detach().unflatten(0, result.states.shape[:2]) for k, v in values.items()}
 
     @property
     def has_density(self) -> bool:
@@ -294,10 +291,14 @@ class ShortRunGuide(DensityGuide):
     def _simulation(self) -> Simulation:
         return Simulation(self.num_steps, self.dynamics, self.objective, self._start, self.checkpoint)
 
+    @property
+    def _reads_prior(self) -> bool:
+        return isinstance(self._start, Prior)
+
     def _read(self, draw: Callable[..., Reading]) -> Reading:
         """One run of the model, its latents drawn from the prior where the start is that."""
         with torch.set_grad_enabled(self.full_gradient):  # the start of a run is a draw, unless all is differentiated
-            if not isinstance(self._start, Prior):  # improper priors cannot be drawn from
+            if not self._reads_prior:  # improper priors cannot be drawn from
                 return super()._read(draw)
             try:
                 return draw()

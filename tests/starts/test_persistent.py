@@ -40,6 +40,17 @@ def test_persistent_run_continues(dtype):
     torch.testing.assert_close(guide(x)["z"], x / 2 + shrink * (second - x / 2))
 
 
+def test_the_first_run_starts_at_the_prior():
+    """Not at another initialisation, by which a call's shapes are read: N(50, .1) is nowhere near the origin."""
+
+    def model() -> None:
+        with pyro.plate("data", 100):
+            pyro.sample("z", dist.Normal(50.0, 0.1))
+
+    guide = ShortRunGuide(model, num_steps=1, step_size=StepSize(1e-9), start=Persistent())
+    torch.testing.assert_close(guide()["z"], torch.full((100,), 50.0), rtol=0, atol=0.6)  # six standard deviations
+
+
 def test_persistent_states_are_kept_by_subsample_index():
     x = torch.arange(6.0)
 
