@@ -202,7 +202,7 @@ def test_every_transition_of_every_chain_has_its_own_mini_batch():
     assert len(grads.flatten().unique()) > 100  # sums of 4 of 20 numbers
     error = x.std() * 20 / math.sqrt(4 * 150)
     assert abs(grads.mean() - x.sum()) < 5 * error  # unbiased
-    indices = sampler.target.current(3)._batches["data"]
+    indices = sampler.target.current(3).batches["data"]
     assert indices.shape == (3, 4) and all(len(set(row.tolist())) == 4 for row in indices)
 
 
