@@ -26,11 +26,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from zoo import CASES, EXTRA
 
-from pyro_shortrun import (
-    Langevin,
-    ShortRunGuide,
-    StepSize,
-)
+from pyro_shortrun import Langevin, ShortRunGuide, StepSize
 from pyro_shortrun.compile import CompiledDensity, Compiler, Untouched
 from pyro_shortrun.compile.executor import density_of
 from pyro_shortrun.density import Call

@@ -24,9 +24,6 @@ from pyro_shortrun.compile import Compiler, Untouched
 from pyro_shortrun.density import LogDensity
 from pyro_shortrun.evaluation import importance_log_likelihood
 
-pytestmark = pytest.mark.filterwarnings("error")
-
-
 # ------------------------------------------------------------------------------------------------ laws
 
 

@@ -11,8 +11,6 @@ from torch.distributions import Normal
 from pyro_shortrun.amortized import Everywhere, Span, Whitened
 from pyro_shortrun.amortized.chain import LinearTarget
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 @pytest.mark.parametrize("width", [2, 3, 7])
 def test_a_transition_is_langevin_preconditioned_by_the_gram_matrix(width):

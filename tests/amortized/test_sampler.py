@@ -10,8 +10,6 @@ from torch.distributions import MultivariateNormal
 
 from pyro_shortrun.amortized import AmortizedSampler
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 class Waves(nn.Module):
     """Random features with weights to train, nearly orthogonal for inputs that are far apart."""

@@ -204,7 +204,7 @@ def test_pickles_without_graphs():
 
 
 def test_ever_changing_shapes_end_in_eager_runs(monkeypatch, caplog):
-    monkeypatch.setattr("pyro_shortrun.compile.executor._GRAPHS_AT_MOST", 2)
+    monkeypatch.setattr("pyro_shortrun.compile.compiler._GRAPHS_AT_MOST", 2)
     model = generator(Decoder())
     compiled, eager = short(model, True), short(model, False)
     for size in (2, 3, 4):
@@ -217,7 +217,7 @@ def test_ever_changing_shapes_end_in_eager_runs(monkeypatch, caplog):
 @pytest.mark.parametrize("case", CASES + EXTRA, ids=lambda c: c.name)
 def test_tuned_runs_give_the_eager_bound_and_gradient(case: Case, caplog, monkeypatch):
     """Increments, step-size gradient and every statistic of a taped run, per-dimension steps, two chains."""
-    monkeypatch.setattr("pyro_shortrun.compile.executor._STEPS_AT_MOST", 1)
+    monkeypatch.setattr("pyro_shortrun.compile.compiler._STEPS_AT_MOST", 1)
     model, args = case.make()
     call = Call.of(model, args, {})
     u, layout = call.prior(2).detach(), call.density.layout
@@ -251,24 +251,6 @@ def test_inductor_gives_the_eager_step_size_gradient(name):
         (result.end.tanh().sum() + result.increment.sum()).backward()
         grads.append(eta.grad)
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("steps", [3, 4])
-def test_blocks_of_steps_are_single_steps(steps, monkeypatch):
-    """However many steps a graph holds, and whatever divides K, the run is the same."""
-    model, args = next(c for c in CASES if c.name == "eight_schools").make()
-    call = Call.of(model, args, {})
-    u = call.prior(1).detach()
-    noise, results = torch.randn(steps, *u.shape), []
-    for most in (1, 2):
-        monkeypatch.setattr("pyro_shortrun.compile.executor._STEPS_AT_MOST", most)
-        density = traced(call)
-        eta = torch.full((steps, call.density.layout.size), 1e-3, requires_grad=True)
-        result = short_run(density, Langevin(1e-3), PathDensity(), u, eta, noise, gradients=Gradients.GUIDE)
-        (result.end.tanh().sum() + result.increment.sum()).backward()
-        results.append((result.end, result.increment, eta.grad, result.info.log_density, result.info.log_det))
-    for single, block in zip(*results, strict=True):
-        torch.testing.assert_close(block, single, rtol=1e-6, atol=1e-8)
 
 
 def test_a_part_of_a_run_that_cannot_be_traced_runs_eagerly(caplog):

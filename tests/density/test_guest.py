@@ -18,8 +18,6 @@ from pyro.poutine.runtime import _ENUM_ALLOCATOR
 from small import ALL, LOCS, bind, both, close, data, discrete_parent, local, mixture_rows, oracle, param_support
 from torch import Tensor
 
-# ------------------------------------------------------------------------------------------------ handlers
-
 
 @pytest.mark.parametrize("model", [local, mixture_rows, discrete_parent])
 def test_scale_multiplies_all_but_the_jacobian(model: Callable) -> None:
@@ -80,9 +78,6 @@ def test_a_blocked_latent_takes_the_value_it_is_given() -> None:
     close(blocked.density(u), conditioned.density(u))
 
 
-# ------------------------------------------------------------------------------------------------ parameters
-
-
 def weighed(weight: Tensor, x: Tensor) -> None:
     with pyro.plate("n", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -113,9 +108,6 @@ def test_a_support_follows_its_parameter() -> None:
     s = u.squeeze(-1).sigmoid()
     close(values["z"], 5 * s)
     close(jacobian, (5 * s * (1 - s)).log())
-
-
-# ------------------------------------------------------------------------------------------------ a good guest
 
 
 @pytest.mark.parametrize("validation", [True, False])

@@ -28,8 +28,6 @@ from torch import Tensor, nn
 
 from pyro_shortrun.density.trust import warn_if_rows_mix
 
-# ------------------------------------------------------------------------------------------------ rows and supports
-
 
 @pytest.mark.parametrize("name", SMALL)
 def test_rows(name: str) -> None:
@@ -148,9 +146,6 @@ def test_a_random_density_is_reported() -> None:
     bound = bind(model, data(20))
     with pytest.warns(UserWarning, match="log density is random"):
         warn_if_rows_mix(bound.density, bound.point())
-
-
-# ------------------------------------------------------------------------------------------------ subsampling
 
 
 BATCH = (5, 1, 7, 2)

@@ -21,9 +21,6 @@ from pyro_shortrun.energy import PriorRuns, TiltedPrior
 from pyro_shortrun.energy.negative import Negative
 from pyro_shortrun.starts import Replay
 
-pytestmark = pytest.mark.filterwarnings("error")
-
-
 # ------------------------------------------------------------------------------------------------ under every ELBO
 
 

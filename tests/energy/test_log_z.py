@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from pyro_shortrun import EnergyELBO, ShortRunGuide, energy_prior
 from pyro_shortrun.energy import TiltedPrior
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 def test_quadratic_energy():
     """log Z = a^2 / (2 (1 + c)) - log(1 + c) / 2 per row."""

@@ -20,8 +20,6 @@ from pyro_shortrun.energy import TiltedPrior
 from pyro_shortrun.runs import ShortRun
 from pyro_shortrun.starts import Replay
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 def test_the_decoder_does_not_run_in_the_negative_phase():
     calls = []

@@ -18,8 +18,6 @@ from pyro_shortrun import EnergyELBO, ShortRunGuide, ais, energy_prior, sample_p
 from pyro_shortrun.energy import EnergyPredictive, PriorRuns
 from pyro_shortrun.starts import Replay
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 def tilted(c: float = 1.0) -> Callable:
     """z ~ N(0, 1 / (1 + c)) and x = z + 0.5 eps."""

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from pyro_shortrun import ais, energy_prior
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 def tilted(x: Tensor, c: float = 1.5, noise: float = 0.5) -> None:
     """z ~ N(0, 1 / (1 + c)), x = z + noise * eps."""

@@ -25,8 +25,6 @@ from pyro_shortrun.evaluation import (
     anomaly_scores,
 )
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 def data() -> Tensor:
     return torch.tensor([[0.0, 0.5], [1.0, -2.0], [4.0, 4.0]])

@@ -9,23 +9,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import ALL, EXACT, close, contraction, data, linear_log_weight, local, nested, recorded
-from pyro.infer import (
-    SVI,
-    Predictive,
-    Trace_ELBO,
-)
-from pyro.infer.autoguide import (
-    AutoNormal,
-    init_to_median,
-)
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal, init_to_median
 from torch import Tensor
 
 from pyro_shortrun import Init, Langevin, Persistent, Prior, ShortRunGuide, StepSize
-
-pytestmark = pytest.mark.filterwarnings("error")
-
-
-# ------------------------------------------------------------------------------------------------ draws
 
 
 @pytest.mark.parametrize(
@@ -87,9 +75,6 @@ def test_many_draws_are_split_into_chunks(monkeypatch):
     assert draws.unique().numel() == draws.numel()
 
 
-# ------------------------------------------------------------------------------------------------ batches, dtypes
-
-
 @pytest.mark.parametrize("per", ["shared", "dim"])
 def test_smaller_last_batch(per, dtype):
     """The number of rows may change between calls, and each call has the law of its own batch."""
@@ -140,9 +125,6 @@ def test_dtype_of_the_data_wins_over_the_default():
         assert guide(x)["z"].dtype == torch.float64
         assert guide.step_sizes().dtype == torch.float64
         pyro.clear_param_store()
-
-
-# ------------------------------------------------------------------------------------------------ information
 
 
 def test_info_of_a_linear_run(dtype):

@@ -10,16 +10,10 @@ import pytest
 import torch
 from programs import ALL, seeded
 from pyro import poutine
-from pyro.infer import (
-    SVI,
-    Trace_ELBO,
-    TraceEnum_ELBO,
-)
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from pyro_shortrun import Langevin, ShortRunGuide, StepSize
-
-pytestmark = pytest.mark.filterwarnings("error")
 
 
 def marginal_mixture(x: Tensor) -> None:

@@ -13,12 +13,7 @@ import torch
 from programs import latent_regression, local, refuses, regression
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import (
-    AutoGuideList,
-    AutoNormal,
-    init_to_median,
-    init_to_value,
-)
+from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_median, init_to_value
 from torch import Tensor, nn
 
 from pyro_shortrun import (
@@ -36,9 +31,6 @@ from pyro_shortrun import (
 from pyro_shortrun.diagnostics import compare_with_nuts
 from pyro_shortrun.evaluation import importance_log_likelihood
 from pyro_shortrun.objectives import Lanczos
-
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 # ------------------------------------------------------------------------------------------------ constructor
 

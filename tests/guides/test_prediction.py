@@ -9,16 +9,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import EXACT, MODES, data, frozen, local, nested
-from pyro.infer import (
-    SVI,
-    Predictive,
-    Trace_ELBO,
-)
+from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor
 
 from pyro_shortrun import ShortRunGuide, StepSize
-
-pytestmark = pytest.mark.filterwarnings("error")
 
 
 def means(draws: dict[str, Tensor], sites: set[str]) -> Tensor:

@@ -24,20 +24,11 @@ from programs import (
     subsampled_rows,
 )
 from pyro import poutine
-from pyro.infer import (
-    SVI,
-    Trace_ELBO,
-)
-from pyro.infer.autoguide import (
-    AutoNormal,
-    init_to_median,
-)
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal, init_to_median
 from torch import Tensor
 
 from pyro_shortrun import Init, Persistent, Prior, ShortRunGuide, StepSize
-
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 STARTS: dict[str, Callable[..., Any]] = {
     "prior": lambda model, plates: Prior(),

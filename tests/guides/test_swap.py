@@ -9,19 +9,10 @@ import pyro
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import (
-    SVI,
-    Trace_ELBO,
-)
+from pyro.infer import SVI, Trace_ELBO
 from zoo import CASES, EXTRA, Case
 
 from pyro_shortrun import ShortRunGuide, StepSize
-
-pytestmark = pytest.mark.filterwarnings("error")
-
-
-# ------------------------------------------------------------------------------------------------ the swap
-
 
 SWAP: dict[str, tuple[int, float, float]] = {  # number of steps, step size, learning rate
     "eight_schools": (8, 0.01, 0.05),

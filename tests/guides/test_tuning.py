@@ -7,11 +7,7 @@ import pytest
 import torch
 from programs import gaussian
 
-from pyro_shortrun import (
-    Langevin,
-    ShortRunGuide,
-    StepSize,
-)
+from pyro_shortrun import Langevin, ShortRunGuide, StepSize
 from pyro_shortrun.guides import tune_on_grid
 
 

@@ -34,12 +34,7 @@ from pyro.infer.mcmc.api import StreamingMCMC
 from pyro.infer.reparam import LocScaleReparam
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from zoo import (
-    CASES,
-    EXTRA,
-    eight_schools,
-    make_eight_schools,
-)
+from zoo import CASES, EXTRA, eight_schools, make_eight_schools
 
 from pyro_shortrun import Persistent, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC, to_arviz
 

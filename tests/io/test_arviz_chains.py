@@ -32,15 +32,9 @@ from exported import (
 )
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
-from zoo import (
-    make_subsampled_mixture,
-    subsampled_mixture,
-)
+from zoo import make_subsampled_mixture, subsampled_mixture
 
 from pyro_shortrun import ShortRunLangevin, to_arviz
-
-# ------------------------------------------------------------------------------------------------ chains
-
 
 CHAINS: dict[str, Callable[[Callable, Tensor], Any]] = {
     "MALA": lambda m, x: run_mcmc(ShortRunLangevin(m, num_steps=2, adjust=True), x),
@@ -169,9 +163,6 @@ def test_from_pyro(kind):
         for name in ours[group].data_vars:
             torch.testing.assert_close(get(theirs, group, name), get(ours, group, name))
     assert (theirs["sample_stats"]["diverging"].values == ours["sample_stats"]["diverging"].values).all()
-
-
-# ------------------------------------------------------------------------------------------------ ArviZ's own functions
 
 
 def posterior_draws(draws: int = 1000) -> Any:

@@ -23,8 +23,6 @@ from torch import Tensor, nn
 
 from pyro_shortrun import Init, Langevin, Persistent, Prior, ShortRunGuide, StepSize
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 def model(x: Tensor) -> None:
     with pyro.plate("data", len(x)):

@@ -16,8 +16,6 @@ from pyro_shortrun.dynamics import Dense, Diagonal
 from pyro_shortrun.dynamics.metric import CrossMoments, DenseScales, DiagonalScales, Moments
 from pyro_shortrun.mcmc.sampler import ChainState
 
-# ------------------------------------------------------------------------------------------------ exact laws
-
 
 @pytest.mark.parametrize("max_drift", [10.0, 0.05])
 def test_log_transition_is_the_density_of_a_step(max_drift):
@@ -188,9 +186,6 @@ def test_scales_stay_where_nothing_moved():
     assert factor.tolist() == [[3.0, 1.0]]
     eye = torch.eye(2)[None]
     assert torch.equal(Dense().fit(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), eye), eye)
-
-
-# ------------------------------------------------------------------------------------------------ mini-batches
 
 
 def test_every_transition_of_every_chain_has_its_own_mini_batch():

@@ -10,10 +10,8 @@ import pytest
 import torch
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
-from zoo import CASES, EXTRA
 
 from pyro_shortrun import Init, ShortRunLangevin, StepSize, VectorizedMCMC, to_arviz
-from pyro_shortrun.density import Call
 from pyro_shortrun.dynamics import Dense, Diagonal
 
 
@@ -41,21 +39,6 @@ def vectorized(kernel: ShortRunLangevin, samples: int, warmup: int, chains: int,
 
 
 # ------------------------------------------------------------------------------------------ chains are independent
-
-
-@pytest.mark.parametrize("case", CASES + EXTRA, ids=lambda c: c.name)
-def test_every_model_of_the_zoo_vectorizes(case):
-    """Value and gradient of chains in one batch are those of the chains one by one; nothing falls back to a loop."""
-    model, args = case.make()
-    call = Call.of(model, args, {})
-    u = call.prior(3).detach()
-    call.density.require_vectorization(u)
-    value, grad = call.density.value_and_grad(u)
-    assert call.density.structure.vectorizes.get("density", True)
-    for i in range(3):
-        one, slope = call.density.value_and_grad(u[i : i + 1])
-        torch.testing.assert_close(value[i : i + 1], one)
-        torch.testing.assert_close(grad[i : i + 1], slope)
 
 
 def halves(y: Tensor) -> None:

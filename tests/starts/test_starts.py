@@ -25,10 +25,7 @@ from programs import (
     subsampled,
     subsampled_rows,
 )
-from pyro.infer import (
-    SVI,
-    Trace_ELBO,
-)
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoDiagonalNormal,
     AutoLowRankMultivariateNormal,
@@ -41,8 +38,6 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_shortrun import Init, Prior, ShortRunGuide, StepSize
-
-pytestmark = pytest.mark.filterwarnings("error")
 
 
 @pytest.mark.parametrize(

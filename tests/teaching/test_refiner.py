@@ -19,11 +19,6 @@ from pyro_shortrun.density import LogDensity
 from pyro_shortrun.starts import Replay
 from pyro_shortrun.teaching import AncestralSampler
 
-pytestmark = pytest.mark.filterwarnings("error")
-
-
-# ------------------------------------------------------------------------------------------------ conditions
-
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_contexts_and_parameters_reach_the_runs(compile):
@@ -50,9 +45,6 @@ def test_conditional_teaching():
     with torch.no_grad():  # b is learned from x - c, not from x
         torch.testing.assert_close(model.b, torch.zeros(2), rtol=0, atol=0.5)
     assert teaching.sample(x, c).end.sub(c).abs().max() < c.abs().max()
-
-
-# ------------------------------------------------------------------------------------------------ runs
 
 
 def test_reference_and_score():

@@ -19,9 +19,6 @@ from pyro_shortrun import Langevin, MCMCTeaching, Refiner, ShortRunGuide, StepSi
 from pyro_shortrun.starts import Replay
 from pyro_shortrun.teaching import AncestralSampler
 
-pytestmark = pytest.mark.filterwarnings("error")
-
-
 # ------------------------------------------------------------------------------------------------ one step, by hand
 
 
