@@ -9,6 +9,8 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -96,7 +98,8 @@ def bound(constants: Constants, live: Live) -> list[Tensor]:
 def trace(fn: Function, inputs: tuple[Tensor, ...], live: Live) -> tuple[GraphModule, Constants]:
     """Trace ``fn(*inputs)``; what it reaches besides its inputs becomes an input too."""
     inputs = tuple(t.clone() for t in inputs)  # the tracer takes inputs that are one tensor for one input
-    with pyro.validation_enabled(False), torch.no_grad():
+    context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))  # or each node's metadata make one of these
+    with pyro.validation_enabled(False), torch.no_grad(), tracing(context):
         module = make_fx(lambda *xs: fn(*xs))(*inputs)  # a bound method would count its self
     role_of = {id(t): role for role, t in live.tensors.items()}
     constants: dict[str, Role | Tensor] = {}
