@@ -66,10 +66,11 @@ class Call:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Site values at ``u`` and ``log |dz/du|``, with gradients to ``u`` only if ``isolated``.
 
+        :param u: states at which a run has evaluated the model, so that it is known whether supports are real there.
         :param known: log-Jacobian and values without gradients, if they are known.
         """
         if self.model.structure.is_real:
-            return self.model.constrain(u)
+            return self.model.layout.unpack(u), u.new_zeros(u.shape[:2])
 
         def flat(state: Tensor) -> tuple[Tensor, ...]:
             values, jacobian = self.model.constrain(state)

@@ -112,11 +112,8 @@ class LogDensity(Density):
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Site values ``(chains, *batch, *event)`` and ``log |dz/du|`` per row, ``(chains, rows)``.
 
-        Supports and masks may depend on other sites, so they are read at ``u``, by a run of the model; only where all
-        supports are real there is nothing to read.
+        Supports and masks may depend on other sites, so they are read at ``u``, by a run of the model.
         """
-        if self.structure.is_real:
-            return self.layout.unpack(u), u.new_zeros(u.shape[:2])
 
         def take(reading: Reading) -> tuple[Tensor, ...]:
             return *self._values(reading), Rows(self.structure, reading).jacobian()
@@ -126,8 +123,6 @@ class LogDensity(Density):
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Site values of one chain to ``(rows, size)``."""
-        if self.structure.is_real:
-            return self.layout.pack(values)
         with pyro.validation_enabled(False):
             return self.layout.pack(self.program.run(self.bind, values, free=False).unconstrained)
 

@@ -94,9 +94,10 @@ class Rows:
         """Weighted as parts of log q, or scaled as Pyro scales log-probabilities."""
         first = next(iter(self.reading.unconstrained.values()))
         rows = first.new_zeros(self.structure.layout.rows)
-        if self.structure.is_real:
-            return rows
-        for name, term in self.reading.log_jacobians.items():
+        terms = self.reading.log_jacobians
+        if terms and self.structure.began_real:
+            self.structure.vectorizes["supports vary"] = True
+        for name, term in terms.items():
             shape, mask = self.structure.latents[name], self.reading.trace.nodes[name]["mask"]
             term = term if mask is None else masked(term, mask)
             if weighted:

@@ -28,10 +28,16 @@ class Structure:
     layout: Layout
     data: frozenset[str]
     summed: bool  # some discrete site is enumerated
-    is_real: bool  # every latent's support is all of space: site values are the unconstrained ones
+    began_real: bool  # in the run that it was read from every latent's support was all of space
     dtype: torch.dtype
     device: torch.device
     vectorizes: dict[str, bool] = field(default_factory=dict)  # found out on first use, see `map_chains`
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the support of every latent was all of space in all runs of the model so far, so that site values are
+        the unconstrained ones. A model may branch on its values; :class:`~pyro_shortrun.density.rows.Rows` notices."""
+        return self.began_real and not self.vectorizes.get("supports vary", False)
 
     @cached_property
     def latents(self) -> dict[str, LatentSite]:
@@ -70,7 +76,7 @@ def read_structure(program: Program, reading: Reading, bind: Binding) -> Structu
         layout=Layout(tuple(sites), rows),
         data=frozenset(k for k, s in reading.trace.nodes.items() if is_data(s) and k not in bind.given),
         summed=bind.enum_dim is not None,
-        is_real=reading.is_real,
+        began_real=reading.is_real,
         dtype=first.dtype,
         device=first.device,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.nn import PyroModule
@@ -90,14 +90,29 @@ class Dynamics(PyroModule):
 
     @property
     def has_transition_density(self) -> bool:
-        """Whether a step is Gaussian around :meth:`mean`, so that :meth:`log_transition` is defined."""
-        return self.has_noise and not self.has_momentum
+        """Whether :meth:`log_transition` is that of the step: Gaussian around :meth:`mean`, unless said otherwise."""
+        return self.has_noise and not self.has_momentum and _keeps_up(type(self), "log_transition", ("step",))
 
     @property
     def has_jacobian(self) -> bool:
-        """Whether :meth:`jacobian` is defined."""
-        return type(self).jacobian is not Dynamics.jacobian
+        """Whether :meth:`jacobian` is defined, for the step as it is."""
+        said = type(self).jacobian is not Dynamics.jacobian
+        return said and _keeps_up(type(self), "jacobian", ("drift", "mean", "step"))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "log_abs_det" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__}.log_abs_det is not called: define {cls.__name__}.jacobian(grad, step_size, scale), "
+                "and the objective finds the determinant."
+            )
 
     def jacobian(self, grad: Tensor, step_size: Tensor, scale: Tensor) -> Jacobian:
         """Of :meth:`step` at fixed noise."""
         raise NotImplementedError(f"{type(self).__name__} does not say the Jacobian of its step.")
+
+
+def _keeps_up(kind: type, what: str, others: tuple[str, ...]) -> bool:
+    """Whether no subclass has changed one of the ``others`` without saying ``what`` anew."""
+    owner = next(i for i, one in enumerate(kind.__mro__) if what in vars(one))
+    return not any(name in vars(one) for one in kind.__mro__[:owner] for name in others)

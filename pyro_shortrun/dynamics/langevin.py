@@ -38,7 +38,11 @@ class Langevin(Dynamics):
 
     def __init__(self, step_size: StepSize | float = 0.1, *, noise: bool = True, max_drift: float = 10.0) -> None:
         super().__init__(step_size, max_drift)
-        self.noise = self.has_noise = noise
+        self.noise = noise
+
+    @property
+    def has_noise(self) -> bool:  # type: ignore[override]
+        return self.noise
 
     def jacobian(self, grad: Tensor, step_size: Tensor, scale: Tensor) -> Jacobian:
         slope = (step_size * scale).expand_as(grad)

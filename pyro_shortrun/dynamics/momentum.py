@@ -44,6 +44,9 @@ class MomentumDynamics(Dynamics):
     has_momentum = True
     midway = False
 
+    def mean(self, u: Tensor, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
+        raise NotImplementedError(f"a {type(self).__name__} step is not one of positions alone.")
+
     @property
     def kept(self) -> Tensor:
         """The part of the momentum that a refreshment leaves, a number in [0, 1)."""
@@ -59,7 +62,8 @@ class MomentumDynamics(Dynamics):
         :param u: where the gradient was taken.
         :param here: the step that ends at ``u``, or whose middle it is.
         :param ahead: the step that begins at ``u``, or after the step whose middle it is.
-        :param kept: :attr:`kept`, broadcastable to ``u``.
+        :param kept: :attr:`kept`, broadcastable to ``u``; 1 at the first of K + 1 arrivals, whose momentum is
+            fresh already, so that a run takes the noise of K steps.
         """
         raise NotImplementedError
 

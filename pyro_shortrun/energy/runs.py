@@ -60,6 +60,9 @@ class PriorRuns:
         if self.dynamics is not None and self.step_size is not None:
             raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
         check_kind("dynamics", self.moves, Dynamics, "Langevin(0.1)")  # which refuses a step size out of range
+        if self.moves.has_momentum:
+            kind = type(self.moves).__name__
+            raise ValueError(f"{kind} is for guides with objective=Annealed(); runs in a prior take Langevin(0.1).")
 
     @classmethod
     def of(cls, runs: PriorRuns | None, **parts: Any) -> PriorRuns:

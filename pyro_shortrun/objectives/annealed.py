@@ -153,7 +153,9 @@ class MomentumTransition(Tempered):
             here, ahead = (step_size, beta), (ahead_of(step_size), ahead_of(beta))
         else:
             here, ahead = zip(around(step_size), around(beta), strict=True)
-        kept = self.dynamics.kept.expand(len(here[0]), 1)
+        kept = self.dynamics.kept.expand(len(step_size), 1)
+        if self.ends_at_arrival:  # at the first arrival the momentum is fresh already
+            kept = torch.cat([torch.ones_like(kept[:1]), kept])
         return here[0], ahead[0], here[1], ahead[1], kept
 
     def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
@@ -209,7 +211,7 @@ class Annealed(PyroModule, Objective):
     gradient noise, NeurIPS 2021.
 
     :param learnable: whether SVI tunes the temperatures, which begin at ``k / K``.
-    :raises ValueError: for dynamics without noise, and where the guide has ``checkpoint=True``.
+    :raises ValueError: for dynamics without noise.
     :raises NotImplementedError: for a start whose density is not known everywhere.
     """
 

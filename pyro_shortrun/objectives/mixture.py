@@ -39,7 +39,8 @@ class MixtureTransition(Plain):
         variance = 2 * step_size[-1]
         terms = -0.5 * ((end[:, :1] - mean).square() / variance + (2 * math.pi * variance).log())
         log_mixture = terms.sum(-1).logsumexp(1) - math.log(self.copies)
-        assert log_q is not None
+        if log_q is None:
+            raise ValueError("Mixture needs log q of the start: pass run(...) a StartDraw.")
         return log_q - log_mixture.repeat_interleave(self.copies, 0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..density.layout import Layout
@@ -24,6 +26,12 @@ class Objective:
     weighs = True  # whether E[exp(log w)] = p(x), so that log q makes importance weights
     takes_masks = True  # whether latents that poutine.mask takes out of the density may be there
     carries = True  # whether increments cost so much that calls between tunings take those of the last tuned one
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if gone := [name for name in ("account", "bridge", "draw") if name in vars(cls)]:
+            name = cls.__name__
+            raise TypeError(f"{name}.{gone[0]} is not called: define {name}.transition(dynamics, base, account).")
 
     def transition(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition:
         """How the run goes and is weighed.

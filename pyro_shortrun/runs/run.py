@@ -68,6 +68,8 @@ def run(
         noise = DrawnNoise(dynamics, len(step_size), state)
         noise.block(0, 1)  # before other draws, so that a run is the same whether or not it is accounted for
     noise = noise if isinstance(noise, Noise) else GivenNoise(noise)
+    if account:
+        objective.check(dynamics)
     transition = objective.transition(dynamics, base, account)
     with torch.set_grad_enabled(gradients is not Gradients.NONE):
         beta = objective.temperatures(len(step_size), state) if temperatures is None else temperatures

@@ -36,8 +36,9 @@ class FromGuide(Start):
     def draw(self, call: Call, chains: int) -> StartDraw:
         base = self._gaussian(call)
         if base is None:
-            u, log_q = call.replicate(lambda: self._draw_one(call), chains, "start")
-            return StartDraw(u, log_q, call.model(u.detach()))
+            was_real = call.model.structure.is_real
+            drawn = self._draw(call, chains)
+            return self._draw(call, chains) if was_real and not call.model.structure.is_real else drawn
         u, terms = base.draw(chains)
         layout = call.density.layout
         log_q = (terms / layout.drift_scale(u) if layout.is_arrow else terms).sum(-1)
@@ -85,6 +86,10 @@ class FromGuide(Start):
         _check_sites(call, trace)
         return trace
 
+    def _draw(self, call: Call, chains: int) -> StartDraw:
+        u, log_q = call.replicate(lambda: self._draw_one(call), chains, "start")
+        return StartDraw(u, log_q, call.model(u.detach()))  # which notices a support that is not real after all
+
     def _draw_one(self, call: Call) -> tuple[Tensor, Tensor]:
         trace = self._trace(call)
         layout = call.density.layout
@@ -93,6 +98,8 @@ class FromGuide(Start):
         values = [trace.nodes[name]["value"] for name in names]
 
         def to_state(*given: Tensor) -> tuple[Tensor, ...]:
+            if call.model.structure.is_real:  # no need to run the model
+                return layout.pack(dict(zip(names, given, strict=True))), given[0].new_zeros(layout.rows)
             u = call.model.unconstrain(dict(zip(names, given, strict=True)))
             return u, call.model.constrain(u.unsqueeze(0))[1][0]
 

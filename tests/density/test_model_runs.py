@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 from pyro_shortrun import Annealed, EnergyELBO, Langevin, ShortRunGuide, StepSize, energy_prior
+from pyro_shortrun.density import Call
 
 K = 5
 REAL, POSITIVE = dist.Normal(0.3, 1.0), dist.LogNormal(0.3, 1.0)
@@ -77,3 +79,40 @@ def test_step_with_negative_runs(l2):
     """The start, a gradient at each state but the last, the last and all that is read there; the ELBO's own trace."""
     model, runs = counted(REAL, energy=True)
     assert steps(model, encoder(dist.Normal), EnergyELBO(Trace_ELBO(), num_steps=K, l2=l2), runs) == 1 + K + 1 + 1
+
+
+def branching() -> None:
+    """A support that is real on one side of another latent and positive on the other."""
+    z = pyro.sample("z", dist.Normal(0.3, 1.0))
+    pyro.sample("y", dist.Normal(0.0, 1.0) if z.item() > 0 else dist.LogNormal(0.0, 1.0))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_supports_are_read_in_every_run(seed: int) -> None:
+    """Whatever the run looked like by which the call was bound."""
+    pyro.set_rng_seed(seed)
+    model, u = Call.of(branching, (), {}).model, torch.tensor([[[-1.0, 0.7]]])
+    y = math.exp(0.7)
+    wanted = (
+        dist.Normal(0.3, 1.0).log_prob(torch.tensor(-1.0)) + dist.LogNormal(0.0, 1.0).log_prob(torch.tensor(y)) + 0.7
+    )
+    assert model(u).item() == pytest.approx(wanted.item())
+    assert model.constrain(u)[0]["y"].item() == pytest.approx(y)
+    call = Call.of(branching, (), {})
+    call.model(u)
+    assert call.constrain(u, isolated=True)[0]["y"].item() == pytest.approx(y)
+
+
+@pytest.mark.parametrize("start", [None, "guide"])
+def test_guides_of_supports_that_branch(start: str | None) -> None:
+    """Draws lie in the support that goes with them, and log q is that of all runs."""
+
+    def encoder() -> None:
+        z = pyro.sample("z", dist.Normal(0.3, 1.0))
+        pyro.sample("y", dist.Normal(0.0, 1.0) if z.item() > 0 else dist.LogNormal(0.0, 1.0))
+
+    guide = ShortRunGuide(branching, num_steps=2, step_size=StepSize(1e-8), start=encoder if start else None)
+    for _ in range(40):
+        value = guide()
+        assert value["z"] > 0 or value["y"] > 0
+        assert abs(Trace_ELBO().loss(branching, guide)) < 1e-3

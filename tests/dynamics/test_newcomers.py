@@ -19,6 +19,8 @@ from torch import Tensor
 from pyro_shortrun import (
     Annealed,
     GaussianReverse,
+    Hamiltonian,
+    Langevin,
     Linearized,
     Mixture,
     PathDensity,
@@ -30,6 +32,7 @@ from pyro_shortrun import (
 from pyro_shortrun.density import Call
 from pyro_shortrun.dynamics import Dynamics, Jacobian, MomentumDynamics
 from pyro_shortrun.dynamics.momentum import Arrived, Leap, gain
+from pyro_shortrun.energy import PriorRuns
 from pyro_shortrun.runs import Gradients, run
 from pyro_shortrun.starts import PriorBase, StartDraw
 
@@ -64,7 +67,6 @@ class Underdamped(MomentumDynamics):
 
     def arrive(self, u: Tensor, momentum: Tensor, here: Leap, ahead: Leap, kept: Tensor, noise: Tensor) -> Arrived:
         begun = momentum + here.exists * here.drift / here.length + ahead.exists * ahead.drift / ahead.length
-        kept = torch.where(here.exists > 0, kept, torch.ones_like(kept))
         refreshed = self.refreshed(begun, kept, noise)
         return Arrived(u + ahead.exists * 0.5 * ahead.length * (begun + refreshed), refreshed, gain(momentum, begun))
 
@@ -164,6 +166,56 @@ def test_kernels_take_a_tamed_step():
     one = MCMC(ShortRunLangevin(model, dynamics=Tamed(0.1), num_steps=3), num_samples=5, disable_progbar=True)
     one.run()
     assert one.get_samples()["z"].shape == (5, 1)
+
+
+def test_a_changed_step_has_not_the_density_and_the_jacobian_of_the_old_one():
+    """Of a subclass of Langevin that changes its step; what it says anew counts."""
+
+    class Pushed(Langevin):
+        def mean(self, u: Tensor, grad: Tensor, step_size: Tensor, scale: Tensor) -> Tensor:
+            return super().mean(u, grad, step_size, scale) + 0.1 * u
+
+    class Jumping(Langevin):
+        def step(self, u: Tensor, grad: Tensor, step_size: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
+            return self.mean(u, grad, step_size, scale)
+
+    model, _ = gaussian()
+    for objective in (PathDensity(), Linearized()):
+        for dynamics in (Pushed(0.1), Jumping(0.1)):
+            with pytest.raises(ValueError, match="needs the Jacobian"):
+                ShortRunGuide(model, dynamics=dynamics, objective=objective)
+    for objective in (Annealed(), GaussianReverse(), Mixture(2)):
+        ShortRunGuide(model, dynamics=Pushed(0.1), objective=objective)
+        with pytest.raises(ValueError, match="noise"):
+            ShortRunGuide(model, dynamics=Jumping(0.1), objective=objective)
+    quiet = Langevin(0.1)
+    quiet.noise = False
+    assert not quiet.has_noise
+
+
+def test_what_was_written_for_older_versions_is_refused_by_name():
+    with pytest.raises(TypeError, match="Old.log_abs_det is not called: define Old.jacobian"):
+
+        class Old(Dynamics):
+            def log_abs_det(self, *args: Tensor) -> Tensor:
+                return args[0]
+
+    with pytest.raises(TypeError, match="Older.account is not called: define Older.transition"):
+
+        class Older(PathDensity):
+            def account(self, *args: Tensor) -> Tensor:
+                return args[0]
+
+
+def test_a_momentum_is_never_left_out():
+    """Where runs move positions alone, a dynamics with momentum is refused and not taken for one without."""
+    model, _ = gaussian()
+    call = Call.of(model, (), {})
+    for make in NEWCOMERS["underdamped"], lambda: Hamiltonian(0.1):
+        with pytest.raises(NotImplementedError, match="not one of positions alone"):
+            run(call.density, make(), PathDensity(), torch.zeros(1, 1, 1), torch.full((2, 1), 0.1), account=False)
+        with pytest.raises(ValueError, match=type(make()).__name__):
+            PriorRuns(dynamics=make())
 
 
 def test_what_a_dynamics_cannot_do_is_refused_by_name():
