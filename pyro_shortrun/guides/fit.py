@@ -37,8 +37,8 @@ class ShortRunSVI(SVI):
         \text{converged} \iff |\Delta| \le \max\left(2.1 s,\ 10^{-6} \max(1, |m|)\right)
 
     where ``v`` is the variance of the means of 10 batches of neighbouring losses, of which a window consists, so that
-    ``s`` allows for losses that are alike from step to step. ``W`` is a quarter of the steps, and at least 50. Losses
-    that are not finite are left out. Losses around a constant mean are called not converged in about 5 % of runs, more
+    ``s`` allows for losses that are alike from step to step. ``W`` is a quarter of ``num_steps``, and at least 50, or
+    of the steps done where they are less than two such windows. Losses that are not finite are left out. Losses around a constant mean are called not converged in about 5 % of runs, more
     where they stay alike for longer than W / 10 steps (15 % at a correlation of .9 and W = 250); a drift of 3 s in a
     window is missed in about one of five, of 4 s in one of thirty. So "converged" says that the loss falls by less than
     the noise of a window can show: longer windows show more.
@@ -93,7 +93,8 @@ class ShortRunSVI(SVI):
         :param args: arguments of model and guide, the same at every step; leave out with ``batches``. Models that
             subsample by plates of their own need no batches.
         :param batches: one batch for each step, over and over: a ``DataLoader``, or a list. A batch that is a tuple or
-            list is the arguments of model and guide, anything else the only one. A run begins a new pass.
+            list is the arguments of model and guide, anything else the only one. A run begins a new pass: for the same
+            numbers as in one run, let runs be of whole passes, by a loader without a ``generator`` of its own.
         :param progress: show a bar with the smoothed loss.
         :param callback: called after each step with the number of steps so far in this run and the loss; the run ends
             when it returns True.
@@ -272,8 +273,7 @@ def _number(loss: Any) -> float:
 
 
 def _parameters(capture: Any) -> set[Tensor]:
-    sites = capture.trace.nodes.values()
-    return {site["value"].unconstrained() for site in sites if site["type"] == "param" and site["value"] is not None}
+    return {site["value"].unconstrained() for site in capture.trace.nodes.values()}
 
 
 def _rounded(value: float, error: float) -> str:
