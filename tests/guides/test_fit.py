@@ -194,6 +194,7 @@ def test_callback_sees_every_step_and_may_end_the_run():
     result = make().run(9, x(), progress=False, callback=callback)
     assert seen == list(enumerate(result.losses.tolist(), 1)) and len(seen) == 4
     assert not result.interrupted
+    assert len(make().run(3, x(), progress=False, callback=lambda step, loss: step).losses) == 3  # 1 is not True
 
 
 def test_interrupt_returns_what_was_done():
