@@ -17,6 +17,7 @@ from .energy.predictive import sample_prior
 from .energy.statement import energy_prior
 from .evaluation.evidence import ais
 from .guides.elbo import ShortRunELBO
+from .guides.fit import ShortRunSVI
 from .guides.short_run import ShortRunGuide
 from .io.arviz import to_arviz
 from .io.saving import load_state, save_state
@@ -58,6 +59,7 @@ __all__ = [
     "ShortRunELBO",
     "ShortRunGuide",
     "ShortRunLangevin",
+    "ShortRunSVI",
     "StepSize",
     "VectorizedMCMC",
     "ais",

@@ -1,14 +1,17 @@
-"""Short runs as Pyro guides, their loss, and the tuning of their steps."""
+"""Short runs as Pyro guides, their loss and fit, and the tuning of their steps."""
 
 from .base import DensityGuide
 from .elbo import ShortRunELBO
+from .fit import FitResult, ShortRunSVI
 from .short_run import ShortRunGuide
 from .tuning import Grid, tune_on_grid
 
 __all__ = [
     "DensityGuide",
+    "FitResult",
     "Grid",
     "ShortRunELBO",
     "ShortRunGuide",
+    "ShortRunSVI",
     "tune_on_grid",
 ]
