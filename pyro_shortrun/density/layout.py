@@ -69,7 +69,7 @@ class _Packing:
 
 @dataclass(frozen=True)
 class Layout:
-    """Packs unconstrained site values into ``(rows, size)`` and back.
+    """Packs unconstrained site values into ``(rows, size)`` and back. (Most of its methods are sizes, found once.)
 
     :param sites: the latent sites, in the order of the model.
     :param row_plates: plates whose elements are independent (or conditionally so, see ``Arrow``).
