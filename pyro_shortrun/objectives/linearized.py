@@ -74,13 +74,10 @@ class Linearized(Objective):
 
     carries = weighs = takes_masks = False
 
-    def check(self, dynamics: Dynamics) -> None:
-        super().check(dynamics)
-        check_jacobian(self, dynamics)
-
     def transition(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition:
         if not account:
             return Plain(dynamics)
+        check_jacobian(self, dynamics)
         if base is None:
             raise NotImplementedError(
                 "Linearized needs the covariance of the start: use start=Prior(), AutoNormal(model), "

@@ -71,9 +71,8 @@ class PathDensity(Objective):
     def __init__(self, logdet: LogDet | None = None) -> None:
         self.logdet = Automatic() if logdet is None else logdet
 
-    def check(self, dynamics: Dynamics) -> None:
-        super().check(dynamics)
-        check_jacobian(self, dynamics)
-
     def transition(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition:
-        return PathTransition(dynamics, self.logdet) if account else Plain(dynamics)
+        if not account:
+            return Plain(dynamics)
+        check_jacobian(self, dynamics)
+        return PathTransition(dynamics, self.logdet)

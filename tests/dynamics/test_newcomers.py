@@ -183,7 +183,7 @@ def test_a_changed_step_has_not_the_density_and_the_jacobian_of_the_old_one():
     for objective in (PathDensity(), Linearized()):
         for dynamics in (Pushed(0.1), Jumping(0.1)):
             with pytest.raises(ValueError, match="needs the Jacobian"):
-                ShortRunGuide(model, dynamics=dynamics, objective=objective)
+                ShortRunGuide(model, dynamics=dynamics, objective=objective)()
     for objective in (Annealed(), GaussianReverse(), Mixture(2)):
         ShortRunGuide(model, dynamics=Pushed(0.1), objective=objective)
         with pytest.raises(ValueError, match="noise"):
@@ -225,7 +225,7 @@ def test_what_a_dynamics_cannot_do_is_refused_by_name():
     model, _ = gaussian()
     for objective in (PathDensity(), Linearized()):
         with pytest.raises(ValueError, match=f"{type(objective).__name__} needs the Jacobian.*Unknown"):
-            ShortRunGuide(model, dynamics=Unknown(0.1), objective=objective)
+            ShortRunGuide(model, dynamics=Unknown(0.1), objective=objective)()
     ShortRunGuide(model, dynamics=Unknown(0.1), objective=Annealed()).setup()
     for objective in (PathDensity(), GaussianReverse(), Mixture(2), Linearized()):
         with pytest.raises(ValueError, match="Underdamped"):
