@@ -322,3 +322,25 @@ def langevin_kl(eta: float, steps: int, precisions: list[float], mean: float = 1
         variance = a ** (2 * steps) + 2 * eta * (1 - a ** (2 * steps)) / (1 - a * a)
         total += 0.5 * (lam * variance + lam * (mean * a**steps) ** 2 - 1 - math.log(lam * variance))
     return total
+
+
+NOISE = 0.8
+
+
+def located(x: Tensor) -> None:
+    """One latent, with a Gaussian posterior."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, NOISE), obs=x)
+
+
+def located_at(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of ``loc`` given ``x``."""
+    precision = 1 + len(x) / NOISE**2
+    return x.sum() / NOISE**2 / precision, torch.as_tensor(precision**-0.5)
+
+
+def gamma_poisson(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 0.5))
+        pyro.sample("x", dist.Poisson(rate), obs=x)

@@ -14,6 +14,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import NOISE, located_at
+from programs import located as model
 from pyro import poutine
 from pyro.infer.autoguide import (
     AutoDelta,
@@ -41,14 +43,6 @@ from pyro_shortrun.diagnostics.psis import _psislw, _smooth, _weigh
 from pyro_shortrun.diagnostics.sbc import _rank
 from pyro_shortrun.diagnostics.uniformity import UniformBand, holm, symmetry_pvalue
 
-NOISE = 0.8
-
-
-def model(x: Tensor) -> None:
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(loc, NOISE), obs=x)
-
 
 def local(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
@@ -66,14 +60,8 @@ def prior_only(z_scale: float) -> Callable:
     return guide
 
 
-def at(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of ``loc`` given ``x``."""
-    precision = 1 + len(x) / NOISE**2
-    return x.sum() / NOISE**2 / precision, torch.as_tensor(precision**-0.5)
-
-
 def exact_guide(x: Tensor) -> None:
-    pyro.sample("loc", dist.Normal(*at(x)))
+    pyro.sample("loc", dist.Normal(*located_at(x)))
 
 
 def draws(width: float = 1.0, shift: float = 0.0, count: int = 99) -> Callable:
@@ -82,7 +70,7 @@ def draws(width: float = 1.0, shift: float = 0.0, count: int = 99) -> Callable:
     def posterior(conditioned: Callable, x: Tensor) -> dict[str, Tensor]:
         site = poutine.trace(conditioned).get_trace(x).nodes["x"]
         assert site["is_observed"]
-        mean, deviation = at(site["value"])
+        mean, deviation = located_at(site["value"])
         return {"loc": mean + deviation * (shift + width * torch.randn(count))}
 
     return posterior
@@ -138,7 +126,9 @@ def test_verdict_in_words():
     log_p = -torch.rand(1000, 1).log()
     bad = _smooth(1.5 * log_p, torch.zeros_like(log_p))
     assert bad.threshold == pytest.approx(1 - 1 / 3)
-    heavy = psis(model, lambda x: pyro.sample("loc", dist.Normal(at(x)[0], 0.2 * at(x)[1])), torch.zeros(5))
+    heavy = psis(
+        model, lambda x: pyro.sample("loc", dist.Normal(located_at(x)[0], 0.2 * located_at(x)[1])), torch.zeros(5)
+    )
     assert "do not use" in str(heavy)
 
 
@@ -363,7 +353,7 @@ def test_trained_guide_finds_the_posterior():
     x = torch.linspace(0.0, 2.0, 5)
     trained = Trained(AutoNormal, pyro.optim.Adam({"lr": 0.05}), num_steps=300, num_draws=2000)
     loc = trained(model, x)["loc"]
-    assert abs(loc.mean() - at(x)[0]) < 0.1 and abs(loc.std() / at(x)[1] - 1) < 0.2
+    assert abs(loc.mean() - located_at(x)[0]) < 0.1 and abs(loc.std() / located_at(x)[1] - 1) < 0.2
 
 
 def test_chains_give_one_draw_each():

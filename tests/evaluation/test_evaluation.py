@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import gamma_poisson
 from torch import Tensor
 
 from pyro_shortrun import ShortRunGuide, energy_prior
@@ -48,11 +49,6 @@ def test_linear_gaussian_evidence(source):
 def test_constrained_latents():
     """Gamma-Poisson: the evidence is negative binomial."""
     counts = torch.tensor([0.0, 3.0, 11.0])
-
-    def gamma_poisson(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            rate = pyro.sample("rate", dist.Gamma(2.0, 0.5))
-            pyro.sample("x", dist.Poisson(rate), obs=x)
 
     draws = {"rate": dist.Gamma(2.0, 0.5).sample((200, 3))}
     out = importance_log_likelihood(gamma_poisson, draws, counts, num_samples=4000)

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import local
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
@@ -81,12 +82,6 @@ def test_particles_are_averaged():
     assert weights.shape == (5,) and weights.std() > 0
     pyro.set_rng_seed(1)
     assert ShortRunELBO(num_particles=5).loss(model, guide, *args) == pytest.approx(-weights.mean().item())
-
-
-def local(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
 def moving(x: Tensor) -> None:

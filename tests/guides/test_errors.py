@@ -505,12 +505,3 @@ def test_step_sizes_of_another_guide_are_named():
     ShortRunGuide(local, num_steps=3, step_size=StepSize(0.1, per="step")).setup(x)
     with pytest.raises(ValueError, match=r"2 step sizes and Pyro's parameter store 3.*clear_param_store"):
         older(x)
-
-
-def test_many_singular_rows_are_told(caplog):
-    def model() -> None:
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 0.2), obs=torch.tensor(0.1))
-
-    ShortRunGuide(model, num_steps=3, step_size=StepSize(0.1, learnable=False))()
-    assert "log q, and the loss, is not reliable" in caplog.text

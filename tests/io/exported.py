@@ -8,13 +8,11 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from programs import NOISE, frozen, located_at
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pyro_shortrun import Langevin, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC, to_arviz
-
-NOISE = 0.8
-
+from pyro_shortrun import ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC, to_arviz
 
 KERNEL_STATS = {"lp", "acceptance_rate", "grad_norm", "step_size", "nonfinite", "diverging"}
 
@@ -33,26 +31,10 @@ GROUPS = {
 }
 
 
-def model(x: Tensor) -> None:
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(loc, NOISE), obs=x)
-
-
 def local(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, NOISE), obs=x)
-
-
-def data(n: int = 5) -> Tensor:
-    return torch.linspace(-1.0, 2.0, n)
-
-
-def posterior(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of ``loc``."""
-    precision = 1 + len(x) / NOISE**2
-    return x.sum() / NOISE**2 / precision, torch.as_tensor(precision**-0.5)
 
 
 def evidence(x: Tensor) -> float:
@@ -62,7 +44,7 @@ def evidence(x: Tensor) -> float:
 
 def around_posterior(width: float) -> Callable:
     def start(x: Tensor) -> None:
-        mean, deviation = posterior(x)
+        mean, deviation = located_at(x)
         pyro.sample("loc", dist.Normal(mean, width * deviation))
 
     return start
@@ -70,8 +52,7 @@ def around_posterior(width: float) -> Callable:
 
 def still(target: Callable, start: Callable, **options: Any) -> ShortRunGuide:
     """A guide that stays where it starts."""
-    dynamics = Langevin(StepSize(1e-9, learnable=False), noise=False)
-    return ShortRunGuide(target, num_steps=1, dynamics=dynamics, start=start, **options)
+    return ShortRunGuide(target, num_steps=1, dynamics=frozen(), start=start, **options)
 
 
 def short(target: Callable, **options: Any) -> ShortRunGuide:

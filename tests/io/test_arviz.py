@@ -11,22 +11,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exported import (
-    GROUPS,
-    GUIDE_STATS,
-    NOISE,
-    coord,
-    data,
-    dims,
-    equal,
-    export,
-    get,
-    groups,
-    model,
-    run_mcmc,
-    run_vectorized,
-    short,
-)
+from exported import GROUPS, GUIDE_STATS, coord, dims, equal, export, get, groups, run_mcmc, run_vectorized, short
+from programs import NOISE, data
+from programs import located as model
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoNormal

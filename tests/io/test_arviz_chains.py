@@ -14,22 +14,21 @@ import torch
 from exported import (
     GROUPS,
     KERNEL_STATS,
-    NOISE,
     around_posterior,
     coord,
-    data,
     dims,
     equal,
     export,
     get,
     groups,
     local,
-    model,
-    posterior,
     run_mcmc,
     run_vectorized,
     still,
 )
+from programs import NOISE, data
+from programs import located as model
+from programs import located_at as posterior
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 from zoo import make_subsampled_mixture, subsampled_mixture

@@ -12,10 +12,8 @@ import pytest
 import torch
 from exported import (
     GROUPS,
-    NOISE,
     around_posterior,
     coord,
-    data,
     dims,
     equal,
     evidence,
@@ -23,11 +21,12 @@ from exported import (
     get,
     groups,
     log_weights,
-    model,
-    posterior,
     short,
     still,
 )
+from programs import NOISE, data, gamma_poisson
+from programs import located as model
+from programs import located_at as posterior
 from pyro import poutine
 from pyro.infer import config_enumerate
 from torch import Tensor
@@ -75,11 +74,6 @@ def test_weights_of_the_exact_posterior_are_the_evidence(dtype):
 def test_weights_are_densities_of_constrained_sites(dtype):
     """Gamma-Poisson, started at its posterior: the evidence is negative binomial, and no Jacobian is left over."""
     counts = torch.tensor([0.0, 3.0, 11.0])
-
-    def gamma_poisson(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            rate = pyro.sample("rate", dist.Gamma(2.0, 0.5))
-            pyro.sample("x", dist.Poisson(rate), obs=x)
 
     def start(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

@@ -9,17 +9,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.mcmc.util import initialize_model
+from targets import gaussian, quiet
 from torch import Tensor
 
 from pyro_shortrun import Init, ShortRunLangevin, StepSize, VectorizedMCMC, to_arviz
 from pyro_shortrun.dynamics import Dense, Diagonal
-
-
-def gaussian() -> None:
-    """N(mean, covariance) with correlations 0.8 and 0.3 and unlike variances."""
-    mean = torch.tensor([1.0, -2.0, 0.5])
-    covariance = torch.tensor([[1.0, 0.8, 0.0], [0.8, 1.0, 0.3], [0.0, 0.3, 2.0]])
-    pyro.sample("z", dist.MultivariateNormal(mean, covariance))
 
 
 def schools(y: Tensor) -> None:
@@ -32,10 +26,6 @@ def schools(y: Tensor) -> None:
 
 def data() -> Tensor:
     return torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0])
-
-
-def vectorized(kernel: ShortRunLangevin, samples: int, warmup: int, chains: int, **options) -> VectorizedMCMC:
-    return VectorizedMCMC(kernel, samples, warmup, num_chains=chains, disable_progbar=True, **options)
 
 
 # ------------------------------------------------------------------------------------------ chains are independent
@@ -60,7 +50,7 @@ def test_batches_of_chains_change_nothing(name, size):
     draws = []
     for batch in (None, size):
         pyro.set_rng_seed(3)
-        mcmc = vectorized(BATCHED[name](), 4, 6, 5, chain_batch_size=batch)
+        mcmc = quiet(BATCHED[name](), 4, 6, 5, chain_batch_size=batch)
         mcmc.run(data())
         draws.append(mcmc.get_samples()["mu"])
     torch.testing.assert_close(draws[1], draws[0], rtol=1e-6, atol=1e-8)
@@ -72,7 +62,7 @@ def test_draws_do_not_depend_on_other_chains():
     kernel = ShortRunLangevin(schools, 1, StepSize(0.01, learnable=False), persistent=True)
     ends = []
     for count in (2, 5):
-        mcmc = vectorized(kernel, 1, 0, count, initial_params={k: v[:count] for k, v in start.items()})
+        mcmc = quiet(kernel, 1, 0, count, initial_params={k: v[:count] for k, v in start.items()})
         noise = torch.zeros(1, count, 1, 7)
         kernel_open = kernel.open
 
@@ -95,7 +85,7 @@ def test_model_that_is_not_batch_safe():
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(out, 1.0), obs=torch.ones(len(x)))
 
-    mcmc = vectorized(ShortRunLangevin(model, 2, adjust=True), 5, 5, 7)
+    mcmc = quiet(ShortRunLangevin(model, 2, adjust=True), 5, 5, 7)
     mcmc.run(torch.randn(4, 3))
     assert mcmc.get_samples(group_by_chain=True)["w"].shape == (7, 5, 2, 3)
 
@@ -115,10 +105,10 @@ def branch() -> None:
     "model, line", [(item, r"z\.item\(\).*test_vectorized\.py.*\.item\(\)"), (branch, r"if z > 0.*control flow")]
 )
 def test_operation_that_cannot_be_vectorised_is_named(model, line):
-    mcmc = vectorized(ShortRunLangevin(model, 2, adjust=True), 5, 5, 2)
+    mcmc = quiet(ShortRunLangevin(model, 2, adjust=True), 5, 5, 2)
     with pytest.raises(NotImplementedError, match=r"cannot be vectorised over chains at `.*" + line):
         mcmc.run()
-    vectorized(ShortRunLangevin(model, 2, adjust=True), 5, 5, 1).run()  # one chain needs no vmap
+    quiet(ShortRunLangevin(model, 2, adjust=True), 5, 5, 1).run()  # one chain needs no vmap
 
 
 def test_site_that_cannot_be_vectorised_is_named():
@@ -127,7 +117,7 @@ def test_site_that_cannot_be_vectorised_is_named():
         pyro.sample("counts", dist.Multinomial(5, logits=logits), obs=torch.tensor([1.0, 2.0, 2.0]))
 
     with pytest.raises(NotImplementedError, match="site 'counts': the model cannot be vectorised"):
-        vectorized(ShortRunLangevin(model, 2, adjust=True), 5, 5, 2).run()
+        quiet(ShortRunLangevin(model, 2, adjust=True), 5, 5, 2).run()
 
 
 # ------------------------------------------------------------------------------------------ resume
@@ -151,7 +141,7 @@ class Interrupt(Exception):
 def test_resumed_run_is_the_uninterrupted_one(name, stop, tmp_path):
     warmup, samples, chains = 10, 8, 4
     pyro.set_rng_seed(5)
-    whole = vectorized(KERNELS[name](), samples, warmup, chains)
+    whole = quiet(KERNELS[name](), samples, warmup, chains)
     whole.run(data())
 
     done = []
@@ -162,13 +152,13 @@ def test_resumed_run_is_the_uninterrupted_one(name, stop, tmp_path):
             raise Interrupt
 
     pyro.set_rng_seed(5)
-    first = vectorized(KERNELS[name](), samples, warmup, chains, hook_fn=interrupt)
+    first = quiet(KERNELS[name](), samples, warmup, chains, hook_fn=interrupt)
     with pytest.raises(Interrupt):
         first.run(data())
     torch.save(first.state_dict(), tmp_path / "state.pt")
 
     torch.randn(100)  # the random state is part of what is saved
-    second = vectorized(KERNELS[name](), samples, warmup, chains)
+    second = quiet(KERNELS[name](), samples, warmup, chains)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     second.run(data())
     for site, draws in whole.get_samples(group_by_chain=True).items():
@@ -179,28 +169,28 @@ def test_resumed_run_is_the_uninterrupted_one(name, stop, tmp_path):
 
 def seeded_run(samples: int) -> VectorizedMCMC:
     pyro.set_rng_seed(5)
-    mcmc = vectorized(KERNELS["diagonal"](), samples, 5, 3)
+    mcmc = quiet(KERNELS["diagonal"](), samples, 5, 3)
     mcmc.run(data())
     return mcmc
 
 
 def test_a_longer_run_begins_with_the_saved_draws():
     whole, short = seeded_run(12), seeded_run(7)
-    longer = vectorized(KERNELS["diagonal"](), 12, 5, 3)
+    longer = quiet(KERNELS["diagonal"](), 12, 5, 3)
     longer.load_state_dict(short.state_dict())
     longer.run(data())
     assert torch.equal(longer.unconstrained(), whole.unconstrained())
     with pytest.raises(ValueError, match="more than num_samples=6"):
-        vectorized(KERNELS["diagonal"](), 6, 5, 3).load_state_dict(short.state_dict())
+        quiet(KERNELS["diagonal"](), 6, 5, 3).load_state_dict(short.state_dict())
     with pytest.raises(ValueError, match="num_chains=3, this one 4"):
-        vectorized(KERNELS["diagonal"](), 12, 5, 4).load_state_dict(short.state_dict())
+        quiet(KERNELS["diagonal"](), 12, 5, 4).load_state_dict(short.state_dict())
     for kernel, args, message in (
         (ShortRunLangevin(gaussian, 3, adjust=True), (), "same model"),
         (KERNELS["diagonal"](), (data() + 10.0,), "same model and data"),
         (KERNELS["dense"](), (data(),), "preconditioner Diagonal, this one of .* Dense"),
         (KERNELS["short runs"](), (data(),), "this one of short runs"),
     ):
-        other = vectorized(kernel, 12, 5, 3)
+        other = quiet(kernel, 12, 5, 3)
         other.load_state_dict(short.state_dict())
         with pytest.raises(ValueError, match=message):
             other.run(*args)
@@ -209,7 +199,7 @@ def test_a_longer_run_begins_with_the_saved_draws():
 def test_random_numbers_drawn_before_saving_change_nothing():
     whole, short = seeded_run(12), seeded_run(7)
     torch.randn(10), short.get_samples(5), to_arviz(short)
-    longer = vectorized(KERNELS["diagonal"](), 12, 5, 3)
+    longer = quiet(KERNELS["diagonal"](), 12, 5, 3)
     longer.load_state_dict(short.state_dict())
     longer.run(data())
     assert torch.equal(longer.unconstrained(), whole.unconstrained())
@@ -267,7 +257,7 @@ def test_constructor_refuses(options, message):
 
 
 def test_few_draws_have_no_diagnostics():
-    mcmc = vectorized(ShortRunLangevin(gaussian, adjust=True), 3, 0, 4)
+    mcmc = quiet(ShortRunLangevin(gaussian, adjust=True), 3, 0, 4)
     mcmc.run()
     with pytest.raises(ValueError, match=">= 4 draws"):
         mcmc.summary()
@@ -289,7 +279,7 @@ def test_potential_fn_draws_what_the_model_draws(dtype):
         ShortRunLangevin(potential_fn=potential, num_steps=3, adjust=True),
     ):
         pyro.set_rng_seed(2)
-        mcmc = vectorized(kernel, 4, 3, 6, initial_params=start)
+        mcmc = quiet(kernel, 4, 3, 6, initial_params=start)
         hooked = kernel.open
 
         def seeded(*args, hooked=hooked):
@@ -307,7 +297,7 @@ def test_potential_fn_draws_what_the_model_draws(dtype):
 def test_potential_fn_of_pyro_runs_in_one_chain():
     start, potential, transforms, _ = initialize_model(schools, model_args=(data(),))
     kernel = ShortRunLangevin(potential_fn=potential, num_steps=3, adjust=True, transforms=transforms)
-    one = vectorized(kernel, 50, 20, 1, initial_params={k: v.unsqueeze(0) for k, v in start.items()})
+    one = quiet(kernel, 50, 20, 1, initial_params={k: v.unsqueeze(0) for k, v in start.items()})
     one.run()
     assert (one.get_samples()["tau"] > 0).all() and one.unconstrained().min() < 0
 
@@ -320,7 +310,7 @@ def test_recovers_a_correlated_gaussian(preconditioner):
     """Within 0.05 sd and 10 % for 64 chains of 400 draws; the effective sample size is above 10,000, so that these are
     more than five standard errors."""
     kernel = ShortRunLangevin(gaussian, 10, adjust=True, preconditioner=preconditioner)
-    mcmc = vectorized(kernel, 400, 100, 64)
+    mcmc = quiet(kernel, 400, 100, 64)
     mcmc.run()
     z, mean, variance = mcmc.get_samples()["z"], torch.tensor([1.0, -2.0, 0.5]), torch.tensor([1.0, 1.0, 2.0])
     assert ((z.mean(0) - mean).abs() < 0.05 * variance.sqrt()).all()
@@ -344,7 +334,7 @@ def test_recovers_a_posterior_from_starts_far_away():
     precision = x.T @ x / 0.25 + torch.eye(3) / 100
     mean, sd = torch.linalg.solve(precision, x.T @ y / 0.25), torch.linalg.inv(precision).diagonal().sqrt()
     start = Init(pyro.infer.autoguide.init_to_median, scale=20.0)
-    mcmc = vectorized(ShortRunLangevin(model, 10, adjust=True, start=start), 100, 100, 64)
+    mcmc = quiet(ShortRunLangevin(model, 10, adjust=True, start=start), 100, 100, 64)
     mcmc.run(x, y)
     w = mcmc.get_samples()["w"]
     assert ((w.mean(0) - mean).abs() < 0.1 * sd).all()
@@ -360,7 +350,7 @@ def test_rows_are_accepted_and_tuned_apart():
         with pyro.plate("data", 200):
             pyro.sample("z", dist.StudentT(5.0, width, width))
 
-    mcmc = vectorized(ShortRunLangevin(model, 5, adjust=True), 60, 100, 32)
+    mcmc = quiet(ShortRunLangevin(model, 5, adjust=True), 60, 100, 32)
     mcmc.run()
     z = mcmc.get_samples()["z"]
     centred = (z - width) / width / math.sqrt(5 / 3)

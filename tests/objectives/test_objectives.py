@@ -140,6 +140,13 @@ def test_every_call_has_its_own_increments():
         assert not guide.info.carried and guide.info.log_det.abs().sum() > 0
 
 
+def thinned() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 6, subsample_size=2):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(2))
+
+
 REFUSED = {
     "mixture": "Mixture",
     "linearized": "Linearized",
@@ -151,15 +158,9 @@ REFUSED = {
 def test_a_subsampled_model_with_global_latents():
     """Weights of local parts; those that cannot be are refused by name."""
 
-    def model() -> None:
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", 6, subsample_size=2):
-            z = pyro.sample("z", dist.Normal(mu, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(2))
-
     for name in KINDS:
-        guide = ShortRunGuide(model, num_steps=3, **ROWS[name].guide())
-        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        guide = ShortRunGuide(thinned, num_steps=3, **ROWS[name].guide())
+        svi = SVI(thinned, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
         refused = next((word for part, word in REFUSED.items() if part in name), None)
         if refused is None:
             assert all(math.isfinite(svi.step()) for _ in range(2))
@@ -172,13 +173,7 @@ def test_a_subsampled_model_with_global_latents():
 def test_a_gaussian_start_has_its_own_gradient_in_an_arrowhead():
     """Also where a subsampled plate makes the local part of log q count several times."""
 
-    def model() -> None:
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", 6, subsample_size=2):
-            z = pyro.sample("z", dist.Normal(mu, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(2))
-
-    density = Call.of(model, (), {}).density
+    density = Call.of(thinned, (), {}).density
     u, loc, scale = torch.randn(1, 1, 3), torch.randn(1, 3), torch.rand(1, 3) + 0.5
     step = LangevinTransition(Langevin(0.1), GaussianBase(loc, scale), Mirror())
     _, _, slope = step.evaluate(density, u.requires_grad_(), (loc, scale), create_graph=False)
