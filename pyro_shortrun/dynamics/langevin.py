@@ -42,6 +42,7 @@ class Langevin(Dynamics):
 
     @property
     def has_noise(self) -> bool:  # type: ignore[override]
+        """Whether a step adds noise: what ``noise`` is now."""
         return self.noise
 
     def jacobian(self, grad: Tensor, step_size: Tensor, scale: Tensor) -> Jacobian:
