@@ -25,6 +25,7 @@ FULL = {
     "scaling": ("--quick", "scaling.md"),
     "soak": ("", "reliability.md#a-long-run"),
     "speed": ("--quick", "speed.md"),
+    "walk": ("--compiled --against CHECKOUT", "architecture.md"),
     "tuning": ("", "objectives.md#where-the-truth-is-known"),
 }
 

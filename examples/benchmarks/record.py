@@ -30,7 +30,7 @@ Value = float | int | str | None
 
 BEGAN = time.perf_counter()
 # Options whose values are paths of one machine, and what to print for them; none for an option that changes no figure.
-PLACES = {"--output": None, "--data": "DATA", "--jax-python": "PYTHON"}
+PLACES = {"--output": None, "--data": "DATA", "--jax-python": "PYTHON", "--against": "CHECKOUT"}
 
 
 @dataclass

@@ -1,19 +1,28 @@
 """How far one ``svi.step`` walks through the package, and what it costs: calls, changes of module, CPU milliseconds.
 
-    python examples/benchmarks/walk.py [--compiled] [--output DIR]
+    python examples/benchmarks/walk.py [--compiled] [--against CHECKOUT] [--output DIR]
 
 The walk is that of eight schools with K = 5, eager: the package's functions that are called, and those of the calls
 that go straight from one module of the package into another. Generated code (the methods of dataclasses and named
 tuples) and comprehensions are not counted. The cost is the CPU time per step, of the process, on five models with
-K = 10, the least of several blocks; ratios to another version are those of two runs in turns.
+K = 10, the least of several blocks. With ``--against``, another version's walk and costs stand beside it: both run in
+processes of their own and in turns, block by block, and the ratio is the median of the blocks'. Versions that have a
+module in another place are compared as they are; the house is what their imports say.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import itertools
+import os
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +30,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from record import Table, record
+from record import Table, Value, record
 
 import pyro_shortrun as short
 
-BLOCKS = 5
+BLOCKS = 9
+NAMES = ("here", "other")
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = str(Path(short.__file__).parent)
 
 
@@ -131,46 +142,147 @@ def _is_own(frame: Any) -> bool:
     return frame is not None and frame.f_code.co_filename.startswith(PACKAGE)
 
 
+@dataclass
+class Worker:
+    """A process that takes the steps of one version of the package, asked for block by block."""
+
+    folder: Path
+    what: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        env = {**os.environ, "PYTHONPATH": str(self.folder.resolve()), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", __file__, "--worker", *self.what]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=env, cwd=self.folder
+        )
+
+    def ask(self) -> str:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("again\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.folder}: its steps of {self.what} failed.")
+        return answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def work(model: str, objective: str, compiled: str, steps: str) -> None:
+    """What a :class:`Worker` runs: for every line that comes in, a walk (no steps), or milliseconds per step."""
+    count = int(steps)
+    step = step_of(model, objective, 10 if count else 5, compiled == "compiled")
+    for _ in sys.stdin:
+        print(*(walk(step) if not count else [milliseconds(step, count)]), flush=True)
+
+
 def milliseconds(step: Callable[[], float], steps: int) -> float:
-    """CPU time of a step, the least of several blocks."""
-    blocks = []
-    for _ in range(BLOCKS):
-        begin = time.process_time()
-        for _ in range(steps):
-            step()
-        blocks.append((time.process_time() - begin) / steps)
-    return 1e3 * min(blocks)
+    """CPU time of a step."""
+    begin = time.process_time()
+    for _ in range(steps):
+        step()
+    return 1e3 * (time.process_time() - begin) / steps
 
 
-def walks() -> Table:
-    table = Table(
-        "One step, eight schools, K = 5, eager", {"objective": "14s", "calls": "6d", "changes of module": "17d"}
-    )
-    for objective in OBJECTIVES:
-        table.rows.append([objective, *walk(step_of("eight schools", objective, 5, compile=False))])
-    return table
+def in_turns(folders: Sequence[Path], what: tuple[str, ...]) -> list[list[float]]:
+    """Milliseconds of every block, by version."""
+    workers = [Worker(folder, what) for folder in folders]
+    found: list[list[float]] = [[] for _ in workers]
+    for block in range(BLOCKS + 1):
+        for i in range(len(workers))[:: -1 if block % 2 else 1]:
+            value = float(workers[i].ask())
+            if block:  # the first block is for caches
+                found[i].append(value)
+    for worker in workers:
+        worker.close()
+    return found
 
 
-def costs(modes: Sequence[bool], steps: int) -> Table:
-    form = {"model": "34s", "": "9s", **{o: "12.2f" for o in OBJECTIVES}}
+def costs(folders: Sequence[Path], modes: Sequence[str], steps: int) -> Table:
+    form = {"model": "34s", "": "9s", "objective": "14s", "ms": "9.2f"}
+    form |= {"other ms": "9.2f", "ratio": "6.3f"} if len(folders) > 1 else {}
     table = Table("CPU ms per step, K = 10", form)
-    for compile in modes:
-        for model in MODELS:
-            found = [milliseconds(step_of(model, o, 10, compile), steps) for o in OBJECTIVES]
-            table.rows.append([model, "compiled" if compile else "eager", *found])
+    for mode, model, objective in itertools.product(modes, MODELS, OBJECTIVES):
+        blocks = in_turns(folders, (model, objective, mode, str(steps)))
+        row: list[Value] = [model, mode, objective, *map(min, blocks)]
+        if len(blocks) > 1:
+            row.append(statistics.median(a / b for a, b in zip(*blocks, strict=True)))
+        table.rows.append(row)
     return table
+
+
+def walks(folders: Sequence[Path]) -> Table:
+    form = {"version": "9s", "objective": "14s", "calls": "6d", "changes of module": "17d"}
+    table = Table("One step, eight schools, K = 5, eager", form)
+    for folder, name in zip(folders, NAMES, strict=False):
+        for objective in OBJECTIVES:
+            worker = Worker(folder, ("eight schools", objective, "eager", "0"))
+            table.rows.append([name, objective, *map(int, worker.ask().split())])
+            worker.close()
+    return table
+
+
+def house(folders: Sequence[Path]) -> Table:
+    """Modules and the arrows of imports between them, floors (the longest chain of arrows), and lines."""
+    form = {"version": "9s", "modules": "7d", "arrows": "6d", "floors": "6d", "packages": "8d", "between them": "12d"}
+    form |= {"their floors": "12d", "lines": "6d", "longest": "7d"}
+    table = Table("The house", form)
+    for folder, name in zip(folders, NAMES, strict=False):
+        modules = _modules(folder / "pyro_shortrun")
+        arrows = {(a, b) for a, file in modules.items() for b in _imports(a, file) if b in modules and a != b}
+        rooms = {(a.split(".")[0], b.split(".")[0]) for a, b in arrows}
+        between = {(a, b) for a, b in rooms if a != b}
+        lines = [len(file.read_text().splitlines()) for file in (folder / "pyro_shortrun").rglob("*.py")]
+        packages = {a.split(".")[0] for a in modules}
+        row = [len(modules), len(arrows), _floors(arrows), len(packages), len(between), _floors(between)]
+        table.rows.append([name, *row, sum(lines), max(lines)])
+    return table
+
+
+def _modules(root: Path) -> dict[str, Path]:
+    found = {".".join(f.relative_to(root).with_suffix("").parts): f for f in root.rglob("*.py")}
+    return {name: f for name, f in found.items() if f.name != "__init__.py"}
+
+
+def _imports(module: str, file: Path) -> set[str]:
+    """Modules of the package that a module names in relative imports."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            target = [*module.split(".")[: -node.level], *(node.module or "").split(".")]
+            found.add(".".join(filter(None, target)))
+    return found
+
+
+def _floors(arrows: set[tuple[str, str]]) -> int:
+    @cache
+    def floor(name: str) -> int:
+        return 1 + max((floor(b) for a, b in arrows if a == name), default=0)
+
+    return max(floor(a) for a, _ in arrows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20, help="steps in a block")
+    parser.add_argument("--steps", type=int, default=10, help="steps in a block")
     parser.add_argument("--compiled", action="store_true", help="compiled steps, too (minutes)")
-    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--against", type=Path, help="the checkout of another version, to stand beside this one")
+    parser.add_argument("--smoke", action="store_true", help="a step of one model, to see that it runs")
     parser.add_argument("--output", type=Path, help="folder for walk.txt and results.json")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    modes = (False, True) if options.compiled else (False,)
-    tables = [walks(), costs(modes, 1 if options.smoke else options.steps)]
+    if options.worker:
+        return work(*options.worker)
+    folders = [ROOT, *([options.against] if options.against else [])]
+    modes = ("eager", "compiled") if options.compiled else ("eager",)
+    if options.smoke:
+        for name in list(MODELS)[1:]:
+            del MODELS[name]
+    tables = [house(folders), walks(folders), costs(folders, modes, 1 if options.smoke else options.steps)]
     text = "\n\n".join("\n".join([t.title, *t.lines()]) for t in tables)
     print(text)
     if options.output is not None:
