@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -23,9 +24,16 @@ def short_run(
     *,
     base: Base | None = None,
     log_q: Tensor | None = None,
+    temperatures: Tensor | None = None,
     **options: Any,
 ) -> ShortRun:
-    """From ``u``; of draws, where an objective makes one of several runs. ``options`` are those of ``run``."""
+    """From ``u``; of draws, where an objective makes one of several runs. ``options`` are those of ``run``.
+
+    :param temperatures: instead of the objective's own.
+    """
+    if temperatures is not None:
+        objective = copy(objective)
+        vars(objective)["temperatures"] = lambda num_steps, like: temperatures
     log_q = u.detach().new_zeros(u.shape[:2]) if log_q is None else log_q
     start = StartDraw(u, log_q, density(u.detach()).detach(), base)
     return run(density, dynamics, objective, start, eta, noise, **options).every(objective.copies)

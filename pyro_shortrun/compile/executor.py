@@ -56,7 +56,7 @@ class CompiledDensity(Density):
 
     def differentiable(self, u: Tensor, parameters: bool) -> Tensor:
         """From the graph of the gradient, where no tensor that the model reaches wants a gradient."""
-        if parameters and self.structure.vectorizes.get("parameters move supports", True):
+        if parameters and self.structure.noticed.get("parameters move supports", True):
             return self._model.differentiable(u, parameters)  # finds out
         inputs = prepared((u,))
         graph = self._graphs.find(_GRADIENT, inputs)

@@ -92,6 +92,7 @@ class Graph:
 
 
 def bound(constants: Constants, live: Live) -> list[Tensor]:
+    """The tensors that the constants stand for in a call, outside autograd."""
     return [(c if isinstance(c, Tensor) else live.tensors[c]).detach() for c in constants]
 
 

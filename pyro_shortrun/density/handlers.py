@@ -179,6 +179,7 @@ class Enumerate(EnumMessenger):
 
 
 def continuous_init(init: Callable[..., Any]) -> Messenger:
+    """Continuous latents from ``init``, discrete ones from their prior."""
     return InitMessenger(lambda site: (init_to_sample if is_discrete(site) else init)(site))
 
 

@@ -100,7 +100,7 @@ class LogDensity(Density):
         return self.over(u, take)
 
     def differentiable(self, u: Tensor, parameters: bool) -> Tensor:
-        known = self.structure.vectorizes
+        known = self.structure.noticed
         if parameters and "parameters move supports" not in known:
             values, jacobian = self.constrain(u.detach())
             known["parameters move supports"] = any(t.requires_grad for t in (jacobian, *values.values()))

@@ -96,7 +96,7 @@ class Rows:
         rows = first.new_zeros(self.structure.layout.rows)
         terms = self.reading.log_jacobians
         if terms and self.structure.began_real:
-            self.structure.vectorizes["supports vary"] = True
+            self.structure.noticed["supports vary"] = True
         for name, term in terms.items():
             shape, mask = self.structure.latents[name], self.reading.trace.nodes[name]["mask"]
             term = term if mask is None else masked(term, mask)

@@ -19,6 +19,7 @@ Site = Any  # a trace node: Pyro types it as a TypedDict whose entries may all b
 
 
 def is_discrete(msg: Site) -> bool:
+    """A site whose values can be counted."""
     return bool(getattr(msg["fn"], "has_enumerate_support", False)) or bool(
         getattr(getattr(msg["fn"], "support", None), "is_discrete", False)
     )

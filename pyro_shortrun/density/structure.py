@@ -32,12 +32,13 @@ class Structure:
     dtype: torch.dtype
     device: torch.device
     vectorizes: dict[str, bool] = field(default_factory=dict)  # found out on first use, see `map_chains`
+    noticed: dict[str, bool] = field(default_factory=dict)  # of supports, in all runs of the model so far
 
     @property
     def is_real(self) -> bool:
         """Whether the support of every latent was all of space in all runs of the model so far, so that site values are
         the unconstrained ones. A model may branch on its values; :class:`~pyro_shortrun.density.rows.Rows` notices."""
-        return self.began_real and not self.vectorizes.get("supports vary", False)
+        return self.began_real and not self.noticed.get("supports vary", False)
 
     @cached_property
     def latents(self) -> dict[str, LatentSite]:

@@ -1,4 +1,4 @@
-"""The interface of a transition of a short run."""
+"""The interface of a dynamics: how one step moves a state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Jacobian(NamedTuple):
 
 
 class Dynamics(PyroModule):
-    r"""One transition of the state ``u``, ``(chains, rows, size)``,
+    r"""One step of the state ``u``, ``(chains, rows, size)``,
 
     .. math:: u' = u + \mathrm{drift}(\nabla\log\pi(u)) + \sqrt{2 \eta}\, \epsilon .
 

@@ -20,7 +20,7 @@ from ..objectives.path import PathDensity
 from ..runs.record import ShortRun
 from ..runs.run import run
 from ..starts.finite import require_finite
-from ..starts.from_guide import FromGuide
+from ..starts.from_guide import as_start
 from ..starts.prior import Prior
 from ..starts.start import Start, check_start
 
@@ -88,8 +88,7 @@ class PriorRuns:
     @cached_property
     def begins(self) -> Start:
         """The start given, guides as such, or the prior."""
-        start = Prior() if self.start is None else self.start
-        return start if isinstance(start, Start) else FromGuide(start)
+        return as_start(Prior() if self.start is None else self.start)
 
     def make(self, call: Call, chains: int) -> ShortRun:
         """``chains`` runs of every row, without graphs; nothing that is learnable shows to Pyro.

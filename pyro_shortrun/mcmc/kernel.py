@@ -21,7 +21,7 @@ from ..dynamics.metropolis import BEST_ACCEPTANCE
 from ..dynamics.step_size import StepSize
 from ..objectives.objective import Objective
 from ..objectives.path import PathDensity
-from ..starts.from_guide import FromGuide
+from ..starts.from_guide import as_start
 from ..starts.gaussian import Init
 from ..starts.kept import Persistent
 from ..starts.prior import Prior
@@ -279,7 +279,7 @@ def _target(
 def _starting(kernel: ShortRunLangevin) -> Start:
     if kernel._start is None:
         return Init(init_uniform) if kernel.persistent else Prior()
-    return kernel._start if isinstance(kernel._start, Start) else FromGuide(kernel._start)
+    return as_start(kernel._start)
 
 
 def _sampler(kernel: ShortRunLangevin, target: Target, warmup: int, chain_batch_size: int | None) -> Sampler:

@@ -115,7 +115,8 @@ class Loop:
         return self._columns.noise(first, last), *(t[first:last] for t in (*self._values, *self._constants))
 
     def _at_once(self, fn: Any, segment: _Segment, inputs: Callable[[], tuple[Tensor, ...]]) -> int:
-        """How many of a segment's arrivals make a block: a divisor; one where every state is wanted."""
+        """How many of a segment's arrivals make a block: a divisor; one where every state is wanted, and where the last
+        segment is shorter than the others, as blocks of other lengths are other graphs."""
         if self._keep_states or self._checkpoint:
             return 1
         count = segment.last - segment.first

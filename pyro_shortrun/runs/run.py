@@ -28,6 +28,8 @@ from .record import ShortRun
 
 
 class Gradients(Enum):
+    """Which gradients a run keeps, see the module."""
+
     NONE = 0
     GUIDE = 1
     FULL = 2
@@ -45,7 +47,6 @@ def run(
     gradients: Gradients = Gradients.NONE,
     keep_states: bool = False,
     checkpoint: bool = False,
-    temperatures: Tensor | None = None,
 ) -> ShortRun:
     """Run ``K = len(step_size)`` steps from ``start``.
 
@@ -57,7 +58,6 @@ def run(
     :param gradients: which gradients are kept, see :class:`Gradients`.
     :param keep_states: whether ``ShortRun.states`` is wanted.
     :param checkpoint: whether the way back recomputes all but every ``sqrt(K)``-th state.
-    :param temperatures: ``beta_k`` of each step, ``(K,)``; the objective's own by default.
     """
     if isinstance(start, Tensor):
         state, base, log_q = start, None, None
@@ -72,9 +72,8 @@ def run(
         objective.check(dynamics)
     transition = objective.transition(dynamics, base, account)
     with torch.set_grad_enabled(gradients is not Gradients.NONE):
-        beta = objective.temperatures(len(step_size), state) if temperatures is None else temperatures
         first = transition.begin(density, state, step_size, noise.block(0, 1)[0])
-        values = transition.values(step_size, beta)
+        values = transition.values(step_size, objective.temperatures(len(step_size), state))
         shared = transition.draw(state, density.layout)
         loop = Loop(density, transition, noise, step_size, len(first), shared, keep_states, checkpoint)
         *last, total = _walked(loop, (*first, *values, *transition.tensors), gradients)

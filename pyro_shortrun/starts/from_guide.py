@@ -132,6 +132,11 @@ class FromGuide(Start):
         return sum_to_rows(layout, term, plates)
 
 
+def as_start(start: Start | Callable[..., Any]) -> Start:
+    """A start as it is; any guide behind its adapter."""
+    return start if isinstance(start, Start) else FromGuide(start)
+
+
 @contextmanager
 def _told_divergence(guide: Any) -> Iterator[None]:
     """Torch says no more than that some parameter of a distribution is not finite."""

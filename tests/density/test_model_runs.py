@@ -14,6 +14,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 from pyro_shortrun import Annealed, EnergyELBO, Langevin, ShortRunGuide, StepSize, energy_prior
+from pyro_shortrun.compile import Compiler, Untouched, density_of
 from pyro_shortrun.density import Call
 
 K = 5
@@ -103,15 +104,26 @@ def test_supports_are_read_in_every_run(seed: int) -> None:
     assert call.constrain(u, isolated=True)[0]["y"].item() == pytest.approx(y)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_what_graphs_notice_of_supports_is_known_to_the_model(seed: int) -> None:
+    pyro.set_rng_seed(seed)
+    model, u = Call.of(branching, (), {}).model, torch.tensor([[[-1.0, 0.7]]])
+    density_of(model, Compiler(Untouched())).value_and_grad(u)
+    assert not model.structure.is_real
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("start", [None, "guide"])
-def test_guides_of_supports_that_branch(start: str | None) -> None:
+def test_guides_of_supports_that_branch(start: str | None, compile: bool) -> None:
     """Draws lie in the support that goes with them, and log q is that of all runs."""
 
     def encoder() -> None:
         z = pyro.sample("z", dist.Normal(0.3, 1.0))
         pyro.sample("y", dist.Normal(0.0, 1.0) if z.item() > 0 else dist.LogNormal(0.0, 1.0))
 
-    guide = ShortRunGuide(branching, num_steps=2, step_size=StepSize(1e-8), start=encoder if start else None)
+    guide = ShortRunGuide(
+        branching, num_steps=2, step_size=StepSize(1e-8), start=encoder if start else None, compile=compile
+    )
     for _ in range(40):
         value = guide()
         assert value["z"] > 0 or value["y"] > 0

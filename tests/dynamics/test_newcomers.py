@@ -193,6 +193,25 @@ def test_a_changed_step_has_not_the_density_and_the_jacobian_of_the_old_one():
     assert not quiet.has_noise
 
 
+def test_a_fresh_momentum_is_not_refreshed_by_the_noise_that_it_is():
+    """At the first of K + 1 arrivals all of it is kept; else E[w] would not be p(x)."""
+
+    class Recorded(Underdamped):
+        def arrive(self, u: Tensor, momentum: Tensor, here: Leap, ahead: Leap, kept: Tensor, noise: Tensor) -> Arrived:
+            seen.append((kept.item(), torch.equal(momentum, noise)))
+            return super().arrive(u, momentum, here, ahead, kept, noise)
+
+    model, _ = gaussian()
+    density, seen = Call.of(model, (), {}).density, []
+    u, eta = torch.zeros(1, 1, 1), torch.full((3, 1), 0.1)
+    start = StartDraw(u, torch.zeros(1, 1), density(u), PriorBase())
+    objective = Annealed()
+    objective.setup(3, density.layout, u)
+    run(density, Recorded(0.1, kept=0.7), objective, start, eta, torch.randn(3, 1, 1, 1), account=False)
+    assert seen[0] == (1.0, True)
+    assert [kept for kept, _ in seen[1:]] == pytest.approx([0.7] * 3) and not any(same for _, same in seen[1:])
+
+
 def test_what_was_written_for_older_versions_is_refused_by_name():
     with pytest.raises(TypeError, match="Old.log_abs_det is not called: define Old.jacobian"):
 
