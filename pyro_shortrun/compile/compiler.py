@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable
-from dataclasses import replace
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
-from ..density.interface import Block
+from ..density.interface import Block, Density
 from ..density.model import LogDensity
-from .graph import Constants, Function, Graph, Live, bound, roles, trace
+from .graph import Function, Graph, Live, bound, roles, trace
 from .inductor import Backend, Inductor
+from .scan import Scan
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _GRAPHS_AT_MOST = 64
-_STEPS_AT_MOST = 5  # in one graph
-_NODES_AT_MOST = 1700  # in a graph of several steps: more take long to compile
-_SMALL_STATE = 1024  # numbers
 _RENEWALS_AT_MOST = 4
 _LOOPED_AT_MOST = 8  # chains whose copies of the model may stand side by side in one graph
 
@@ -33,19 +30,17 @@ class Compiler:
     def __init__(self, backend: Backend | None = None) -> None:
         self.backend = Inductor() if backend is None else backend
         self._graphs: dict[Hashable, Graph] = {}
-        self._sizes: dict[Hashable, int] = {}
-        self._traced: dict[Hashable, tuple[GraphModule, Constants]] = {}  # to be compiled if they are the size wanted
         self._given_up: set[str] = set()
         self._renewals = 0
         self.rounding: float | None = None  # how far a new graph was from the eager log density, relatively
-        self._eager = False
+        self.is_eager = False  # given up altogether
 
     def graph(self, key: Hashable, what: str, fn: Function, inputs: tuple[Tensor, ...], live: Live) -> Graph | None:
         """The graph of ``fn``, made if need be; None where it cannot be traced, which is warned about once.
 
         :param what: name of the function for the warning.
         """
-        if self._eager or what in self._given_up:
+        if self.is_eager or what in self._given_up:
             return None
         if key in self._graphs and not self._graphs[key].fits(live):
             del self._graphs[key]
@@ -56,23 +51,13 @@ class Compiler:
             try:
                 with warnings.catch_warnings(), torch.no_grad():
                     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # inductor's own
-                    module, constants = self._traced.pop(key) if key in self._traced else trace(fn, inputs, live)
+                    module, constants = trace(fn, inputs, live)
                     values = [*inputs, *bound(constants, live)]
                     self._graphs[key] = Graph.of(self.backend.build(module, values), constants, live)
             except Exception as reason:  # make_fx and inductor raise whatever they meet
                 self.give_up(reason, what if self._graphs else None)
                 return None
         return self._graphs[key]
-
-    def size(self, key: Hashable, fn: Function, inputs: tuple[Tensor, ...], live: Live) -> int | None:
-        """Number of operations in ``fn``, or None where it cannot be traced."""
-        if key not in self._sizes:
-            try:
-                self._traced[key] = trace(fn, inputs, live)
-            except Exception:  # said when it is to be compiled
-                return None
-            self._sizes[key] = len(self._traced[key][0].graph.nodes)
-        return self._sizes[key]
 
     def agrees(self, known: Tensor, value: Tensor) -> bool:
         """Whether the graphs' ``value`` is the log density: within the rounding of their first comparison, or a loose
@@ -92,14 +77,12 @@ class Compiler:
             self.give_up("something that it depends on changes from call to call: pass that as a tensor argument")
         self.rounding = None
         self._graphs.clear()
-        self._sizes.clear()
-        self._traced.clear()
 
     def give_up(self, reason: object, what: str | None = None) -> None:
         """Run eagerly from now on, in one function or all."""
         text = str(reason).strip().split("\n")[0]
         if what is None:
-            self._eager = True
+            self.is_eager = True
             _LOGGER.warning(
                 "compile=True has no effect: the model runs eagerly, as it cannot be traced or compiled (%s).", text
             )
@@ -122,14 +105,20 @@ class CallGraphs:
         self.compiler = compiler
         self._model = model
         self._bound: dict[Hashable, Function | None] = {}
-        self._at_once: dict[Hashable, int] = {}
 
     def run(self, fn: Block, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``fn(density, *inputs)``, without gradients; eager where it cannot be traced."""
         with torch.no_grad():
             ready = prepared(inputs)
             run = self._of_call(fn, ready)
-            return fn(self._eager(), *inputs) if run is None else run(*ready)
+            return self._without(fn, inputs) if run is None else run(*ready)
+
+    def _without(self, fn: Block, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Where the whole cannot be a graph: its steps one by one, which may be."""
+        recurrence = getattr(fn, "recurrence", None)
+        if recurrence is None or self.compiler.is_eager:
+            return fn(self._eager(), *inputs)
+        return recurrence.repeat(lambda *step: self.run(_Single(fn), step), inputs)
 
     def find(self, fn: Block, inputs: tuple[Tensor, ...]) -> Graph | None:
         """The graph of ``fn``, made if need be; None where it cannot be traced."""
@@ -139,18 +128,6 @@ class CallGraphs:
     def forget(self) -> None:
         """Ask the compiler again from now on."""
         self._bound.clear()
-
-    def steps_at_once(self, fn: Block, inputs: Callable[[], tuple[Tensor, ...]]) -> int:
-        """Several where a step is so small that calling its graph takes most of the time."""
-        if fn.key not in self._at_once:
-            self._at_once[fn.key] = self._choose(fn, prepared(inputs()))
-        return self._at_once[fn.key]
-
-    def _choose(self, fn: Block, inputs: tuple[Tensor, ...]) -> int:
-        if inputs[0].numel() > _SMALL_STATE or _STEPS_AT_MOST == 1:
-            return 1
-        size = self.compiler.size(self._key(fn, inputs), self._traceable(fn), inputs, self.live)
-        return 1 if size is None else max(1, min(_STEPS_AT_MOST, _NODES_AT_MOST // size))
 
     @cached_property
     def live(self) -> Live:
@@ -179,11 +156,26 @@ class CallGraphs:
                 raise NotImplementedError(f"its {chains} chains cannot be vectorised in a trace")
             return out
 
-        return call
+        recurrence = getattr(fn, "recurrence", None)
+        return call if recurrence is None else Scan(call, recurrence)
 
     def _eager(self) -> LogDensity:
         """With its own note of whether vmap works: it may fail in a trace where it works without."""
         return replace(self._model, structure=replace(self._model.structure, vectorizes={}))
+
+
+@dataclass(frozen=True)
+class _Single:
+    """A block of one step, without a loop around it in the graph."""
+
+    block: Block
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        return f"{self.block.key[0]} step", *self.block.key[1:]
+
+    def __call__(self, density: Density, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.block(density, *inputs)
 
 
 def prepared(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

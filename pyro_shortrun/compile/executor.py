@@ -11,7 +11,6 @@ that has gone stale in another way is traced anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +40,6 @@ class CompiledDensity(Density):
     def _outputs(self, fn: Block, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         of_autograd = getattr(fn, "graph", False)
         return fn(self._model, *inputs) if of_autograd else self._graphs.run(fn, inputs)
-
-    def steps_at_once(self, fn: Block, inputs: Callable[[], tuple[Tensor, ...]]) -> int:
-        return 1 if getattr(fn, "graph", False) else self._graphs.steps_at_once(fn, inputs)
 
     def __call__(self, u: Tensor) -> Tensor:
         return self._model(u) if torch.is_grad_enabled() else self.execute(_VALUE, (u,))[0]

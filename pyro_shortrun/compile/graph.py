@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -98,20 +98,29 @@ def bound(constants: Constants, live: Live) -> list[Tensor]:
 
 def trace(fn: Function, inputs: tuple[Tensor, ...], live: Live) -> tuple[GraphModule, Constants]:
     """Trace ``fn(*inputs)``; what it reaches besides its inputs becomes an input too."""
+    module, values = lifted(fn, inputs)
+    role_of = {id(t): role for role, t in live.tensors.items()}
+    return module, tuple(role_of.get(id(value), value) for value in values)
+
+
+def lifted(fn: Function, inputs: tuple[Tensor, ...]) -> tuple[GraphModule, list[Tensor]]:
+    """The graph of ``fn(*inputs)``, whose further inputs are the tensors that it reaches besides."""
     inputs = tuple(t.clone() for t in inputs)  # the tracer takes inputs that are one tensor for one input
     context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))  # or each node's metadata make one of these
     with pyro.validation_enabled(False), torch.no_grad(), tracing(context):
         module = make_fx(lambda *xs: fn(*xs))(*inputs)  # a bound method would count its self
-    role_of = {id(t): role for role, t in live.tensors.items()}
-    constants: dict[str, Role | Tensor] = {}
-    last = [n for n in module.graph.nodes if n.op == "placeholder"][-1]
+    known: dict[int, tuple[Node, Tensor]] = {}
+    last = next((n for n in reversed(module.graph.nodes) if n.op == "placeholder"), None)
     for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
         value = getattr(module, node.target)
-        with module.graph.inserting_after(last):
-            new = module.graph.placeholder(f"constant_{len(constants)}")
-        constants[new.name] = role_of.get(id(value), value)
-        node.replace_all_uses_with(new)
+        if isinstance(value, GraphModule):  # the step of a scan
+            continue
+        if id(value) not in known:
+            with module.graph.inserting_before() if last is None else module.graph.inserting_after(last):
+                last = module.graph.placeholder(f"constant_{len(known)}")
+            known[id(value)] = last, value
+        node.replace_all_uses_with(known[id(value)][0])
         module.graph.erase_node(node)
-        last = new
     module.graph.eliminate_dead_code()
-    return GraphModule({}, module.graph), tuple(constants.values())
+    modules = {n.target: getattr(module, n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    return GraphModule(modules, module.graph), [value for _, value in known.values()]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._higher_order_ops.scan import scan_op
+from torch._inductor import config
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .graph import Function
 
@@ -37,9 +43,33 @@ class Inductor(Backend):
     def build(self, module: GraphModule, inputs: list[Tensor]) -> Function:
         if inputs[0].is_cuda:
             return _cuda_graphs(module)
+        loops = [n for n in module.graph.nodes if n.target is scan_op]
+        for one in (module, *(getattr(module, n.args[0].target) for n in loops)):
+            _split_transposed_products(one)
         # Shapes and strides are the key under which the graph is kept, so dynamo and its guards are not needed.
-        compiled = torch._inductor.compile(_split_transposed_products(module), list(inputs))
+        if loops:
+            return _loops(module, inputs)
+        compiled = torch._inductor.compile(module, list(inputs))
         return min((compiled, module), key=lambda run: _seconds(run, inputs))
+
+
+def _loops(module: GraphModule, inputs: list[Tensor]) -> Function:
+    """A graph with loops, in C++ throughout: between steps, Python would take most of the time of small models."""
+    try:
+        return _compiled(module, inputs, cpp_wrapper=True)
+    except Exception:  # what it raises differs, as does what it cannot do
+        return _compiled(module, inputs, cpp_wrapper=False)
+
+
+def _compiled(module: GraphModule, inputs: list[Tensor], cpp_wrapper: bool) -> Function:
+    """Kept on disk (``TORCHINDUCTOR_CACHE_DIR``) for later processes: the operator has no state that inductor's hash of
+    the graph would miss."""
+    # Loops have indices that are numbers at run time.
+    fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    cacheable = {f"{scan_op.__module__}.{scan_op.__name__}": "1"}
+    with config.patch(cpp_wrapper=cpp_wrapper, unsafe_marked_cacheable_functions=cacheable):
+        with tracing(TracingContext(fake)):
+            return torch._inductor.compile(copy.deepcopy(module), list(inputs))
 
 
 def _split_transposed_products(module: GraphModule) -> GraphModule:

@@ -13,14 +13,14 @@ from .layout import Layout
 from .structure import Structure
 from .vectorize import require_vmap
 
-_STEPS_AT_ONCE = 8
-
 
 class Block(Protocol):
     """A function of a density and tensors that may be traced and compiled.
 
     One whose outputs tell ``log pi`` of a state among its inputs may have a method
-    ``witness(inputs, outputs) -> (u, log pi(u))``, by which a compiled density checks itself.
+    ``witness(inputs, outputs) -> (u, log pi(u))``, by which a compiled density checks itself; one that is the same step
+    several times may have a :class:`~pyro_shortrun.density.recurrence.Recurrence`, ``recurrence``, so that a single
+    step is compiled.
     """
 
     @property
@@ -72,13 +72,6 @@ class Density(ABC):
     def execute(self, fn: Block, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``fn(density, *inputs)``; a compiled density traces it once for each ``fn.key`` and shapes."""
         return fn(self, *inputs)
-
-    def steps_at_once(self, fn: Block, inputs: Callable[[], tuple[Tensor, ...]]) -> int:
-        """How many steps should be one call of :meth:`execute`.
-
-        :param inputs: gives those of one step.
-        """
-        return _STEPS_AT_ONCE
 
     def expect(self, u: Tensor, value: Tensor) -> None:
         """Told ``log pi(u)`` as a run of the model gave it; a compiled density checks itself by it."""

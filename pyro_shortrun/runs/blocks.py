@@ -15,25 +15,28 @@ import torch
 from torch import Tensor
 
 from ..density.interface import Density
+from ..density.recurrence import Recurrence
 from ..objectives.transition import Column, Departure, State, Transition
 from ..tensors import keep_rows
 
 
 class Sizes(NamedTuple):
-    """Numbers of tensors in a state, of values and constants that every arrival is given, and of shared ones."""
+    """Numbers of tensors in a state, of values and constants that every arrival is given, of shared ones, and of further
+    ones to be differentiated in."""
 
     state: int
     values: int
     constants: int
     shared: int
+    tensors: int
 
-    def split(self, inputs: Sequence[Tensor], between: int, states: int | None = None) -> tuple[State, ...]:
-        """State (or ``states`` tensors), ``between`` tensors, values, constants, shared, and the rest."""
+    def split(self, inputs: Sequence[Tensor], between: int) -> tuple[State, ...]:
+        """State, ``between`` tensors, values, constants, shared, and the rest."""
         parts, first = [], 0
-        for size in (self.state if states is None else states, between, *self[1:]):
+        for size in (self.state, between, *self[1:]):
             parts.append(tuple(inputs[first : first + size]))
             first += size
-        return *parts, tuple(inputs[first:])
+        return tuple(parts)
 
 
 class Carry(NamedTuple):
@@ -85,6 +88,11 @@ class Advance:
     @cached_property
     def key(self) -> tuple[Any, ...]:
         return "forward", self.transition.key, self.taped
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """Of its arrivals."""
+        return Recurrence(self.sizes.state + len(Carry._fields), 1 + self.sizes.values + self.sizes.constants, firsts=1)
 
     def witness(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The states of the first arrival, and the log density that was found there."""
@@ -193,7 +201,7 @@ class Land:
 class Retreat:
     """The way back through a block of ``n`` arrivals.
 
-    ``(*cotangents of the state after it, that of the total, valid, *tape, noise, *values, *constants, *shared,
+    ``(*cotangents of the state after it, *tape, noise, *values, *constants, that of the total, valid, *shared,
     *tensors)`` to cotangents of the state before it, of values, ``(n, width)`` each, and tensors, over ``valid`` rows.
     """
 
@@ -205,15 +213,23 @@ class Retreat:
         return "backward", self.transition.key
 
     @property
+    def recurrence(self) -> Recurrence:
+        """Of its arrivals."""
+        columns = sum(self.taped) + 1 + self.sizes.values + self.sizes.constants
+        return Recurrence(self.sizes.state, columns, sums=self.sizes.tensors, backwards=True)
+
+    @property
     def taped(self) -> tuple[int, int]:
         """Numbers of tensors on the tape: states, and derivatives of departures."""
         states = self.sizes.state if self.transition.looks_back else self.sizes.state - 1
         return states, 1 + self.sizes.values if self.transition.pays_ahead else 0
 
     def __call__(self, density: Density, *inputs: Tensor) -> tuple[Tensor, ...]:
-        width, states = self.sizes.state, self.taped[0]
-        back, (total, valid), inputs = inputs[:width], inputs[width : width + 2], inputs[width + 2 :]
-        tape, (noise,), values, constants, shared, tensors = self.sizes.split(inputs, 1, sum(self.taped))
+        states = self.taped[0]
+        back, columns, (total, valid, *fixed) = self.recurrence.split(inputs)
+        shared, tensors = tuple(fixed[: self.sizes.shared]), tuple(fixed[self.sizes.shared :])
+        tape, (noise, *rest) = columns[: sum(self.taped)], columns[sum(self.taped) :]
+        values, constants = rest[: self.sizes.values], rest[self.sizes.values :]
         steps: list[State] = []
         sums, scale = tuple(torch.zeros_like(t) for t in tensors), density.layout.drift_scale(noise)
         for k in reversed(range(len(noise))):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,10 @@ from ..tensors import keep_rows
 from .blocks import Advance, Carry, Land, Last, Report, Retreat, Sizes
 from .noise import Noise
 from .record import RunInfo, ShortRun
+
+
+_STEPS_AT_LEAST = 8  # in a block
+_NUMBERS_AT_ONCE = 2**20  # of the noise of a block
 
 
 @dataclass
@@ -74,8 +77,9 @@ class Loop:
         :param taped: whether :meth:`backward` will be called.
         """
         state = given[: self._width] if graph else tuple(t.contiguous() for t in given[: self._width])
-        values = len(given) - self._width - len(self.transition.tensors)
-        self._sizes = Sizes(self._width, values, len(self._constants), len(self._shared))
+        tensors = len(self.transition.tensors)
+        values = len(given) - self._width - tensors
+        self._sizes = Sizes(self._width, values, len(self._constants), len(self._shared), tensors)
         self._values, self._tensors = given[self._width : self._width + values], given[self._width + values :]
         carry, count = (*state, *Carry.at(state[0])), self._count
         sparse = taped and self._checkpoint and not self.transition.learns
@@ -94,7 +98,7 @@ class Loop:
         def inputs(first: int, last: int) -> tuple[Tensor, ...]:
             return *carry, *self._column(first, last), *self._shared, *self._tensors
 
-        at_once = self._at_once(advance, segment, lambda: inputs(segment.first, segment.first + 1))
+        at_once = self._at_once(segment)
         for first in range(segment.first, segment.last, at_once):
             out = self._density.execute(advance, inputs(first, first + at_once))
             width = len(carry)
@@ -114,13 +118,14 @@ class Loop:
         """Noise, values and constants of arrivals ``first .. last - 1``."""
         return self._columns.noise(first, last), *(t[first:last] for t in (*self._values, *self._constants))
 
-    def _at_once(self, fn: Any, segment: _Segment, inputs: Callable[[], tuple[Tensor, ...]]) -> int:
+    def _at_once(self, segment: _Segment) -> int:
         """How many of a segment's arrivals make a block: a divisor; one where every state is wanted, and where the last
-        segment is shorter than the others, as blocks of other lengths are other graphs."""
+        segment is shorter than the others, as blocks of other lengths are other graphs. What a block is given stays
+        bounded."""
         if self._keep_states or self._checkpoint:
             return 1
         count = segment.last - segment.first
-        most = self._density.steps_at_once(fn, inputs)
+        most = max(_STEPS_AT_LEAST, _NUMBERS_AT_ONCE // max(segment.begin[0].numel(), 1))
         return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
 
     def _end(self, carry: tuple[Tensor, ...], graph: bool) -> tuple[Tensor, ...]:
@@ -178,9 +183,9 @@ class Loop:
 
         def inputs(first: int, last: int) -> tuple[Tensor, ...]:
             own = (t[first - segment.first : last - segment.first] for t in tape)
-            return *back, total, valid, *own, *self._column(first, last), *self._shared, *self._tensors
+            return *back, *own, *self._column(first, last), total, valid, *self._shared, *self._tensors
 
-        at_once = self._at_once(retreat, segment, lambda: inputs(segment.first, segment.first + 1))
+        at_once = self._at_once(segment)
         width, values = self._sizes.state, self._sizes.values
         for last in range(segment.last, segment.first, -at_once):
             out = self._density.execute(retreat, inputs(last - at_once, last))

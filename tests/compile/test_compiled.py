@@ -218,7 +218,6 @@ def test_ever_changing_shapes_end_in_eager_runs(monkeypatch, caplog):
 @pytest.mark.parametrize("case", CASES + EXTRA, ids=lambda c: c.name)
 def test_tuned_runs_give_the_eager_bound_and_gradient(case: Case, caplog, monkeypatch):
     """Increments, step-size gradient and every statistic of a taped run, per-dimension steps, several chains."""
-    monkeypatch.setattr("pyro_shortrun.compile.compiler._STEPS_AT_MOST", 1)
     model, args = case.make()
     call = Call.of(model, args, {})
     u, layout = call.prior(1 if case.discrete else 2).detach(), call.density.layout  # those are run one by one

@@ -23,7 +23,6 @@ every_row = pytest.mark.parametrize("name", ROWS)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiled run is of several blocks, of one step or two."""
-    monkeypatch.setattr("pyro_shortrun.compile.compiler._STEPS_AT_MOST", 2)
 
 
 def trial(row: Row, clip: float = math.inf) -> tuple[Trial, Objective]:

@@ -44,5 +44,4 @@ def test_eager_runs(key):
 @pytest.mark.parametrize("kind", COMPILED)
 def test_compiled_runs(kind, monkeypatch):
     """Their graphs are run as they are traced, and are of few steps, which is quick to make."""
-    monkeypatch.setattr("pyro_shortrun.compile.compiler._STEPS_AT_MOST", 1)
     assert_same(of_guide("eight_schools", kind, True, Untouched()), f"eight_schools: {kind}")
