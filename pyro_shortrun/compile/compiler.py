@@ -117,7 +117,7 @@ class CallGraphs:
         """Where the whole cannot be a graph: its steps one by one, which may be."""
         recurrence = getattr(fn, "recurrence", None)
         if recurrence is None or self.compiler.is_eager:
-            return fn(self._eager(), *inputs)
+            return fn(_unspoilt(self._model), *inputs)
         return recurrence.repeat(lambda *step: self.run(_Single(fn), step), inputs)
 
     def find(self, fn: Block, inputs: tuple[Tensor, ...]) -> Graph | None:
@@ -148,20 +148,27 @@ class CallGraphs:
         return self._bound[here]
 
     def _traceable(self, fn: Block) -> Function:
-        def call(*inputs: Tensor) -> tuple[Tensor, ...]:
-            density = replace(self._eager(), repeats=self._model.layout.rows == 1 and not self._model.batches)
-            out = fn(density, *inputs)
-            chains = len(inputs[0])
-            if not density.structure.vectorizes.get("density", True) and chains > _LOOPED_AT_MOST:
-                raise NotImplementedError(f"its {chains} chains cannot be vectorised in a trace")
-            return out
+        block, recurrence = traceable(fn, self._model), getattr(fn, "recurrence", None)
+        return block if recurrence is None else Scan(block, recurrence)
 
-        recurrence = getattr(fn, "recurrence", None)
-        return call if recurrence is None else Scan(call, recurrence)
 
-    def _eager(self) -> LogDensity:
-        """With its own note of whether vmap works: it may fail in a trace where it works without."""
-        return replace(self._model, structure=replace(self._model.structure, vectorizes={}))
+def traceable(fn: Block, model: LogDensity) -> Function:
+    """A block of a bound model as a function of tensors alone."""
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        density = replace(_unspoilt(model), repeats=model.layout.rows == 1 and not model.batches)
+        out = fn(density, *inputs)
+        chains = len(inputs[0])
+        if not density.structure.vectorizes.get("density", True) and chains > _LOOPED_AT_MOST:
+            raise NotImplementedError(f"its {chains} chains cannot be vectorised in a trace")
+        return out
+
+    return call
+
+
+def _unspoilt(model: LogDensity) -> LogDensity:
+    """With its own note of whether vmap works: it may fail in a trace where it works without."""
+    return replace(model, structure=replace(model.structure, vectorizes={}))
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,21 @@ class Live:
 
 def roles(bind: Binding, batches: Mapping[str, Tensor]) -> Live:
     """The tensors that a model sees in a call, by the way they come to it, and their shapes and the other arguments."""
-    sources = (bind.args, bind.kwargs, dict(bind.indices), dict(bind.given), dict(batches))
+    return _live((bind.args, bind.kwargs, dict(bind.indices), dict(bind.given), dict(batches)), bind.enum_dim)
+
+
+def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Live:
+    """The tensors that come to a model by its arguments and by Pyro's store."""
+    return _live((args, kwargs))
+
+
+def _live(sources: tuple[Any, ...], *more: Hashable) -> Live:
     leaves, spec = pytree.tree_flatten(sources)
     given: dict[Role, Tensor] = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     literals = tuple(_literal(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
     shapes = tuple((role, *_spec(t)) for role, t in given.items())
     tensors: dict[Role, Tensor] = dict(pyro.get_param_store()._params.items())
-    return Live(tensors | given, (shapes, literals, str(spec), bind.enum_dim))
+    return Live(tensors | given, (shapes, literals, str(spec), *more))
 
 
 def _literal(leaf: Any) -> Hashable:

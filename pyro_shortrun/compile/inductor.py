@@ -67,9 +67,13 @@ def _compiled(module: GraphModule, inputs: list[Tensor], cpp_wrapper: bool) -> F
     # Loops have indices that are numbers at run time.
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     cacheable = {f"{scan_op.__module__}.{scan_op.__name__}": "1"}
+    module = copy.deepcopy(module)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":  # the C++ wrapper takes its inputs from these notes, where some have one
+            node.meta.pop("val", None)
     with config.patch(cpp_wrapper=cpp_wrapper, unsafe_marked_cacheable_functions=cacheable):
         with tracing(TracingContext(fake)):
-            return torch._inductor.compile(copy.deepcopy(module), list(inputs))
+            return torch._inductor.compile(module, list(inputs))
 
 
 def _split_transposed_products(module: GraphModule) -> GraphModule:

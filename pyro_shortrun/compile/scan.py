@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._higher_order_ops.scan import scan_op
-from torch.fx import GraphModule
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import (
     PythonKeyTracer,
     disable_proxy_modes_tracing,
@@ -18,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import (
 
 from ..density.recurrence import Recurrence, Tensors
 from .graph import Function, lifted
+from .packing import Packing
 
 
 class Scan:
@@ -35,37 +37,56 @@ class Scan:
         carry, columns, fixed = recurrence.split(inputs)
         begins = torch.zeros(len(columns[0]), 1, dtype=torch.bool, device=columns[0].device)
         begins[-1 if recurrence.backwards else 0] = True
+        columns = (begins, *columns)
         with disable_proxy_modes_tracing(), torch.no_grad():
-            step = _Step(self._block, recurrence)
-            example = self._block(*carry, *(t[:1] for t in columns), *fixed)
-            _, firsts, _, sums = recurrence.parts(example)
-            slices = [t[0] for t in (begins, *columns)]
-            body, reached = lifted(step, (*carry, *firsts, *sums, *slices, *fixed))
-        zeros = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (*firsts, *sums)]
-        before = [_fresh(t) for t in (*carry, *zeros)]
-        along = [t.flip(0) if recurrence.backwards else t for t in (begins, *columns)]
+            step = _Step(self._block, recurrence, carry, columns, fixed)
+            body, reached = lifted(step, (*step.begin, *step.first, *fixed))
+        if any(draws_numbers(n) for n in body.graph.nodes):
+            raise NotImplementedError("its log density draws random numbers")
+        zeros = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in step.gathered]
+        before = [_fresh(t) for t in step.carried.pack([*carry, *zeros], 0)]
+        along = [t.flip(0) if recurrence.backwards else t for t in step.read.pack(columns, 1)]
         out = _emit(body, before, along, _apart([*fixed, *reached]))
-        last, added = out[: len(carry) + len(firsts)], out[len(carry) + len(firsts) : len(before)]
-        return *last, *(t.flip(0) if recurrence.backwards else t for t in out[len(before) :]), *added
+        last = step.carried.unpack(out[: len(before)])
+        stacked = step.written.unpack([t.movedim(1, 0) for t in out[len(before) :]])
+        last, added = last[: len(carry) + recurrence.firsts], last[len(carry) + recurrence.firsts :]
+        return *last, *(t.flip(0) if recurrence.backwards else t for t in stacked), *added
+
+
+def draws_numbers(node: Node) -> bool:
+    """Whether a node of a graph takes from a random generator."""
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 class _Step:
-    """One step: ``(*carry, *firsts, *sums, begins, *entries of columns, *fixed)`` to the same of the next one, and
-    entries of what is stacked. What it gives shares no memory with what it was given."""
+    """One step: what is carried (with firsts and sums), read of columns, and fixed, to what is carried to the next one
+    and written to columns. What it gives shares no memory with what it was given."""
 
-    def __init__(self, block: Function, recurrence: Recurrence) -> None:
+    def __init__(
+        self, block: Function, recurrence: Recurrence, carry: Tensors, columns: Tensors, fixed: Tensors
+    ) -> None:
         self._block, self._recurrence = block, recurrence
+        example = block(*carry, *(t[:1] for t in columns[1:]), *fixed)
+        _, firsts, written, sums = recurrence.parts(example)
+        self.gathered = (*firsts, *sums)
+        self.carried = Packing([*carry, *self.gathered])
+        self.read = Packing([t[0] for t in columns])
+        self.written = Packing([t[0] for t in written])
+        self.begin = self.carried.pack([*carry, *self.gathered], 0)
+        self.first = self.read.pack([t[0] for t in columns], 0)
 
     def __call__(self, *inputs: Tensor) -> Tensors:
-        r = self._recurrence
-        carry, inputs = inputs[: r.carry], inputs[r.carry :]
-        firsts, inputs = inputs[: r.firsts], inputs[r.firsts :]
-        sums, (begins, *rest) = inputs[: r.sums], inputs[r.sums :]
-        out = self._block(*carry, *(t.unsqueeze(0) for t in rest[: r.columns]), *rest[r.columns :])
-        carry, now, columns, more = r.parts(out)
-        firsts = tuple(torch.where(begins, a, b) for a, b in zip(now, firsts, strict=True))
-        sums = tuple(a + b for a, b in zip(sums, more, strict=True))
-        return tuple(_fresh(t) for t in (*carry, *firsts, *sums, *(t.squeeze(0) for t in columns)))
+        r, count = self._recurrence, len(self.begin)
+        carry = self.carried.unpack(inputs[:count])
+        begins, *columns = self.read.unpack(inputs[count : count + len(self.first)])
+        fixed = inputs[count + len(self.first) :]
+        out = self._block(*carry[: r.carry], *(t.unsqueeze(0) for t in columns), *fixed)
+        following, now, written, more = r.parts(out)
+        firsts, sums = carry[r.carry : r.carry + r.firsts], carry[r.carry + r.firsts :]
+        firsts = [torch.where(begins, a, b) for a, b in zip(now, firsts, strict=True)]
+        sums = [a + b for a, b in zip(sums, more, strict=True)]
+        packed = self.carried.pack([*following, *firsts, *sums], 0)
+        return tuple(_fresh(t) for t in (*packed, *self.written.pack([t.squeeze(0) for t in written], 0)))
 
 
 def _apart(tensors: list[Tensor]) -> list[Tensor]:

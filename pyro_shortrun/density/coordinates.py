@@ -19,3 +19,8 @@ def dim_index(layout: Layout) -> Tensor:
         return torch.arange(layout.size)
     local = layout.arrow.shared + torch.arange(layout.arrow.local).repeat(layout.arrow.count)
     return torch.cat([torch.arange(layout.arrow.shared), local])
+
+
+def dim_count(layout: Layout) -> int:
+    """How many different indices :func:`dim_index` has."""
+    return layout.size if layout.arrow is None else layout.arrow.shared + layout.arrow.local

@@ -39,6 +39,7 @@ class Density(ABC):
 
     structure: Structure
     layout: Layout
+    is_traced = False  # whether all that is done with it becomes one graph, so that nothing may depend on values
     repeats: bool = False  # whether a single row is repeated for its Hessian products: pays in compiled graphs
 
     @abstractmethod

@@ -10,7 +10,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from ..density.coordinates import dim_index, site_index
+from ..density.coordinates import dim_count, dim_index, site_index
 from ..density.layout import Layout
 
 Per = Literal["shared", "step", "site", "dim"]
@@ -36,6 +36,7 @@ class StepSize(PyroModule):
 
     value: Any  # a PyroParam, or a buffer
     _index: Tensor
+    _layout: Layout | None = None  # of the last set-up
 
     def __init__(
         self,
@@ -66,9 +67,11 @@ class StepSize(PyroModule):
 
         :return: whether they were created now.
         """
+        if self._layout is layout and self._index.device == like.device and self.is_set_up:
+            return False
         index = site_index(layout) if self.per == "site" else dim_index(layout)
-        self._index = index.to(like.device)
-        self._length = {"shared": 1, "step": num_steps, "site": len(layout.sites), "dim": _count(index)}[self.per]
+        self._layout, self._index = layout, index.to(like.device)
+        self._length = {"shared": 1, "step": num_steps, "site": len(layout.sites), "dim": dim_count(layout)}[self.per]
         if self.is_set_up:
             return False
         value = like.new_full((self._length,), self.init)
@@ -122,10 +125,6 @@ class StepSize(PyroModule):
             return {s.name: value[i] for i, s in enumerate(layout.sites)}
         rows = value[self._index].expand(layout.rows, layout.size)
         return layout.unpack(rows)
-
-
-def _count(index: Tensor) -> int:
-    return int(index.max()) + 1 if index.numel() else 0
 
 
 def builtin_max(a: float, b: float) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -172,6 +173,15 @@ class DensityGuide(AutoGuide):
             warn_if_rows_mix(call.model, call.model.layout.pack(reading.unconstrained).unsqueeze(0).detach())
         self._prepare(call)
         return call
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Without graphs inside."""
+        compiler, self._compiler = self._compiler, None
+        try:
+            yield
+        finally:
+            self._compiler = compiler
 
     # ---------------------------------------------------------------- state
 

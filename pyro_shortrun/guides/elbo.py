@@ -42,11 +42,15 @@ class ShortRunELBO(ELBO):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a tensor to differentiate."""
+        self._check(model, guide)
+        return -guide.log_weight(*args, num_particles=self.num_particles, **kwargs).mean()
+
+    @staticmethod
+    def _check(model: Any, guide: Any) -> None:
         if not isinstance(guide, ShortRunGuide):
             raise ValueError(f"ShortRunELBO is for a ShortRunGuide, not for {type(guide).__name__}: use Trace_ELBO.")
         if guide.model != model:  # bound methods are equal, not identical
             raise ValueError("the guide was made for another model: pass the one that ShortRunGuide(model) was given.")
-        return -guide.log_weight(*args, num_particles=self.num_particles, **kwargs).mean()
 
     def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("ShortRunELBO makes no traces.")
@@ -58,6 +62,10 @@ class ShortRunELBO(ELBO):
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss as a number; gradients go to the parameters' ``grad``."""
+        self._check(model, guide)
+        known = guide.step_from_graph(args, kwargs, self.num_particles)
+        if known is not None:
+            return known
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()

@@ -35,6 +35,7 @@ from .base import DensityGuide
 from .draws import WeightedDraws, weigh
 from .emit import emit, outer_shape
 from .simulation import Simulation, Watch
+from .training import Training
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 
@@ -141,6 +142,7 @@ class ShortRunGuide(DensityGuide):
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
         self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
         self._calls = 0
+        self._training = Training()
         self._watch = Watch()
         self.register_buffer("_carried", torch.zeros(()), persistent=False)
 
@@ -171,6 +173,13 @@ class ShortRunGuide(DensityGuide):
             call, result, log_q, gradients = self._play(args, kwargs, num_particles, grad_enabled)
             density = call.density.differentiable(result.end, grad_enabled)
             return (density - call.density.layout.row_weight * log_q).sum(-1)
+
+    def step_from_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_particles: int) -> float | None:
+        """The loss of :meth:`log_weight` with gradients added to those of the parameters, from one graph of all of it;
+        None without ``compile``, and where the step has to be eager or of several graphs."""
+        if self._compiler is None or self._compiler.is_eager:
+            return None
+        return self._training(self, args, kwargs, num_particles)
 
     def _play(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int, grad_enabled: bool

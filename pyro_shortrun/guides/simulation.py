@@ -92,6 +92,8 @@ class Simulation:
         attached = gradients is Gradients.FULL or (learned and gradients is Gradients.GUIDE)
         with torch.set_grad_enabled(attached):
             drawn = self.start.draw(call, chains)
+        if call.density.is_traced:
+            return drawn if attached else drawn.detached()
         what = "the model's log density is not finite at the start of the run"
         require_finite(drawn.finite, call.model, drawn.state, what)
         return drawn if attached else drawn.detached()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..density.coordinates import dim_index
+from ..density.coordinates import dim_count, dim_index
 from ..density.layout import Layout
 
 _RIDGE = 1e-6  # of the features' variances
@@ -114,7 +114,7 @@ class Fit:
         self.dense = dense
         self._eta = step_size.detach()
         self._index = dim_index(layout).to(step_size.device)
-        groups = int(self._index.max()) + 1
+        groups = dim_count(layout)
         self._shares = torch.bincount(self._index, minlength=groups).double()[:, None, None]
         count, size = step_size.shape
         shape = (count, self.width(layout, dense)) if dense else (count, groups, 4)

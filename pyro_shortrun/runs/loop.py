@@ -132,11 +132,11 @@ class Loop:
         state, (alive, pending, total, self.singular) = carry[: self._width], carry[self._width :]
         if self.transition.ends_at_arrival:
             self.arrived, self._last = alive, None
-            self._landed = () if graph else self._density.execute(Land(), (state[0],))
+            self._landed = () if graph or self._density.is_traced else self._density.execute(Land(), (state[0],))
             return *state, total
         u, proposal, *others = state
         end, total, self.arrived, *self._last = self._density.execute(Last(graph), (u, proposal, alive, pending, total))
-        self._landed = tuple(self._last[2:]) if self.arrived.all() else ()
+        self._landed = tuple(self._last[2:]) if not self._density.is_traced and self.arrived.all() else ()
         self._states.append(end.detach().unsqueeze(0))
         return end, proposal, *others, total
 

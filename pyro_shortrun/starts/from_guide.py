@@ -57,16 +57,17 @@ class FromGuide(Start):
             shapes = {s.name: s.shape for s in layout.sites}
             loc = layout.pack({k: fn.loc.expand(shapes[k]) for k, fn in fns.items()})
             return GaussianBase(loc, layout.pack({k: fn.scale.expand(shapes[k]) for k, fn in fns.items()}))
-        order = self._order(call)
+        order, is_in_order = self._order(call)
         fn = guide.get_posterior()
         if isinstance(guide, AutoDiagonalNormal):
             return GaussianBase(fn.base_dist.loc[order], fn.base_dist.scale[order])
-        if order.shape[0] > 1 or (order.diff() != 1).any():  # its factor would not be triangular
+        if not is_in_order:  # its factor would not be triangular
             return None
         return GaussianBase(fn.loc.unsqueeze(0), fn.scale_tril.unsqueeze(0))
 
-    def _order(self, call: Call) -> Tensor:
-        """Where each coordinate of the rows is in the flat latent of an AutoContinuous, ``(rows, size)``."""
+    def _order(self, call: Call) -> tuple[Tensor, bool]:
+        """Where each coordinate of the rows is in the flat latent of an AutoContinuous, ``(rows, size)``, and whether
+        that is one row in the same order."""
         guide, layout = cast(Any, self._guide), call.density.layout
         if guide.prototype_trace is None:
             self._trace(call)  # creates its parameters
@@ -74,7 +75,8 @@ class FromGuide(Start):
             flat = torch.arange(guide.latent_dim, dtype=torch.float64, device=guide.loc.device)
             values = {site["name"]: value for site, value in guide._unpack_latent(flat)}
             rows = layout.pack({s.name: values[s.name].reshape(s.shape) for s in layout.sites})
-            self._orders.update(layout=layout, order=rows.long())
+            is_in_order = len(rows) == 1 and bool((rows.diff() == 1).all())
+            self._orders.update(layout=layout, order=(rows.long(), is_in_order))
         return self._orders["order"]
 
     def _trace(self, call: Call) -> Any:

@@ -39,6 +39,8 @@ class Prior(Start):
         u = call.prior(chains)
         value, prior = known or call.model.with_start(u)
         drawn = StartDraw(u, prior, value, PriorBase())
+        if call.density.is_traced:
+            return drawn
         bad = ~drawn.finite
         if bad.any():
             drawn = redrawn(drawn, lambda one: ~one.finite, partial(_again, call), self.tries)

@@ -1,0 +1,255 @@
+"""Training steps from one graph: the numbers of the eager ones, parameter by parameter, on every program."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from torch import Tensor, nn
+from zoo import CASES, EXTRA, Case
+
+from pyro_shortrun import (
+    Annealed,
+    GaussianReverse,
+    Hamiltonian,
+    Init,
+    Langevin,
+    Linearized,
+    Mixture,
+    PathDensity,
+    ShortRunELBO,
+    ShortRunGuide,
+    StepSize,
+)
+from pyro_shortrun.compile import Compiler, Untouched
+
+STEPS = 3
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of rows that freeze, and of what is random
+
+
+def steps(model: Callable[..., Any], args: tuple[Any, ...], compile: bool, count: int = 4, **options: Any) -> Any:
+    """Losses and gradients of some calls from the same seed, and the guide."""
+    pyro.clear_param_store()
+    particles = options.pop("num_particles", 1)
+    options = {k: v() if k != "create_plates" and callable(v) else v for k, v in options.items()}
+    options.setdefault("dynamics", Langevin(StepSize(1e-3)))
+    if options.get("start") is not None and isinstance(options["start"], str):
+        options["start"] = {"diagonal": AutoDiagonalNormal, "full": AutoMultivariateNormal, "normal": AutoNormal}[
+            options["start"]
+        ](model)
+    pyro.set_rng_seed(0)
+    guide = ShortRunGuide(model, num_steps=STEPS, compile=compile, **options)
+    if compile:
+        guide._compiler = Compiler(Untouched())
+    elbo, found = ShortRunELBO(particles), []
+    for _ in range(count):
+        loss = elbo.loss_and_grads(model, guide, *args)
+        store = pyro.get_param_store()._params
+        grads = {k: p.grad.clone() for k, p in store.items() if p.grad is not None}
+        for p in store.values():
+            p.grad = None
+        found.append((loss, grads))
+    return found, guide
+
+
+def assert_same(a: list[Any], b: list[Any], rtol: float = 1e-4) -> None:
+    for (loss, grads), (other, others) in zip(a, b, strict=True):
+        assert loss == pytest.approx(other, rel=rtol, abs=1e-5)
+        assert grads.keys() == others.keys()
+        for name, grad in grads.items():
+            scale = others[name].abs().max().item()
+            torch.testing.assert_close(grad, others[name], rtol=10 * rtol, atol=rtol * scale + 1e-7)
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "pyro_shortrun" and r.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("case", CASES + EXTRA, ids=lambda c: c.name)
+def test_steps_of_every_program_are_the_eager_ones(case: Case, caplog):
+    """The fourth call is from the graph alone: it is compared in the second and third."""
+    model, args = case.make()
+    options = {} if case.create_plates is None else dict(create_plates=case.create_plates)
+    found, guide = steps(model, args, True, **options)
+    assert not guide._training.given_up and len(guide._training._steps) == 1, warned(caplog)
+    assert_same(found, steps(model, args, False, **options)[0])
+
+
+def curved(x: Tensor) -> None:
+    scale = pyro.param("scale", torch.tensor(1.3), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sin().sum(-1), scale), obs=x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(objective=PathDensity),
+        dict(objective=Annealed),
+        dict(objective=Annealed, dynamics=lambda: Hamiltonian(0.01)),
+        dict(objective=Annealed, start="diagonal"),
+        dict(objective=Annealed, start="normal", num_particles=3),
+        dict(objective=Linearized, start="diagonal"),
+        dict(objective=Mixture),
+        dict(objective=lambda: GaussianReverse(fresh=8)),
+        dict(objective=PathDensity, dynamics=lambda: Langevin(StepSize(0.01, per="dim"), noise=False)),
+        dict(objective=PathDensity, start=lambda: Init(pyro.infer.autoguide.init_to_sample)),
+        dict(objective=PathDensity, num_particles=4),
+    ],
+    ids=str,
+)
+def test_every_objective_dynamics_and_start(options, caplog):
+    x = torch.randn(4)
+    found, guide = steps(curved, (x,), True, count=4, **options)
+    assert len(guide._training._steps) == 1, warned(caplog)
+    assert_same(found, steps(curved, (x,), False, count=4, **options)[0])
+
+
+def test_a_full_gaussian_start():
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.cumsum(0), 0.5).to_event(1), obs=x)
+
+    options, x = dict(objective=Annealed, start="full"), torch.randn(3)
+    found, guide = steps(model, (x,), True, **options)
+    assert guide._training._steps
+    assert_same(found, steps(model, (x,), False, **options)[0])
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_svi_trains_as_it_does_eagerly(compile):
+    """Plain SVI sees the parameters of guide and model, and moves them alike."""
+    found = []
+    for backend in (None, Untouched()):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = ShortRunGuide(curved, num_steps=STEPS, step_size=StepSize(0.05), compile=backend is not None)
+        if backend is not None:
+            guide._compiler = Compiler(backend)
+        svi = SVI(curved, guide, pyro.optim.Adam({"lr": 0.05}), ShortRunELBO())
+        x = torch.linspace(-1, 1, 4)
+        losses = [svi.step(x) for _ in range(7)]
+        found.append(torch.tensor([*losses, pyro.param("scale").item(), guide.step_sizes().item()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def guide_of(model: Callable[..., Any], **options: Any) -> ShortRunGuide:
+    guide = ShortRunGuide(model, num_steps=STEPS, step_size=StepSize(0.01), compile=True, **options)
+    guide._compiler = Compiler(Untouched())
+    return guide
+
+
+def losses(guide: ShortRunGuide, *args: Any, count: int) -> list[float]:
+    return [ShortRunELBO().loss_and_grads(guide.model, guide, *args) for _ in range(count)]
+
+
+def test_other_shapes_are_other_graphs_and_other_values_are_not():
+    guide = guide_of(curved)
+    for x in (torch.randn(4), torch.randn(4), torch.randn(5), torch.randn(4)):
+        losses(guide, x, count=2)
+    assert len(guide._training._steps) == 2
+
+
+def test_what_a_model_takes_from_outside_is_noticed_at_the_next_comparison(caplog):
+    outside = {"scale": 1.0}
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, outside["scale"]))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide, x = guide_of(model), torch.tensor(0.3)
+    losses(guide, x, count=4)
+    first = next(iter(guide._training._steps.values()))
+    outside["scale"] = 3.0
+    losses(guide, x, count=1)  # the fourth from the graph, which is compared
+    assert first not in guide._training._steps.values()
+    for scale in (1.0, 2.0, 3.0, 4.0):
+        outside["scale"] = scale
+        losses(guide, x, count=2)
+    assert any("pass that as a tensor argument" in text for text in warned(caplog)) and guide._training.given_up
+
+
+@pytest.mark.parametrize("kind", ["branch", "item", "random"])
+def test_what_cannot_be_traced_is_said_once_and_gives_the_eager_numbers(kind, caplog):
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if kind == "branch":
+            z = z if z > 0 else 2 * z
+        elif kind == "item":
+            z = z * (1.0 + 0.0 * z.item())
+        else:
+            z = z + 0.1 * torch.randn(())
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x, found = torch.tensor(1.0), []
+    for compile in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = ShortRunGuide(model, num_steps=STEPS, step_size=StepSize(0.01), compile=compile)
+        if compile:
+            guide._compiler = Compiler(Untouched())
+        found.append(losses(guide, x, count=3))
+    assert kind == "random" or found[0] == pytest.approx(found[1], rel=1e-5)
+    assert sum("not one graph" in text for text in warned(caplog)) == 1
+
+
+def test_a_trace_that_goes_another_way_is_found_out(caplog):
+    """Pyro's ``init_to_median`` catches the error of a trace and goes on with zeros."""
+    x, options = torch.randn(4), dict(start=lambda: Init(pyro.infer.autoguide.init_to_median))
+    found, guide = steps(curved, (x,), True, **options)
+    assert guide._training.given_up and any("another loss" in text for text in warned(caplog))
+    assert_same(found, steps(curved, (x,), False, **options)[0])
+
+
+def test_rows_that_freeze_are_counted_and_warned_of():
+    class Wall(torch.autograd.Function):
+        """Finite at the start of a run, and no further gradient beyond."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(z: Tensor) -> Tensor:
+            return z.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (z,) = ctx.saved_tensors
+            return torch.where(z > 1.0, torch.nan, grad)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(Wall.apply(z), 1.0), obs=x)
+
+    x, options = torch.zeros(64), dict(objective=Annealed, start="diagonal", dynamics=lambda: Langevin(StepSize(0.1)))
+    found, guide = steps(model, (x,), True, **options)
+    assert guide._training._steps and guide.info.nonfinite > 0 and guide._watch._froze
+    assert_same(found, steps(model, (x,), False, **options)[0])
+
+
+def test_weights_of_a_network_get_their_gradients():
+    torch.manual_seed(0)
+    net = nn.Linear(2, 3)
+
+    def model(x: Tensor) -> None:
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(5, 3)
+    found, _ = steps(model, (x,), True)
+    assert "net$$$weight" in found[-1][1]
+    assert_same(found, steps(model, (x,), False)[0])
