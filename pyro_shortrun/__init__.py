@@ -30,6 +30,7 @@ from .objectives.path import PathDensity
 from .objectives.reverse import GaussianReverse
 from .semi_implicit.elbo import SemiImplicit_ELBO
 from .semi_implicit.guide import SemiImplicitGuide
+from .starts.fitted import Gaussian
 from .starts.gaussian import Init
 from .starts.kept import Persistent
 from .starts.prior import Prior
@@ -42,6 +43,7 @@ __all__ = [
     "Annealed",
     "Dynamics",
     "EnergyELBO",
+    "Gaussian",
     "GaussianReverse",
     "Hamiltonian",
     "Init",

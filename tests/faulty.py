@@ -17,6 +17,7 @@ from pyro_shortrun import (
     EnergyELBO,
     LangevinEncoderGuide,
     MCMCTeaching,
+    Prior,
     Refiner,
     ShortRunGuide,
     ShortRunLangevin,
@@ -118,7 +119,7 @@ class Training(Run):
         return self.net.model
 
     def build(self) -> tuple[Any, Any]:
-        return ShortRunGuide(self.model, num_steps=2), Trace_ELBO()
+        return ShortRunGuide(self.model, num_steps=2, start=Prior()), Trace_ELBO()
 
     def step(self, x: Tensor) -> Tensor:
         return torch.tensor(self.svi.step(x))
@@ -138,7 +139,7 @@ class EnergyTraining(Training):
 
     def build(self) -> tuple[Any, Any]:
         loss = EnergyELBO(Trace_ELBO(), num_steps=2, step_size=0.1, start=Replay(16))
-        return ShortRunGuide(self.model, num_steps=2), loss
+        return ShortRunGuide(self.model, num_steps=2, start=Prior()), loss
 
     def put(self, fault: Fault) -> None:
         self.net.energy.fault = lambda z: -fault(z)
@@ -196,7 +197,7 @@ class Teaching(Run):
     def __init__(self) -> None:
         super().__init__()
         self.energy, self.replay = Energy(3), Replay(16)
-        guide = ShortRunGuide(self.net.model, num_steps=2)
+        guide = ShortRunGuide(self.net.model, num_steps=2, start=Prior())
         student = SVI(self.net.model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
         refiner = Refiner(self.energy, 2, 0.1, replay=self.replay)
         optim = torch.optim.Adam(self.energy.parameters(), lr=0.01)

@@ -94,7 +94,9 @@ def of_guide(program: str, kind: str, compile: bool = False, backend: Any = None
     model, args = case.make()
     options = GUIDES[kind](model, case)
     hidden = poutine.block(model, hide=list(case.discrete)) if case.discrete else model
-    guide = short.ShortRunGuide(hidden, num_steps=4, compile=compile, create_plates=case.create_plates, **options)
+    guide = short.ShortRunGuide(
+        hidden, num_steps=4, compile=compile, create_plates=case.create_plates, **{"start": short.Prior(), **options}
+    )
     if backend is not None:
         guide._compiler = Compiler(backend)
     found: dict[str, Any] = {"losses": []}
@@ -146,7 +148,7 @@ def _energy(program: str, options: dict[str, Any]) -> dict[str, Any]:
             pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
 
     x = torch.linspace(-1, 1, 12).reshape(6, 2)
-    guide = short.ShortRunGuide(model, num_steps=4, step_size=0.05)
+    guide = short.ShortRunGuide(model, num_steps=4, step_size=0.05, start=short.Prior())
     loss = short.EnergyELBO(Trace_ELBO(), num_steps=5, step_size=0.1, **options)
     losses = [loss.loss_and_grads(model, guide, x) for _ in range(2)]
     return {"losses": losses, "gradients": {k: _summary(p.grad) for k, p in net.named_parameters()}}

@@ -266,7 +266,7 @@ class LangevinEncoderGuide(DensityGuide):
     def _read(self, draw: Callable[..., Reading]) -> Reading:
         return super()._read(draw)
 
-    def _admit(self, structure: Structure) -> None:
+    def _admit(self, structure: Structure) -> Structure:
         name = _global_site(structure.layout)
         if name is not None:
             raise NotImplementedError(
@@ -276,7 +276,7 @@ class LangevinEncoderGuide(DensityGuide):
                 f"guides.append(LangevinEncoderGuide(poutine.block(model, hide=['{name}']), features)); or use "
                 "ShortRunGuide for all."
             )
-        super()._admit(structure)
+        return super()._admit(structure)
 
     def _begin(self, call: Call) -> None:
         encoding = self._encoding(call)

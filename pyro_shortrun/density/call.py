@@ -111,18 +111,16 @@ class Binder:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         given: Mapping[str, Tensor] | None = None,
-        admit: Callable[[Structure], None] = lambda structure: None,
+        admit: Callable[[Structure], Structure] = lambda structure: structure,
     ) -> Call:
         """The call whose first run is ``reading``.
 
         :param given: values that sites are held at.
-        :param admit: refuses structures that the caller cannot take.
+        :param admit: arranges rows as the caller takes them, or refuses.
         """
         self.program.check(reading)
         bind, signature = self.program.bind(args, kwargs, reading, given or {}), reading.signature
         if signature not in self._structures:
-            structure = read_structure(self.program, reading, bind)
-            admit(structure)
-            self._structures[signature] = structure
+            self._structures[signature] = admit(read_structure(self.program, reading, bind))
         model = LogDensity(self.program, self._structures[signature], bind)
         return Call(model, model, reading, spare=[reading])

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoLaplaceApproximation
@@ -17,6 +16,7 @@ from ..amortized.guide import LangevinEncoderGuide
 from ..checks import check_count
 from ..density.call import Call
 from ..guides.short_run import ShortRunGuide
+from ..guides.smoothing import smoothed as smoothed_weights
 from ..starts.from_guide import FromGuide
 from ..starts.start import Start
 from ..tensors import ordinary_autograd, plain
@@ -177,20 +177,9 @@ def _smooth(log_p: Tensor, log_q: Tensor) -> PSIS:
     k = torch.full(equal.shape, -math.inf, dtype=torch.float64, device=log_w.device)
     smoothed = torch.where(equal, 0.0, log_w)
     if not equal.all():
-        lines, tails = _psislw(log_w[:, ~equal].T.cpu().numpy())
+        lines, tails = smoothed_weights(log_w[:, ~equal].T.cpu().numpy())
         k[~equal] = torch.as_tensor(tails).to(k)
         smoothed[:, ~equal] = torch.as_tensor(lines).T.to(smoothed)
     normalised = smoothed.log_softmax(0)
     ess = 1 / normalised.exp().square().sum(0)
     return PSIS(k.to(log_p.dtype), ess.to(log_p.dtype), normalised.to(log_p.dtype))
-
-
-def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Smoothed log weights ``(..., draws)`` and k, by whichever ArviZ is installed."""
-    import arviz as az
-
-    if int(az.__version__.split(".")[0]) < 1:
-        return az.psislw(log_weights)
-    from arviz_stats.base import array_stats
-
-    return array_stats.psislw(-log_weights)  # it takes log likelihoods, of which weights are the reciprocals

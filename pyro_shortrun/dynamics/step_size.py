@@ -102,6 +102,10 @@ class StepSize(PyroModule):
             raise ValueError(f"step sizes must lie inside (0, {self.max:g}), got {value.tolist()}.")
         self.value = value.clone()
 
+    def fill(self, value: float) -> None:
+        """Set all current values to one number inside ``(0, max)``."""
+        self.assign(torch.full_like(self._current.detach(), value))
+
     def forward(self, layout: Layout, num_steps: int) -> Tensor:
         """Values at every step and coordinate, ``(num_steps, size)``."""
         value = self._current

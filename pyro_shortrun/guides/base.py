@@ -65,9 +65,10 @@ class DensityGuide(AutoGuide):
         """One run of the model, ``draw(init)``, from which a call's shapes, plates and subsamples are read."""
         return draw(init_uniform)
 
-    def _admit(self, structure: Structure) -> None:
-        """Refuse latents that this guide cannot draw."""
+    def _admit(self, structure: Structure) -> Structure:
+        """Refuse latents that this guide cannot draw; otherwise the structure with the rows that it wants."""
         check_latents(self._first, structure, needs_log_q=True)
+        return structure
 
     def _begin(self, call: Call) -> None:
         """Told the very first call."""

@@ -13,9 +13,8 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from ..checks import check_count, check_kind
+from ..checks import check_count
 from ..density.call import Call
-from ..density.handlers import init_uniform
 from ..density.program import Reading
 from ..density.sites import is_weighted_from_outside
 from ..density.structure import Structure, check_latents, check_proper
@@ -23,17 +22,19 @@ from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
 from ..dynamics.step_size import StepSize
 from ..objectives.objective import Objective
-from ..objectives.path import PathDensity
-from ..runs.pilot import back_off
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients
+from ..starts.fitted import Gaussian
 from ..starts.from_guide import FromGuide
 from ..starts.prior import Prior
-from ..starts.start import Start, StartDraw, check_start
+from ..starts.start import Start, StartDraw
 from ..tensors import ordinary_autograd
 from .base import DensityGuide
+from .choice import check_parts, default_objective, default_start, described, read_from_prior
 from .draws import WeightedDraws, weigh
 from .emit import emit, outer_shape
+from .preparation import fit_start, prepare
+from .refinement import refine
 from .simulation import Simulation, Watch
 from .training import Training
 
@@ -43,7 +44,7 @@ _LOGGER = logging.getLogger("pyro_shortrun")
 class ShortRunGuide(DensityGuide):
     r"""A guide that draws the latents from a start and moves them by K steps of gradient dynamics.
 
-    The latents' unconstrained values ``u`` start at ``u_0 ~ q_0`` (the model's prior by default) and follow
+    The latents' unconstrained values ``u`` start at ``u_0 ~ q_0`` (a fitted Gaussian, or the model's prior) and follow
 
     .. math:: u_{k+1} = u_k + \eta_k \nabla \log\pi(u_k) + \sqrt{2 \eta_k}\, \epsilon_k , \qquad k = 0, \dots, K - 1,
 
@@ -68,42 +69,33 @@ class ShortRunGuide(DensityGuide):
     likelihood by short runs prescribes; the step sizes (and a learned start) get the gradient of the bound through
     the whole run. ``full_gradient=True`` lets the parameters have the exact gradient of the bound as well.
 
-    *Plates.* Latents that share a plate form independent rows with one log-determinant each. Latents outside the
-    plate besides are handled exactly through an arrowhead Jacobian. In a subsampled plate, the gradient of a local
-    latent is divided by ``full_size / size``, so that its posterior does not depend on the batch.
-
-    *Discrete latents* must be enumerated (``config_enumerate``, summed out exactly in ``log pi``) or hidden by
-    ``poutine.block``. The model is looked at through ``poutine.block``; the guide samples the visible sites.
+    *Plates.* Latents that share a plate form independent rows; in a subsampled one, the gradient of a local latent is
+    divided by ``full_size / size``. *Discrete latents* must be enumerated (``config_enumerate``) or hidden.
 
     Nijkamp, Pang, Han, Zhou, Zhu, Wu: Learning Multi-layer Latent Variable Model via Variational Optimization of
     Short Run MCMC for Approximate Inference, ECCV 2020.
-
-    (Its many methods are what a Pyro user calls, and what :class:`~pyro_shortrun.guides.DensityGuide` asks.)
-
+    (Its methods are a Pyro user's, and what :class:`~pyro_shortrun.guides.DensityGuide` asks.)
     :param model: a Pyro model.
     :param num_steps: ``K >= 1``.
-    :param step_size: ``eta``: a number (default 0.1), or a :class:`StepSize`. Recipes that write :math:`s^2/2` and
-        :math:`s` have ``eta = s ** 2 / 2``. A number is a first guess: at set-up it is halved until at most a quarter
-        of some pilot runs meet a step with ``eta * lambda_max(-H) >= 1`` (where log q would be wrong). If it had to
-        be halved, the drift per step is clipped at ``max_drift=1`` as well, and a logged warning says so. A
-        :class:`StepSize` is taken as it is.
+    :param step_size: ``eta``: a number, or a :class:`StepSize`, which is taken as it is. By default the best of a grid
+        from a :class:`Gaussian` start (whose coordinates it is for), otherwise 0.1. A number is a first guess: at
+        set-up it is halved until at most a quarter of some pilot runs meet a step with ``eta * lambda_max(-H) >= 1``
+        (where log q would be wrong), and the drift per step is then clipped at ``max_drift=1``; a warning says so.
     :param dynamics: a :class:`~pyro_shortrun.Dynamics` instead of ``step_size``; default ``Langevin``.
-    :param start: :class:`Prior` (default), :class:`Persistent`, :class:`Init` or any Pyro guide over the same sites
-        (an ``AutoGuide``, an encoder), which is then trained too.
-    :param objective: how log q is accounted: :class:`PathDensity` (default), :class:`GaussianReverse`,
-        :class:`Annealed`, :class:`Mixture` or :class:`Linearized`.
-    :param tune_every: step sizes (and a learned start) get gradients in every ``tune_every``-th training call. In
-        the calls between, in training mode, the log-determinants in log q are those of the last tuned run, since
-        computing them is most of the cost; ``guide.eval()`` makes every log q exact. Every call in training mode
-        counts, also each of an ELBO's ``num_particles`` if they are not vectorised.
-    :param full_gradient: see above.
-    :param checkpoint: whether a tuned run keeps ``2 sqrt(K)`` states instead of K for its way back, and recomputes the
-        others.
+    :param start: :class:`Gaussian`, :class:`Prior`, :class:`Persistent`, :class:`Init` or any Pyro guide over the same
+        sites (an ``AutoGuide``, an encoder), which is then trained too. By default
+        :func:`~pyro_shortrun.guides.choice.default_start` chooses: a Gaussian where all latents are one small row, the
+        prior for latents of data.
+    :param objective: how log q is accounted: :class:`Annealed` (default from a :class:`Gaussian`),
+        :class:`PathDensity` (default otherwise), :class:`GaussianReverse`, :class:`Mixture` or :class:`Linearized`.
+    :param tune_every: step sizes (and a learned start) get gradients in every ``tune_every``-th training call; an
+        ELBO's ``num_particles`` are as many calls if they are not vectorised. In the calls between, the
+        log-determinants in log q are those of the last tuned run; ``guide.eval()`` makes every log q exact.
+    :param checkpoint: whether a tuned run keeps ``2 sqrt(K)`` states for its way back, and recomputes the others.
     :param compile: whether blocks of steps, forwards and back, are traced and compiled (some seconds per new shape), so
         that Pyro is not in the loop. A model that cannot be traced runs eagerly with a logged warning.
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
-    :raises ValueError: for arguments out of range, and at the first call for models that short runs cannot infer;
-        the message names the site and the remedy.
+    :raises ValueError: for arguments out of range, and at the first call for models that short runs cannot infer.
     """
 
     def __init__(
@@ -124,22 +116,22 @@ class ShortRunGuide(DensityGuide):
         super().__init__(model, compile=compile, create_plates=create_plates)
         check_count("num_steps", num_steps)
         check_count("tune_every", tune_every)
-        if dynamics is not None and step_size is not None:
-            raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
-        check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
-        check_kind("objective", objective, Objective, "PathDensity()")
-        check_start(start)
+        check_parts(step_size, dynamics, start, objective)
         self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
         self.checkpoint = checkpoint
         self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
-        self.objective = PathDensity() if objective is None else objective
+        self.objective = default_objective(start, self.dynamics) if objective is None else objective
         if isinstance(start, AutoGuide) and start.create_plates is not None:  # plates are the outer guide's business
             self.create_plates = create_plates or start.create_plates
             start.create_plates = None
-        self.objective.check(self.dynamics)
-        self.start = Prior() if start is None else start
+        self.start: Any = start
+        self._chooses = start is None, objective is None
+        if not all(self._chooses):
+            self.objective.check(self.dynamics)
         self.info: RunInfo | None = None
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
+        self._chooses_step = dynamics is None and step_size is None
+        self._subsamples = False  # what the model does, as far as it is known
         self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
         self._calls = 0
         self._training = Training()
@@ -207,20 +199,33 @@ class ShortRunGuide(DensityGuide):
 
     @torch.no_grad()
     def sample_posterior(
-        self, *args: Any, num_samples: int = 1000, num_chains: int = 1, **kwargs: Any
+        self,
+        *args: Any,
+        num_samples: int = 1000,
+        num_chains: int = 1,
+        adjust: int = 0,
+        resample: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Independent runs, vectorised.
 
         :param num_samples: draws per chain; every draw is a run of its own.
         :param num_chains: leading dimension, for ArviZ.
+        :param adjust: how many Metropolis-adjusted steps follow each run and take away what is left of its bias
+            (``guide.info.acceptance``).
+        :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7).
         :return: dict from site to ``(num_chains, num_samples, *site shape)``.
         """
         check_count("num_samples", num_samples)
         check_count("num_chains", num_chains)
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
-            draws = self._repeat(call, num_samples * num_chains, account=False).values
-        return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in draws.items()}
+            drawn = self._repeat(call, num_samples * num_chains, account=resample and self._start.has_density)
+            if adjust or resample:
+                step_size = self.dynamics.step_size(call.density.layout, self.num_steps).mean(0)
+                drawn, acceptance, k_hat = refine(call, drawn, adjust, resample, self._start.frame, step_size)
+                self.info = self.info and replace(self.info, acceptance=acceptance, k_hat=k_hat)
+        return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in drawn.values.items()}
 
     @torch.no_grad()
     def weighted_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Call, WeightedDraws]:
@@ -228,28 +233,6 @@ class ShortRunGuide(DensityGuide):
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
             return call, self._repeat(call, count, account=self._start.has_density and self.objective.weighs)
-
-    @torch.no_grad()
-    def trial(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        count: int,
-        factor: float = 1.0,
-        num_steps: int | None = None,
-    ) -> tuple[Call, StartDraw, ShortRun]:
-        """Independent runs with other step sizes, or of another length, than the guide's; for comparisons.
-
-        They leave the guide, ``info`` included, as it is. Step sizes of single steps are stretched over the run.
-        """
-        steps = num_steps or self.num_steps
-        with ordinary_autograd(), poutine.block():
-            call = self._bind(args, kwargs)
-            own = self.dynamics.step_size(call.density.layout, self.num_steps).detach()
-            eta = factor * own[torch.arange(steps, device=own.device) * self.num_steps // steps]
-            account = self.has_density
-            objective = self._simulation.informed(call, eta, training=False) if account else self.objective
-            return call, *self._simulation.run(call, count, eta, objective, account, Gradients.NONE)
 
     def _repeat(self, call: Call, count: int, account: bool) -> WeightedDraws:
         parts = []
@@ -262,10 +245,7 @@ class ShortRunGuide(DensityGuide):
         return WeightedDraws.join(parts)
 
     def trajectory(self, *args: Any, num_chains: int = 1, **kwargs: Any) -> dict[str, Tensor]:
-        """The states of a run along its steps.
-
-        :return: dict from site to ``(num_steps + 1, num_chains, *site shape)``.
-        """
+        """The states of a run along its steps, dict from site to ``(num_steps + 1, num_chains, *site shape)``."""
         check_count("num_chains", num_chains)
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
@@ -273,6 +253,21 @@ class ShortRunGuide(DensityGuide):
             assert result.states is not None
             values, _ = call.model.constrain(result.states.flatten(0, 1))
         return {k: v.detach().unflatten(0, result.states.shape[:2]) for k, v in values.items()}
+
+    def pretrain(self, *args: Any, **kwargs: Any) -> ShortRunGuide:
+        """Fit the :class:`Gaussian` start, and choose the step size if nobody has given one, at the model's parameters
+        as they are. The first use does it by itself; a later call fits again, from where the start is.
+
+        :raises ValueError: for another start.
+        """
+        before = self._first
+        self.setup(*args, **kwargs)
+        if not isinstance(self.start, Gaussian):
+            raise ValueError(f"pretrain is for start=Gaussian(), and this guide has {type(self.start).__name__}.")
+        if before is not None:
+            with ordinary_autograd(), poutine.block(), self._pyro_context:
+                fit_start(self._simulation, self._bind(args, kwargs), self._chooses_step)
+        return self
 
     @property
     def has_density(self) -> bool:
@@ -290,6 +285,8 @@ class ShortRunGuide(DensityGuide):
 
     @property
     def _start(self) -> Start:
+        if self.start is None:  # until the first call
+            return Prior()
         if isinstance(self.start, Start):
             return self.start
         if not self._adapter:
@@ -309,14 +306,18 @@ class ShortRunGuide(DensityGuide):
         with torch.set_grad_enabled(self.full_gradient):  # the start of a run is a draw, unless all is differentiated
             if not self._reads_prior:  # improper priors cannot be drawn from
                 return super()._read(draw)
-            try:
-                return draw()
-            except NotImplementedError:
-                check_proper(draw(init_uniform))
-                raise
+            reading = read_from_prior(draw, required=self.start is not None)
+            self._subsamples = any(frame.is_subsampled for frame in reading.frames)
+            return reading
 
-    def _admit(self, structure: Structure) -> None:
+    def _admit(self, structure: Structure) -> Structure:
+        if self.start is None:
+            self.start = default_start(structure, self._subsamples, bool(self._binder and self._binder.program.hides))
+            self.objective = default_objective(self.start, self.dynamics) if self._chooses[1] else self.objective
+            self.objective.check(self.dynamics)
+        structure = self._start.arrange(structure)
         check_latents(self._first, structure, self._start.has_density)
+        return structure
 
     def _begin(self, call: Call) -> None:
         if isinstance(self._start, Prior):
@@ -326,13 +327,7 @@ class ShortRunGuide(DensityGuide):
             self._start.draw(call, 1)  # creates a lazily built guide's parameters
 
     def _prepare(self, call: Call) -> None:
-        layout, like = call.density.layout, next(iter(call.reading.unconstrained.values())).detach()
-        self.objective.setup(self.num_steps, layout, like)
-        self.dynamics.setup(like)
-        created = self.dynamics.step_size.setup(layout, self.num_steps, like)
-        if created and self._backs_off and self.dynamics.step_size.is_at_init:  # a param store may know better
-            pilot = replace(call, spare=[])  # the call's own draw is kept for its run
-            back_off(self.dynamics, lambda: self._simulation.pilot_fails(pilot))
+        prepare(self._simulation, call, self._chooses_step, self._backs_off)
 
     def _tunes(self, training: bool) -> bool:
         """Whether this call differentiates in the guide's parameters; counts training calls."""
@@ -354,6 +349,10 @@ class ShortRunGuide(DensityGuide):
             drawn, result = simulation.run(call, chains, step_size, objective, account, gradients, keep_states)
         self.info = result.info
         return drawn, result
+
+    def __repr__(self) -> str:
+        """K, dynamics, start and objective, and the step sizes once there are some."""
+        return described(self, None if self._first is None else self.step_sizes())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "info": None, "_adapter": ()}

@@ -19,7 +19,6 @@ from ..runs.pilot import pilot_chains, pilot_fails
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients, run
 from ..starts.finite import require_finite
-from ..starts.from_guide import FromGuide
 from ..starts.start import Start, StartDraw
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -73,23 +72,25 @@ class Simulation:
         """``chains`` draws, each of as many runs as the objective wants."""
         copies = objective.copies if account else 1
         drawn = self.draw_start(replace(call, isolated=gradients is Gradients.GUIDE), chains * copies, gradients)
+        density, inside = drawn.inside(call.density)
         result = run(
-            call.density,
+            density,
             self.dynamics,
             objective,
-            drawn,
+            inside,
             step_size,
             account=account,
             gradients=gradients,
             keep_states=keep_states,
             checkpoint=self.checkpoint,
         )
+        if drawn.framed is not None:
+            result = result.outside(drawn.framed.frame)
         return (drawn, result) if copies == 1 else (drawn.every(copies), result.every(copies))
 
     def draw_start(self, call: Call, chains: int, gradients: Gradients) -> StartDraw:
         """Where runs begin; with a graph where the start is trained."""
-        learned = isinstance(self.start, FromGuide)
-        attached = gradients is Gradients.FULL or (learned and gradients is Gradients.GUIDE)
+        attached = gradients is Gradients.FULL or (self.start.is_learned and gradients is Gradients.GUIDE)
         with torch.set_grad_enabled(attached):
             drawn = self.start.draw(call, chains)
         if call.density.is_traced:
@@ -103,9 +104,9 @@ class Simulation:
         """Whether runs meet steps with ``eta * lambda_max(-H) >= 1``, whatever the objective will be."""
         layout = call.density.layout
         with poutine.block():
-            start = self.draw_start(call, pilot_chains(layout), Gradients.NONE).state
+            density, start = self.draw_start(call, pilot_chains(layout), Gradients.NONE).inside(call.density)
             step_size = self.dynamics.step_size(layout, self.num_steps)
-            return pilot_fails(call.density, self.dynamics, start, step_size)
+            return pilot_fails(density, self.dynamics, start.state, step_size)
 
 
 class Watch:

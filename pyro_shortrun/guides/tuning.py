@@ -9,13 +9,15 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from ..checks import check_count, check_kind
 from ..density.call import Call
 from ..runs.record import ShortRun
+from ..runs.run import Gradients
 from ..starts.start import StartDraw
-from ..tensors import random_state, set_random_state
+from ..tensors import ordinary_autograd, random_state, set_random_state
 from .short_run import ShortRunGuide
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -84,7 +86,20 @@ class Trials:
 
     def __call__(self, factor: float, num_steps: int | None = None) -> Trial:
         set_random_state(self._random)
-        return Trial(*self._guide.trial(self._args, self._kwargs, self._count, factor, num_steps))
+        return self._trial(factor, num_steps)
+
+    @torch.no_grad()
+    def _trial(self, factor: float, num_steps: int | None) -> Trial:
+        """Step sizes of single steps are stretched over the run."""
+        guide = self._guide
+        steps = num_steps or guide.num_steps
+        with ordinary_autograd(), poutine.block():
+            call = guide._bind(self._args, self._kwargs)
+            own = guide.dynamics.step_size(call.density.layout, guide.num_steps).detach()
+            eta = factor * own[torch.arange(steps, device=own.device) * guide.num_steps // steps]
+            account, simulation = guide.has_density, guide._simulation
+            objective = simulation.informed(call, eta, training=False) if account else guide.objective
+            return Trial(call, *simulation.run(call, self._count, eta, objective, account, Gradients.NONE))
 
 
 @torch.no_grad()

@@ -24,9 +24,18 @@ _FAILURES = 0.25  # share of rows
 
 
 def back_off(dynamics: Dynamics, fails: Callable[[], bool]) -> None:
-    """Halve a step size that was a first guess while pilot runs fail, with the drift clipped more tightly."""
+    """Halve a step size that was a first guess while pilot runs fail, with the drift clipped more tightly.
+
+    :raises ValueError: where they fail at its floor, a millionth of the first guess, too.
+    """
     first, halvings = dynamics.step_size.init, 0
-    while halvings < _MAX_HALVINGS and fails():
+    while fails():
+        if halvings == _MAX_HALVINGS:
+            raise ValueError(
+                f"step_size {first:g} was halved {halvings} times, and pilot runs still meet eta * curvature > 1 or "
+                "are not finite: the start is far from the posterior, or scales differ by orders of magnitude. Use "
+                "start=Gaussian(), whose coordinates have unit scales, or scale the data; StepSize(...) insists."
+            )
         dynamics.step_size.shrink(0.5)
         dynamics.max_drift = _STIFF_DRIFT
         halvings += 1

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..density.affine import Affine
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -16,7 +18,8 @@ class RunInfo:
     ``step_size`` is ``(K, size)``. ``frozen`` marks rows ``(chains, rows)`` that met a non-finite state, gradient or
     determinant and stayed at their last finite state; ``singular`` marks rows in which some step was not invertible,
     so that their log q is not reliable. ``carried`` tells whether log q had the log-determinants of an earlier run
-    (``tune_every``).
+    (``tune_every``). ``acceptance`` is that of the last of the adjusted steps after the run, ``k_hat`` the Pareto shape
+    of the weights by which draws were resampled; None where there were none.
     """
 
     log_density: Tensor
@@ -26,6 +29,8 @@ class RunInfo:
     frozen: Tensor
     singular: Tensor
     carried: bool = False
+    acceptance: float | None = None
+    k_hat: float | None = None
 
     @property
     def nonfinite(self) -> int:
@@ -60,6 +65,18 @@ class ShortRun:
     info: RunInfo
     states: Tensor | None = None
     landed: tuple[Tensor, ...] | None = None
+
+    def outside(self, frame: Affine) -> ShortRun:
+        """A run in the coordinates of ``frame`` as one of ``u``."""
+        scale, landed = frame.log_scale.detach(), self.landed
+        return replace(
+            self,
+            start=frame.outward(self.start),
+            end=frame.outward(self.end),
+            info=replace(self.info, log_density=self.info.log_density - scale),
+            states=None if self.states is None else frame.outward(self.states),
+            landed=None if landed is None else (landed[0] - scale, *landed[1:]),
+        )
 
     def every(self, count: int) -> ShortRun:
         """Only the first of every ``count`` chains; a draw is frozen where one of them is."""

@@ -165,14 +165,15 @@ class SemiImplicitGuide(DensityGuide):
                 plates[name] = pyro.plate(name, full, subsample_size=size, dim=dim)
         return plates
 
-    def _admit(self, structure: Structure) -> None:
-        super()._admit(structure)
+    def _admit(self, structure: Structure) -> Structure:
+        structure = super()._admit(structure)
         layout = structure.layout
         if layout.arrow is not None and layout.arrow.weight != 1:
             raise NotImplementedError(
                 f"latents {[s.name for s in layout.sites]} lie inside and outside a subsampled plate: use the full "
                 "batch, or write a guide with a SemiImplicit distribution for each site."
             )
+        return structure
 
     def _begin(self, call: Call) -> None:
         layout, like = call.density.layout, _like(call)

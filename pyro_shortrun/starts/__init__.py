@@ -1,6 +1,7 @@
 """Where runs start, and the density of that."""
 
 from .base import Base, GaussianBase, PriorBase
+from .fitted import Gaussian
 from .from_guide import FromGuide
 from .gaussian import Init
 from .kept import Persistent, Replay
@@ -10,6 +11,7 @@ from .start import Start, StartDraw
 __all__ = [
     "Base",
     "FromGuide",
+    "Gaussian",
     "GaussianBase",
     "Init",
     "Persistent",

@@ -29,6 +29,8 @@ class FromGuide(Start):
     :param guide: a callable with the model's arguments.
     """
 
+    is_learned = True
+
     def __init__(self, guide: Callable[..., Any]) -> None:
         self._guide = guide
         self._orders: dict[str, Any] = {}  # of the last layout

@@ -10,21 +10,41 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from ..density.affine import Affine, AffineDensity
 from ..density.call import Call
 from ..density.interface import Density
+from ..density.structure import Structure
 from ..tensors import keep_rows
 from .base import Base
 
 
 @dataclass(frozen=True)
+class Framed:
+    """Start states and their density in the coordinates ``frame`` that a run is to move in."""
+
+    frame: Affine
+    state: Tensor
+    base: Base
+
+
+@dataclass(frozen=True)
 class StartDraw:
-    """Start states ``(chains, rows, size)``, their log density and ``log pi`` there, ``(chains, rows)``, and their
-    density everywhere, if it is known."""
+    """Start states ``(chains, rows, size)``, their log density and ``log pi`` there, ``(chains, rows)``, their density
+    everywhere, if it is known, and the same in coordinates of the start's own, if it has some."""
 
     state: Tensor
     log_q: Tensor
     log_density: Tensor
     base: Base | None = None
+    framed: Framed | None = None
+
+    def inside(self, density: Density) -> tuple[Density, StartDraw]:
+        """The density and this draw in the coordinates to move in."""
+        if self.framed is None:
+            return density, self
+        frame, scale = self.framed.frame, self.framed.frame.log_scale
+        here = StartDraw(self.framed.state, self.log_q + scale, self.log_density + scale, self.framed.base)
+        return AffineDensity(density, frame), here
 
     @property
     def finite(self) -> Tensor:
@@ -38,28 +58,50 @@ class StartDraw:
             state=keep_rows(rows, self.state, other.state),
             log_q=torch.where(rows, self.log_q, other.log_q),
             log_density=torch.where(rows, self.log_density, other.log_density),
+            framed=None,
         )
 
     def detached(self) -> StartDraw:
         """The same without gradients."""
+        framed = self.framed and replace(self.framed, state=self.framed.state.detach())
         return replace(
-            self, state=self.state.detach(), log_q=self.log_q.detach(), log_density=self.log_density.detach()
+            self,
+            state=self.state.detach(),
+            log_q=self.log_q.detach(),
+            log_density=self.log_density.detach(),
+            framed=framed,
         )
 
     def every(self, count: int) -> StartDraw:
         """Only the first of every ``count`` chains."""
+        framed = self.framed and replace(self.framed, state=self.framed.state[::count])
         return replace(
-            self, state=self.state[::count], log_q=self.log_q[::count], log_density=self.log_density[::count]
+            self,
+            state=self.state[::count],
+            log_q=self.log_q[::count],
+            log_density=self.log_density[::count],
+            framed=framed,
         )
 
 
 class Start(ABC):
     """A distribution of ``u_0``.
 
-    ``has_density`` tells whether ``log q_0`` is known, so that there is a bound to tune by.
+    ``has_density`` tells whether ``log q_0`` is known, so that there is a bound to tune by, ``is_learned`` whether it
+    has parameters of its own to train by that.
     """
 
     has_density = True
+    is_learned = False
+
+    @property
+    def frame(self) -> Affine | None:
+        """Coordinates of its own in which runs move, if it has some."""
+        return None
+
+    def arrange(self, structure: Structure) -> Structure:
+        """The structure with the rows that this start takes, which are the model's own unless it says otherwise."""
+        return structure
 
     def setup(self, density: Density) -> None:
         """Create what the start stores."""
@@ -77,7 +119,7 @@ class Start(ABC):
 def check_start(start: Any) -> None:
     """Refuse what is neither a Start nor a guide."""
     if start is not None and (isinstance(start, type) or not (isinstance(start, Start) or callable(start))):
-        raise ValueError(f"start must be Prior(), Persistent(), Init(...) or a Pyro guide, got {start!r}.")
+        raise ValueError(f"start must be Prior(), Gaussian(), Persistent(), Init(...) or a Pyro guide, got {start!r}.")
     if isinstance(start, PyroModule) and start._pyro_context.used:
         raise ValueError(
             "the start was called before it was given to ShortRunGuide, and its parameters are in Pyro's store "

@@ -16,7 +16,7 @@ from runners import short_run
 from torch import Tensor, nn
 from zoo import CASES, EXTRA, Case
 
-from pyro_shortrun import Langevin, PathDensity, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
+from pyro_shortrun import Langevin, PathDensity, Prior, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
 from pyro_shortrun.compile import Compiler, Untouched
 from pyro_shortrun.density import Call
 from pyro_shortrun.objectives import Exact, Lanczos
@@ -25,7 +25,7 @@ from pyro_shortrun.runs import Gradients
 
 def short(model: Callable, compile: bool, **options) -> ShortRunGuide:
     dynamics = Langevin(StepSize(0.01, learnable=False))
-    guide = ShortRunGuide(model, num_steps=3, dynamics=dynamics, compile=compile, **options)
+    guide = ShortRunGuide(model, num_steps=3, dynamics=dynamics, compile=compile, **{"start": Prior(), **options})
     if compile:
         guide._compiler = Compiler(Untouched())
     return guide
@@ -171,7 +171,9 @@ def test_training_gives_the_eager_losses():
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         decoder = Decoder()
-        guide = ShortRunGuide(generator(decoder), num_steps=3, step_size=StepSize(0.05), tune_every=2, compile=compile)
+        guide = ShortRunGuide(
+            generator(decoder), num_steps=3, step_size=StepSize(0.05), tune_every=2, compile=compile, start=Prior()
+        )
         if compile:
             guide._compiler = Compiler(Untouched())
         svi = SVI(guide.model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
@@ -270,7 +272,7 @@ def test_a_part_of_a_run_that_cannot_be_traced_runs_eagerly(caplog):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(Once.apply(z), 1.0), obs=x)
 
-    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.01), compile=True)
+    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.01), compile=True, start=Prior())
     guide._compiler = Compiler(Untouched())
     with pytest.raises(RuntimeError, match="no derivative"):  # eager says what is wrong
         guide(torch.tensor(1.0))
@@ -280,7 +282,7 @@ def test_a_part_of_a_run_that_cannot_be_traced_runs_eagerly(caplog):
 def test_settings_are_part_of_what_a_graph_is_known_by():
     model, x = generator(Decoder()), torch.randn(6, 3)
     guide = ShortRunGuide(
-        model, num_steps=2, step_size=StepSize(0.01), objective=PathDensity(Lanczos(1, 1)), compile=True
+        model, num_steps=2, step_size=StepSize(0.01), objective=PathDensity(Lanczos(1, 1)), compile=True, start=Prior()
     )
     guide._compiler = Compiler(Untouched())
     values = []
@@ -288,7 +290,9 @@ def test_settings_are_part_of_what_a_graph_is_known_by():
         guide.objective.logdet.num_iterations = iterations
         pyro.set_rng_seed(0)
         values.append(guide.log_weight(x).item())
-    eager = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.01), objective=PathDensity(Lanczos(1, 2)))
+    eager = ShortRunGuide(
+        model, num_steps=2, step_size=StepSize(0.01), objective=PathDensity(Lanczos(1, 2)), start=Prior()
+    )
     pyro.set_rng_seed(0)
     assert values[0] != values[1] == pytest.approx(eager.log_weight(x).item())
 

@@ -13,7 +13,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
-from pyro_shortrun import Annealed, EnergyELBO, Langevin, ShortRunGuide, StepSize, energy_prior
+from pyro_shortrun import Annealed, EnergyELBO, Langevin, Prior, ShortRunGuide, StepSize, energy_prior
 from pyro_shortrun.compile import Compiler, Untouched, density_of
 from pyro_shortrun.density import Call
 
@@ -71,7 +71,7 @@ def steps(model: Callable, guide: Callable, loss: Any, runs: list[int]) -> int:
 )
 def test_training_step(latent, options, count):
     model, runs = counted(latent)
-    guide = ShortRunGuide(model, num_steps=K, dynamics=Langevin(StepSize(0.05)), **options)
+    guide = ShortRunGuide(model, num_steps=K, dynamics=Langevin(StepSize(0.05)), **{"start": Prior(), **options})
     assert steps(model, guide, Trace_ELBO(), runs) == count
 
 

@@ -27,7 +27,7 @@ from pyro.infer import ELBO, HMC, SVI, Trace_ELBO, TraceEnum_ELBO, config_enumer
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_shortrun import ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
+from pyro_shortrun import Prior, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
 
 Family = Callable[[Tensor], dist.TorchDistribution]
 
@@ -227,7 +227,7 @@ def test_guide_trains_and_predicts(program: RandomProgram) -> None:
     assume_pyro_takes(program)
     pyro.clear_param_store()
     model = config_enumerate(program)
-    guide = ShortRunGuide(model, num_steps=3, step_size=StepSize(0.01, learnable=False))
+    guide = ShortRunGuide(model, num_steps=3, step_size=StepSize(0.01, learnable=False), start=Prior())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), elbo_of(program))
     try:
         losses = [svi.step() for _ in range(2)]

@@ -30,6 +30,7 @@ from pyro_shortrun import (
     LangevinEncoderGuide,
     Linearized,
     Persistent,
+    Prior,
     ShortRunGuide,
     ShortRunLangevin,
     StepSize,
@@ -134,7 +135,7 @@ def test_verdict_in_words():
 
 def test_weights_of_a_run_are_those_that_are_exported():
     x = torch.linspace(-1.0, 2.0, 3)
-    guide = ShortRunGuide(local, num_steps=3, step_size=StepSize(0.02, learnable=False))
+    guide = ShortRunGuide(local, num_steps=3, step_size=StepSize(0.02, learnable=False), start=Prior())
     own, runs = guide.weighted_draws((x,), {}, 50)
     pyro.set_rng_seed(1)
     own, runs = guide.weighted_draws((x,), {}, 50)
@@ -150,11 +151,11 @@ def test_guides_without_density_are_refused():
     with pytest.raises(NotImplementedError, match="start=Persistent"):
         psis(local, ShortRunGuide(local, start=Persistent()), x)
     with pytest.raises(NotImplementedError, match="objective=Linearized"):
-        psis(local, ShortRunGuide(local, objective=Linearized()), x)
+        psis(local, ShortRunGuide(local, objective=Linearized(), start=Prior()), x)
     with pytest.raises(NotImplementedError, match="LangevinEncoderGuide"):
         psis(local, LangevinEncoderGuide(local, nn.Linear(1, 4)), x)
     with pytest.raises(ValueError, match="guide's"):
-        psis(local, ShortRunGuide(model), x)
+        psis(local, ShortRunGuide(model, start=Prior()), x)
 
 
 def test_weights_that_cannot_be_are_refused():
@@ -169,7 +170,7 @@ def test_weights_that_cannot_be_are_refused():
             pyro.sample("x", dist.Normal(z, NOISE), obs=x[i])
 
     with pytest.raises(ValueError, match="full plate"):
-        psis(subsampled, ShortRunGuide(subsampled), torch.zeros(5))
+        psis(subsampled, ShortRunGuide(subsampled, start=Prior()), torch.zeros(5))
 
 
 def test_both_doors_to_arviz(monkeypatch):
@@ -334,7 +335,9 @@ def test_parameters_and_their_store_stay():
 
 
 @pytest.mark.parametrize(
-    "make", [AutoNormal, lambda m: ShortRunGuide(m, num_steps=2, step_size=0.01)], ids=["AutoNormal", "ShortRunGuide"]
+    "make",
+    [AutoNormal, lambda m: ShortRunGuide(m, num_steps=2, step_size=0.01, start=Prior())],
+    ids=["AutoNormal", "ShortRunGuide"],
 )
 def test_guides_are_trained_anew(make):
     guides: list[Any] = []
@@ -364,7 +367,7 @@ def test_chains_give_one_draw_each():
 
 def test_a_guide_is_a_posterior():
     def posterior(m: Callable, *a: Any) -> dict[str, Tensor]:
-        return ShortRunGuide(m, num_steps=2).sample_posterior(*a, num_samples=99)
+        return ShortRunGuide(m, num_steps=2, start=Prior()).sample_posterior(*a, num_samples=99)
 
     assert calibrate(posterior, num_simulations=2).ranks.shape == (2, 2)
 
@@ -529,7 +532,11 @@ def test_models_that_use_their_data_otherwise_are_refused():
 
 @pytest.mark.parametrize(
     "posterior, match",
-    [(ShortRunGuide(model), "a function of"), (ShortRunGuide, "a function of"), (lambda *_: model, "by site")],
+    [
+        (ShortRunGuide(model, start=Prior()), "a function of"),
+        (ShortRunGuide, "a function of"),
+        (lambda *_: model, "by site"),
+    ],
 )
 def test_what_is_no_posterior_is_refused(posterior, match):
     with pytest.raises(ValueError, match=match):

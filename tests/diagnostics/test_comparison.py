@@ -12,7 +12,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_shortrun import Langevin, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
+from pyro_shortrun import Langevin, Prior, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
 from pyro_shortrun.diagnostics import compare_with_nuts
 from pyro_shortrun.diagnostics.reference import wasserstein
 
@@ -74,7 +74,7 @@ def test_nuts_agrees_with_the_closed_form_and_finds_a_short_run():
     found = compare_with_nuts(model, {"z": exact(1000)}, x, num_samples=100, warmup_steps=50, num_chains=2)
     assert found.conclusive and found.verdicts == ("agrees", "agrees")
     assert "All 2 coordinates agree" in found.summary()
-    guide = ShortRunGuide(model, num_steps=2, dynamics=short)
+    guide = ShortRunGuide(model, num_steps=2, dynamics=short, start=Prior())
     found = compare_with_nuts(model, guide, x, reference={"z": exact(4, 500)})
     bias = -(shrink**2) * MEAN * math.sqrt(PRECISION)
     assert ((found.error - bias).abs() < 5 * found.mean_error).all()
@@ -154,4 +154,4 @@ def test_exact_draws_need_no_chains():
 
 def test_guide_before_model_is_refused():
     with pytest.raises(ValueError, match="model comes first"):
-        compare_with_nuts(ShortRunGuide(model), model, torch.tensor(X))  # type: ignore[arg-type]
+        compare_with_nuts(ShortRunGuide(model, start=Prior()), model, torch.tensor(X))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_shortrun import Langevin, ShortRunGuide, StepSize, energy_prior, to_arviz
+from pyro_shortrun import Langevin, Prior, ShortRunGuide, StepSize, energy_prior, to_arviz
 from pyro_shortrun.diagnostics import (
     StepSizeHistory,
     plot_aggregate_posterior,
@@ -33,7 +33,7 @@ def model(x: Tensor) -> None:
 
 
 def guide() -> ShortRunGuide:
-    return ShortRunGuide(model, num_steps=5, dynamics=Langevin(StepSize(0.05)))
+    return ShortRunGuide(model, num_steps=5, dynamics=Langevin(StepSize(0.05)), start=Prior())
 
 
 def ydata(ax) -> list[list[float]]:
@@ -62,7 +62,7 @@ def test_trajectories_hold_the_record_of_the_run():
 
 @pytest.mark.parametrize("per, lines", [("shared", 1), ("step", 5), ("site", 2)])
 def test_step_sizes_over_training(per, lines):
-    run = ShortRunGuide(model, num_steps=5, dynamics=Langevin(StepSize(0.05, per=per)))
+    run = ShortRunGuide(model, num_steps=5, dynamics=Langevin(StepSize(0.05, per=per)), start=Prior())
     run.setup(torch.randn(4, PIXELS))
     history = []
     for factor in (1.0, 0.5):
@@ -80,7 +80,7 @@ def test_step_sizes_over_training(per, lines):
 
 @pytest.mark.parametrize("per", ["shared", "site"])
 def test_recorded_step_sizes_keep_their_values(per):
-    run = ShortRunGuide(model, num_steps=5, dynamics=Langevin(StepSize(0.05, per=per)))
+    run = ShortRunGuide(model, num_steps=5, dynamics=Langevin(StepSize(0.05, per=per)), start=Prior())
     history = StepSizeHistory(run)
     with pytest.raises(RuntimeError, match="no step sizes yet"):
         history.record()

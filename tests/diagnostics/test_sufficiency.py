@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_shortrun import Langevin, ShortRunGuide, StepSize, energy_prior
+from pyro_shortrun import Langevin, Prior, ShortRunGuide, StepSize, energy_prior
 from pyro_shortrun.diagnostics import energy_gap, run_length
 from pyro_shortrun.energy import PriorRuns
 
@@ -59,7 +59,7 @@ def test_gap_of_a_quadratic_energy(kind):
     if kind == "short run":  # m + r^K (u_0 - m) from N(0, 1): its second moment is known too
         shrink = 0.6**3
         step = StepSize(0.4 / precision)
-        source = ShortRunGuide(make(c), num_steps=3, dynamics=Langevin(step, noise=False))
+        source = ShortRunGuide(make(c), num_steps=3, dynamics=Langevin(step, noise=False), start=Prior())
         mean = x / NOISE**2 / precision
         second = ((mean * (1 - shrink)).square().mean() + shrink**2).item()
     if kind == "draws":

@@ -12,7 +12,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
-from pyro_shortrun import Annealed, GaussianReverse, Langevin, Linearized, Persistent, ShortRunGuide, StepSize
+from pyro_shortrun import Annealed, GaussianReverse, Langevin, Linearized, Persistent, Prior, ShortRunGuide, StepSize
 from pyro_shortrun.diagnostics import step_sweep
 
 NOISE = 0.5
@@ -32,7 +32,7 @@ def exact_step(num_steps: int) -> float:
 
 
 def noise_free(num_steps: int, step_size: float, model: Callable = model) -> ShortRunGuide:
-    return ShortRunGuide(model, num_steps=num_steps, dynamics=Langevin(StepSize(step_size), noise=False))
+    return ShortRunGuide(model, num_steps=num_steps, dynamics=Langevin(StepSize(step_size), noise=False), start=Prior())
 
 
 def test_log_joint_and_bound_follow_their_closed_forms():
@@ -82,7 +82,7 @@ def test_weights_of_a_subsampled_plate_count_for_the_full_one():
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_trained_guide_stays_as_it_is(trained):
     x = torch.randn(3)
-    guide = ShortRunGuide(model, num_steps=4, dynamics=Langevin(StepSize(0.05, per="step")))
+    guide = ShortRunGuide(model, num_steps=4, dynamics=Langevin(StepSize(0.05, per="step")), start=Prior())
     if trained:
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
         for _ in range(3):
@@ -102,7 +102,7 @@ def test_its_own_cell_is_the_guide_itself():
     for objective in (None, Annealed(), Linearized(), GaussianReverse(pilots=64, fresh=64)):
         pyro.clear_param_store()
         dynamics = Langevin(StepSize(0.05, learnable=False))
-        guide = ShortRunGuide(model, num_steps=4, dynamics=dynamics, objective=objective).setup(x)
+        guide = ShortRunGuide(model, num_steps=4, dynamics=dynamics, objective=objective, start=Prior()).setup(x)
         pyro.set_rng_seed(1)
         guide.setup(x)  # as a sweep does, and draws from the prior
         with torch.no_grad():
@@ -139,7 +139,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="num_samples"):
         step_sweep(noise_free(2, 0.1), x, num_samples=1)
     with pytest.raises(ValueError, match="temperature"):
-        step_sweep(ShortRunGuide(model, num_steps=2, objective=Annealed()), x, num_steps=(2, 4))
+        step_sweep(ShortRunGuide(model, num_steps=2, objective=Annealed(), start=Prior()), x, num_steps=(2, 4))
     with pytest.raises(ValueError, match="ShortRunGuide"):
         step_sweep(model, x)
 

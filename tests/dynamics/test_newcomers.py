@@ -24,6 +24,7 @@ from pyro_shortrun import (
     Linearized,
     Mixture,
     PathDensity,
+    Prior,
     ShortRunGuide,
     ShortRunLangevin,
     StepSize,
@@ -106,7 +107,7 @@ def test_the_gradient_of_the_step_size_is_that_of_the_whole_run(name, make, comp
     if compile and type(objective) not in (PathDensity, Annealed):
         pytest.skip("compiled for two objectives: graphs are slow to make")
     dynamics = NEWCOMERS[name]()
-    guide = ShortRunGuide(curved, num_steps=3, dynamics=dynamics, objective=objective, compile=compile)
+    guide = ShortRunGuide(curved, num_steps=3, dynamics=dynamics, objective=objective, compile=compile, start=Prior())
     call = guide.setup()._bind((), {})
     u, noise = torch.randn(objective.copies, 1, 3), torch.randn(3, objective.copies, 1, 3)
     value, prior = call.density.with_start(u)
@@ -131,7 +132,7 @@ def test_the_gradient_of_the_step_size_is_that_of_the_whole_run(name, make, comp
 def test_weights_have_the_mean_that_they_promise(name, make):
     """``E[w] = p(x)`` of 4000 rows, within five standard errors (about one failure in 1.7 million seeds)."""
     model, evidence = gaussian()
-    guide = ShortRunGuide(model, num_steps=4, dynamics=NEWCOMERS[name](), objective=make())
+    guide = ShortRunGuide(model, num_steps=4, dynamics=NEWCOMERS[name](), objective=make(), start=Prior())
     with torch.no_grad():
         _, draws = guide.weighted_draws((4000,), {}, 1)
     if draws.row_log_q is None:
@@ -183,11 +184,11 @@ def test_a_changed_step_has_not_the_density_and_the_jacobian_of_the_old_one():
     for objective in (PathDensity(), Linearized()):
         for dynamics in (Pushed(0.1), Jumping(0.1)):
             with pytest.raises(ValueError, match="needs the Jacobian"):
-                ShortRunGuide(model, dynamics=dynamics, objective=objective)()
+                ShortRunGuide(model, dynamics=dynamics, objective=objective, start=Prior())()
     for objective in (Annealed(), GaussianReverse(), Mixture(2)):
-        ShortRunGuide(model, dynamics=Pushed(0.1), objective=objective)
+        ShortRunGuide(model, dynamics=Pushed(0.1), objective=objective, start=Prior())
         with pytest.raises(ValueError, match="noise"):
-            ShortRunGuide(model, dynamics=Jumping(0.1), objective=objective)
+            ShortRunGuide(model, dynamics=Jumping(0.1), objective=objective, start=Prior())
     quiet = Langevin(0.1)
     quiet.noise = False
     assert not quiet.has_noise
@@ -244,13 +245,13 @@ def test_what_a_dynamics_cannot_do_is_refused_by_name():
     model, _ = gaussian()
     for objective in (PathDensity(), Linearized()):
         with pytest.raises(ValueError, match=f"{type(objective).__name__} needs the Jacobian.*Unknown"):
-            ShortRunGuide(model, dynamics=Unknown(0.1), objective=objective)()
-    ShortRunGuide(model, dynamics=Unknown(0.1), objective=Annealed()).setup()
+            ShortRunGuide(model, dynamics=Unknown(0.1), objective=objective, start=Prior())()
+    ShortRunGuide(model, dynamics=Unknown(0.1), objective=Annealed(), start=Prior()).setup()
     for objective in (PathDensity(), GaussianReverse(), Mixture(2), Linearized()):
         with pytest.raises(ValueError, match="Underdamped"):
-            ShortRunGuide(model, dynamics=Underdamped(0.1), objective=objective)
+            ShortRunGuide(model, dynamics=Underdamped(0.1), objective=objective, start=Prior())
     for objective in (Annealed(), Mixture(2)):
         with pytest.raises(ValueError, match="noise"):
-            ShortRunGuide(model, dynamics=Tamed(0.1, noise=False), objective=objective)
+            ShortRunGuide(model, dynamics=Tamed(0.1, noise=False), objective=objective, start=Prior())
     with pytest.raises((ValueError, NotImplementedError), match="Underdamped"):
         ShortRunLangevin(model, dynamics=Underdamped(0.1))

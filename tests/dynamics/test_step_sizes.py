@@ -10,7 +10,7 @@ from programs import data, hierarchy, local
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
-from pyro_shortrun import Langevin, ShortRunGuide, StepSize
+from pyro_shortrun import Langevin, Prior, ShortRunGuide, StepSize
 
 
 def two_sites(x: Tensor) -> None:
@@ -30,7 +30,7 @@ def test_step_sizes_per_step_site_and_dimension(per, dtype):
     """Every step of a noise-free run is ``u + eta * grad`` with its own eta; ``step_sizes`` says which."""
     x, steps = data(), 3
     size = StepSize(0.1, per=per)
-    guide = ShortRunGuide(two_sites, num_steps=steps, dynamics=Langevin(size, noise=False)).setup(x)
+    guide = ShortRunGuide(two_sites, num_steps=steps, dynamics=Langevin(size, noise=False), start=Prior()).setup(x)
     count = {"shared": 1, "step": steps, "site": 2, "dim": 3}[per]
     assert size.value.shape == (count,)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_step_sizes_per_step_site_and_dimension(per, dtype):
 @pytest.mark.parametrize("model", [hierarchy, two_sites], ids=["arrowhead", "rows"])
 def test_every_kind_of_step_size_is_tuned(per, model):
     size = StepSize(0.02, per=per)
-    guide = ShortRunGuide(model, num_steps=2, step_size=size).setup(data())
+    guide = ShortRunGuide(model, num_steps=2, step_size=size, start=Prior()).setup(data())
     before = size.value.detach().clone()
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     for _ in range(2):
@@ -77,7 +77,7 @@ def test_every_kind_of_step_size_is_tuned(per, model):
 
 
 def test_fixed_step_sizes_stay():
-    guide = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.05, learnable=False))
+    guide = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.05, learnable=False), start=Prior())
     svi = SVI(local, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     svi.step(data())
     assert guide.step_sizes().item() == pytest.approx(0.05)
@@ -87,7 +87,7 @@ def test_fixed_step_sizes_stay():
 @pytest.mark.parametrize("raw", [-1e9, -50.0, 0.0, 50.0, 1e9])
 def test_step_size_stays_inside_its_bounds(raw):
     """Whatever the optimiser does to the parameter below."""
-    guide = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.05, max=0.2)).setup(data())
+    guide = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.05, max=0.2), start=Prior()).setup(data())
     (leaf,) = guide.parameters()
     leaf.data.fill_(raw)
     assert 0 < guide.step_sizes().item() <= 0.2
@@ -102,7 +102,7 @@ def test_local_coordinates_of_an_arrowhead_share_their_step():
             z = pyro.sample("z", dist.Normal(w, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(4))
 
-    layout = ShortRunGuide(model, num_steps=4)._bind((), {}).density.layout
+    layout = ShortRunGuide(model, num_steps=4, start=Prior())._bind((), {}).density.layout
     step = StepSize(0.2, per="dim")
     step.setup(layout, 4, torch.zeros(()))
     assert step.value.numel() == 2
@@ -124,7 +124,7 @@ def curved(rows: int):
 
 @pytest.mark.parametrize("dynamics", [Langevin(0.05), Langevin(0.05, max_drift=0.05)], ids=["", "clipped"])
 def test_a_step_at_zero_noise_climbs_and_rows_do_not_mix(dynamics):
-    density = ShortRunGuide(curved(4), num_steps=1, dynamics=dynamics)._bind((), {}).density
+    density = ShortRunGuide(curved(4), num_steps=1, dynamics=dynamics, start=Prior())._bind((), {}).density
     eta = dynamics.step_size(density.layout, 1)[0]
     scale = density.layout.drift_scale(eta)
     u = torch.randn(1, 4, 3)
@@ -144,14 +144,14 @@ def stiff() -> None:
 
 
 def test_a_number_too_large_is_halved_until_pilot_runs_are_invertible(caplog):
-    guide = ShortRunGuide(stiff, num_steps=5, step_size=0.1).setup()
+    guide = ShortRunGuide(stiff, num_steps=5, step_size=0.1, start=Prior()).setup()
     assert guide.step_sizes().item() * 401 < 1
     assert guide.dynamics.max_drift == 1.0
     assert "step_size 0.1 is too large" in caplog.text and "StepSize(0.1)" in caplog.text
 
 
 def test_a_step_size_object_is_taken_as_it_is_and_its_singular_steps_are_reported(caplog):
-    guide = ShortRunGuide(stiff, num_steps=5, step_size=StepSize(0.1)).setup()
+    guide = ShortRunGuide(stiff, num_steps=5, step_size=StepSize(0.1), start=Prior()).setup()
     guide()
     assert guide.step_sizes().item() == pytest.approx(0.1)
     assert guide.info.noninvertible == 1
@@ -159,6 +159,6 @@ def test_a_step_size_object_is_taken_as_it_is_and_its_singular_steps_are_reporte
 
 
 def test_a_number_that_fits_is_kept(caplog):
-    guide = ShortRunGuide(curved(16), num_steps=5, step_size=0.05).setup()
+    guide = ShortRunGuide(curved(16), num_steps=5, step_size=0.05, start=Prior()).setup()
     assert guide.step_sizes().item() == pytest.approx(0.05)
     assert not caplog.text

@@ -92,7 +92,7 @@ def test_differentiable_loss(base):
 def test_short_run_elbo_as_base():
     energy, x = Quadratic(0.5), torch.tensor([0.3, -1.0])
     model = one_layer(energy)
-    guide = ShortRunGuide(model, num_steps=3)
+    guide = ShortRunGuide(model, num_steps=3, start=Prior())
     elbo = EnergyELBO(ShortRunELBO(), num_steps=4)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
     losses = [svi.step(x), svi.evaluate_loss(x)]
@@ -285,7 +285,9 @@ def amortised(model: Callable) -> Callable:
 
 
 def maximum_likelihood(model: Callable) -> Callable:
-    return ShortRunGuide(model, num_steps=20, dynamics=Langevin(StepSize(ETA_POSTERIOR, learnable=False)))
+    return ShortRunGuide(
+        model, num_steps=20, dynamics=Langevin(StepSize(ETA_POSTERIOR, learnable=False)), start=Prior()
+    )
 
 
 @pytest.mark.parametrize(("guide", "eta"), [(amortised, 1e-9), (maximum_likelihood, ETA_POSTERIOR)])

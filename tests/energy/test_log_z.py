@@ -15,7 +15,7 @@ from pyro.infer.reparam import LocScaleReparam
 from tilted import Layered, Quadratic, log_z_grad, one_layer, sigma_points, two_layers
 from torch import Tensor, nn
 
-from pyro_shortrun import EnergyELBO, ShortRunGuide, energy_prior
+from pyro_shortrun import EnergyELBO, Prior, ShortRunGuide, energy_prior
 from pyro_shortrun.energy import TiltedPrior
 
 
@@ -130,6 +130,6 @@ def test_constant_energy_has_no_gradient():
     constant = nn.Parameter(torch.tensor(0.7))
     model = one_layer(lambda z: pyro.param("constant", constant).expand(z.shape))
     x = torch.randn(7)
-    for guide in (AutoNormal(model), ShortRunGuide(model, num_steps=3)):
+    for guide in (AutoNormal(model), ShortRunGuide(model, num_steps=3, start=Prior())):
         EnergyELBO(Trace_ELBO(), num_steps=3).loss_and_grads(model, guide, x)
     assert constant.grad.item() == pytest.approx(0.0, abs=1e-6)

@@ -14,7 +14,7 @@ from pyro.infer import Predictive, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_shortrun import EnergyELBO, ShortRunGuide, ais, energy_prior, sample_prior
+from pyro_shortrun import EnergyELBO, Prior, ShortRunGuide, ais, energy_prior, sample_prior
 from pyro_shortrun.energy import EnergyPredictive, PriorRuns
 from pyro_shortrun.starts import Replay
 
@@ -89,7 +89,9 @@ def test_predictive_from_the_prior():
     assert draws["z"].std().item() == pytest.approx(math.sqrt(after(50, 25.0, 0.01)), rel=0.1)
 
 
-@pytest.mark.parametrize("guide", [AutoNormal, lambda m: ShortRunGuide(m, num_steps=3)], ids=["AutoNormal", "run"])
+@pytest.mark.parametrize(
+    "guide", [AutoNormal, lambda m: ShortRunGuide(m, num_steps=3, start=Prior())], ids=["AutoNormal", "run"]
+)
 def test_predictive_with_a_guide_is_pyros(guide):
     model, x = tilted(), torch.tensor([1.0, -1.0])
     guide = guide(model)

@@ -11,7 +11,7 @@ from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch import Tensor
 
-from pyro_shortrun import ShortRunGuide, energy_prior
+from pyro_shortrun import Prior, ShortRunGuide, energy_prior
 from pyro_shortrun.energy import PriorRuns
 from pyro_shortrun.evaluation import (
     Above,
@@ -123,7 +123,9 @@ def test_layers_above_from_the_guide():
     assert above._prior is prior  # and with it what was compiled
 
 
-@pytest.mark.parametrize("make", [AutoNormal, lambda m: ShortRunGuide(m, num_steps=3)], ids=["AutoNormal", "run"])
+@pytest.mark.parametrize(
+    "make", [AutoNormal, lambda m: ShortRunGuide(m, num_steps=3, start=Prior())], ids=["AutoNormal", "run"]
+)
 def test_any_guide(make):
     x = data()
     other = make(model)

@@ -11,7 +11,7 @@ import torch
 from programs import gamma_poisson
 from torch import Tensor
 
-from pyro_shortrun import ShortRunGuide, energy_prior
+from pyro_shortrun import Prior, ShortRunGuide, energy_prior
 from pyro_shortrun.evaluation import frechet_distance, importance_log_likelihood, squared_mmd
 
 WEIGHT = [[1.0, 0.5], [-0.3, 2.0], [0.7, 0.1]]
@@ -37,7 +37,7 @@ def test_linear_gaussian_evidence(source):
     if source == "prior":
         draws = {"z": torch.randn(50, 6, 2)}
     else:
-        guide = ShortRunGuide(model, num_steps=10, step_size=0.05)
+        guide = ShortRunGuide(model, num_steps=10, step_size=0.05, start=Prior())
         draws = {k: v[0] for k, v in guide.sample_posterior(x, num_samples=50).items()}
     out = importance_log_likelihood(model, draws, x, num_samples=2000)
     assert out.value.shape == out.error.shape == out.ess.shape == (6,)

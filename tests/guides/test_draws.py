@@ -21,7 +21,7 @@ from pyro_shortrun import Init, Langevin, Persistent, Prior, ShortRunGuide, Step
 )
 def test_shapes_of_draws(model, sites):
     x = data()
-    guide = ShortRunGuide(EXACT[model].model, num_steps=3, step_size=StepSize(0.02))
+    guide = ShortRunGuide(EXACT[model].model, num_steps=3, step_size=StepSize(0.02), start=Prior())
     draws = guide.sample_posterior(x, num_samples=4, num_chains=2)
     assert {k: v.shape for k, v in draws.items()} == {k: (2, 4, *shape) for k, shape in sites.items()}
     assert all(not v.requires_grad for v in draws.values())
@@ -44,7 +44,7 @@ def test_shapes_of_structured_sites():
         "bnn": {"hidden.weight": (5, 2), "hidden.bias": (5,), "out.weight": (1, 5), "out.bias": (1,), "noise": ()},
     }.items():
         model, args = ALL[name].make()
-        guide = ShortRunGuide(model, num_steps=1, step_size=StepSize(1e-5))
+        guide = ShortRunGuide(model, num_steps=1, step_size=StepSize(1e-5), start=Prior())
         draws = guide.sample_posterior(*args, num_samples=3, num_chains=2)
         assert {k: tuple(v.shape) for k, v in draws.items()} == {k: (2, 3, *s) for k, s in shapes.items()}, name
         assert {k: tuple(v.shape) for k, v in guide(*args).items()} == shapes, name
@@ -54,7 +54,7 @@ def test_shapes_of_structured_sites():
 def test_draws_have_the_law_of_the_run():
     """A noise-free linear run from the prior ends in a Gaussian of known mean and deviation."""
     x, shrink, samples = data(), 0.8**2, 4000
-    guide = ShortRunGuide(local, num_steps=2, dynamics=contraction(0.1))
+    guide = ShortRunGuide(local, num_steps=2, dynamics=contraction(0.1), start=Prior())
     mean = x / 2 * (1 - shrink)
     z = guide.sample_posterior(x, num_samples=samples // 2, num_chains=2)["z"].reshape(samples, 5)
     assert ((z.mean(0) - mean).abs() < 5 * shrink / math.sqrt(samples)).all()
@@ -69,7 +69,7 @@ def test_many_draws_are_split_into_chunks(monkeypatch):
     from pyro_shortrun.guides import simulation as module
 
     monkeypatch.setattr(module, "_NOISE_AT_ONCE", 12)
-    guide = ShortRunGuide(local, num_steps=1, step_size=StepSize(0.02))
+    guide = ShortRunGuide(local, num_steps=1, step_size=StepSize(0.02), start=Prior())
     draws = guide.sample_posterior(data(), num_samples=7, num_chains=3)["z"]
     assert draws.shape == (3, 7, 5)
     assert draws.unique().numel() == draws.numel()
@@ -78,7 +78,9 @@ def test_many_draws_are_split_into_chunks(monkeypatch):
 @pytest.mark.parametrize("per", ["shared", "dim"])
 def test_smaller_last_batch(per, dtype):
     """The number of rows may change between calls, and each call has the law of its own batch."""
-    guide, seen = recorded(ShortRunGuide(local, num_steps=3, dynamics=Langevin(StepSize(0.1, per=per), noise=False)))
+    guide, seen = recorded(
+        ShortRunGuide(local, num_steps=3, dynamics=Langevin(StepSize(0.1, per=per), noise=False), start=Prior())
+    )
     elbo = Trace_ELBO(max_plate_nesting=1)
     for n in (8, 8, 3, 8, 1):
         x = data(8)[:n]
@@ -88,7 +90,7 @@ def test_smaller_last_batch(per, dtype):
 
 
 def test_smaller_last_batch_beside_shared_latents():
-    guide = ShortRunGuide(nested, num_steps=2, step_size=StepSize(0.02, per="dim"))
+    guide = ShortRunGuide(nested, num_steps=2, step_size=StepSize(0.02, per="dim"), start=Prior())
     svi = SVI(nested, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     for n in (8, 3, 8):
         assert math.isfinite(svi.step(data(8)[:n]))
@@ -100,7 +102,7 @@ def test_smaller_last_batch_beside_shared_latents():
 def test_dtype_of_the_model_is_kept(kind, name):
     torch.set_default_dtype(kind)  # the fixture `clean_state` resets it
     model, args = ALL[name].make()
-    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.01))
+    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.01), start=Prior())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     assert math.isfinite(svi.step(*args))
     assert all(v.dtype == kind for v in guide(*args).values())
@@ -129,7 +131,7 @@ def test_dtype_of_the_data_wins_over_the_default():
 
 def test_info_of_a_linear_run(dtype):
     x, steps, eta = data(), 3, 0.1
-    guide = ShortRunGuide(local, num_steps=steps, dynamics=contraction(eta))
+    guide = ShortRunGuide(local, num_steps=steps, dynamics=contraction(eta), start=Prior())
     assert guide.info is None
     guide.setup(x)
     pyro.set_rng_seed(1)
@@ -151,7 +153,7 @@ def test_info_of_a_linear_run(dtype):
 
 def test_info_counts_steps_that_are_not_invertible():
     """The curvature of ``local`` is 2, so that eta = 0.6 folds the space over."""
-    guide = ShortRunGuide(local, num_steps=2, dynamics=contraction(0.6))
+    guide = ShortRunGuide(local, num_steps=2, dynamics=contraction(0.6), start=Prior())
     guide(data())
     assert guide.info.noninvertible == 5 and guide.info.nonfinite == 0
     guide.sample_posterior(data(), num_samples=3)
@@ -161,7 +163,7 @@ def test_info_counts_steps_that_are_not_invertible():
 def test_nothing_is_printed_or_logged(capfd, caplog):
     caplog.set_level("WARNING")
     x = data()
-    guide = ShortRunGuide(local, num_steps=5, step_size=0.05)
+    guide = ShortRunGuide(local, num_steps=5, step_size=0.05, start=Prior())
     svi = SVI(local, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     svi.step(x)
     guide.sample_posterior(x, num_samples=3)

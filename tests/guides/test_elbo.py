@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, Aut
 from torch import Tensor
 from zoo import CASES, EXTRA, Case
 
-from pyro_shortrun import Annealed, Langevin, Persistent, ShortRunELBO, ShortRunGuide, StepSize
+from pyro_shortrun import Annealed, Langevin, Persistent, Prior, ShortRunELBO, ShortRunGuide, StepSize
 from pyro_shortrun.compile import Compiler, Untouched
 
 NAMES = ["eight_schools", "baseball", "vae", "nested_inner", "scaled", "masked", "bnn", "nested_both"]
@@ -29,7 +29,9 @@ def step(case: Case, loss, compile: bool = False, **options) -> tuple[list[float
     model, args = case.make()
     dynamics = Langevin(StepSize(1e-3))
     options.setdefault("dynamics", dynamics)
-    guide = ShortRunGuide(model, num_steps=3, compile=compile, create_plates=case.create_plates, **options)
+    guide = ShortRunGuide(
+        model, num_steps=3, compile=compile, create_plates=case.create_plates, **{"start": Prior(), **options}
+    )
     if compile:
         guide._compiler = Compiler(Untouched())
     svi = SVI(model, guide, pyro.optim.SGD({"lr": 1e-4}), loss)
@@ -76,7 +78,7 @@ def test_equals_trace_elbo_with_a_learned_start(start: Callable):
 
 def test_particles_are_averaged():
     model, args = next(c for c in SOME if c.name == "vae").make()
-    guide = ShortRunGuide(model, num_steps=2, dynamics=Langevin(StepSize(0.01)))
+    guide = ShortRunGuide(model, num_steps=2, dynamics=Langevin(StepSize(0.01)), start=Prior())
     pyro.set_rng_seed(1)
     weights = guide.log_weight(*args, num_particles=5)
     assert weights.shape == (5,) and weights.std() > 0
@@ -96,11 +98,11 @@ def test_refusals():
     with pytest.raises(ValueError, match="AutoNormal: use Trace_ELBO"):
         loss.loss_and_grads(local, AutoNormal(local), x)
     with pytest.raises(ValueError, match="another model"):
-        loss.loss_and_grads(moving, ShortRunGuide(local), x)
+        loss.loss_and_grads(moving, ShortRunGuide(local, start=Prior()), x)
     with pytest.raises(NotImplementedError, match="Persistent"):
         loss.loss_and_grads(local, ShortRunGuide(local, start=Persistent()), x)
     with pytest.raises(NotImplementedError, match="support depends on parameters"):
-        loss.loss_and_grads(moving, ShortRunGuide(moving), x)
+        loss.loss_and_grads(moving, ShortRunGuide(moving, start=Prior()), x)
 
 
 def test_weights_that_are_to_be_trained_again_get_gradients():
@@ -113,7 +115,7 @@ def test_weights_that_are_to_be_trained_again_get_gradients():
             z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(weight(z), 1.0).to_event(1), obs=x)
 
-    guide = ShortRunGuide(model, num_steps=2, dynamics=Langevin(StepSize(0.01)), compile=True)
+    guide = ShortRunGuide(model, num_steps=2, dynamics=Langevin(StepSize(0.01)), compile=True, start=Prior())
     guide._compiler = Compiler(Untouched())
     x = torch.ones(3, 1)
     ShortRunELBO().loss_and_grads(model, guide, x)
@@ -124,7 +126,7 @@ def test_weights_that_are_to_be_trained_again_get_gradients():
 
 
 def test_handlers_around_the_loss_are_refused():
-    guide = ShortRunGuide(local, num_steps=2)
+    guide = ShortRunGuide(local, num_steps=2, start=Prior())
     with pytest.raises(NotImplementedError, match="use Trace_ELBO"), poutine.scale(scale=0.5):
         ShortRunELBO().loss_and_grads(local, guide, torch.ones(3))
 

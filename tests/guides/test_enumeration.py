@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
-from pyro_shortrun import Langevin, ShortRunGuide, StepSize
+from pyro_shortrun import Langevin, Prior, ShortRunGuide, StepSize
 
 
 def marginal_mixture(x: Tensor) -> None:
@@ -92,7 +92,7 @@ def test_subsampled_enumerated_model_equals_its_marginal(dtype):
 def test_states_enumerated_along_markov_train():
     case = ALL["hmm"]
     model, (y,) = case.make()
-    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(1e-4))
+    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(1e-4), start=Prior())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), TraceEnum_ELBO(max_plate_nesting=1))
     assert all(math.isfinite(svi.step(y[:2, :3])) for _ in range(2))
     assert set(guide(y[:2, :3])) == {"transition", "locs", "scale"}

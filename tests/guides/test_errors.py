@@ -39,13 +39,13 @@ from pyro_shortrun.objectives import Lanczos
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, None])
 def test_counts_must_be_positive_integers(name, value):
     with pytest.raises(ValueError, match=rf"{name} must be an integer >= 1, got {value}"):
-        ShortRunGuide(local, **{name: value})
+        ShortRunGuide(local, **{name: value}, start=Prior())
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.1, math.nan, math.inf, -math.inf, "large"])
 @pytest.mark.parametrize(
     "make",
-    [lambda eta: ShortRunGuide(local, step_size=eta), Langevin, StepSize],
+    [lambda eta: ShortRunGuide(local, step_size=eta, start=Prior()), Langevin, StepSize],
     ids=["ShortRunGuide", "Langevin", "StepSize"],
 )
 def test_step_size_must_be_positive_and_finite(make, value):
@@ -66,7 +66,7 @@ def test_step_size_names_its_kinds():
 
 def test_dynamics_has_its_own_step_size():
     with pytest.raises(ValueError, match=r"step_size or dynamics, not both.*Langevin\(step_size\)"):
-        ShortRunGuide(local, step_size=0.1, dynamics=Langevin(0.1))
+        ShortRunGuide(local, step_size=0.1, dynamics=Langevin(0.1), start=Prior())
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,14 @@ def test_discrete_latent_that_is_not_enumerated():
             k = pyro.sample("k", dist.Bernoulli(0.5))
             pyro.sample("x", dist.Normal(k, 1.0), obs=x)
 
-    refuses(ShortRunGuide(model), (torch.ones(3),), ValueError, "'k' is discrete", "config_enumerate", "poutine.block")
+    refuses(
+        ShortRunGuide(model, start=Prior()),
+        (torch.ones(3),),
+        ValueError,
+        "'k' is discrete",
+        "config_enumerate",
+        "poutine.block",
+    )
 
 
 def test_discrete_latent_with_infinite_support():
@@ -104,7 +111,7 @@ def test_discrete_latent_with_infinite_support():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(z + k, 1.0), obs=x)
 
-    refuses(ShortRunGuide(model), (torch.ones(3),), ValueError, "'k'", "infinite support", "marginalise")
+    refuses(ShortRunGuide(model, start=Prior()), (torch.ones(3),), ValueError, "'k'", "infinite support", "marginalise")
 
 
 def test_hidden_discrete_latent_with_infinite_support():
@@ -113,7 +120,7 @@ def test_hidden_discrete_latent_with_infinite_support():
         k = pyro.sample("k", dist.Poisson(2.0))
         pyro.sample("x", dist.Normal(z + k, 1.0), obs=x)
 
-    guide = ShortRunGuide(poutine.block(model, hide=["k"]))
+    guide = ShortRunGuide(poutine.block(model, hide=["k"]), start=Prior())
     refuses(guide, (torch.tensor(1.0),), ValueError, "'k'", "infinite support")
 
 
@@ -124,7 +131,9 @@ def test_model_without_latents(observed):
             if observed:
                 pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
 
-    refuses(ShortRunGuide(model), (torch.ones(3),), ValueError, "no continuous latent sites", "empty guide")
+    refuses(
+        ShortRunGuide(model, start=Prior()), (torch.ones(3),), ValueError, "no continuous latent sites", "empty guide"
+    )
 
 
 def test_model_whose_only_latents_are_enumerated():
@@ -134,7 +143,7 @@ def test_model_whose_only_latents_are_enumerated():
             k = pyro.sample("k", dist.Bernoulli(0.5))
             pyro.sample("x", dist.Normal(k, 1.0), obs=x)
 
-    refuses(ShortRunGuide(model), (torch.ones(3),), ValueError, "no continuous latent sites")
+    refuses(ShortRunGuide(model, start=Prior()), (torch.ones(3),), ValueError, "no continuous latent sites")
 
 
 def test_sequential_plate_with_latents():
@@ -143,7 +152,14 @@ def test_sequential_plate_with_latents():
             z = pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
             pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=x[i])
 
-    refuses(ShortRunGuide(model), (torch.ones(3),), NotImplementedError, "'z_0'", "sequential", "with pyro.plate")
+    refuses(
+        ShortRunGuide(model, start=Prior()),
+        (torch.ones(3),),
+        NotImplementedError,
+        "'z_0'",
+        "sequential",
+        "with pyro.plate",
+    )
 
 
 def test_sequential_plate_without_latents_is_fine():
@@ -152,7 +168,7 @@ def test_sequential_plate_without_latents_is_fine():
         for i in pyro.plate("data", len(x)):
             pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=x[i])
 
-    guide = ShortRunGuide(model, num_steps=2, step_size=0.01)
+    guide = ShortRunGuide(model, num_steps=2, step_size=0.01, start=Prior())
     assert math.isfinite(SVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO()).step(torch.ones(3)))
 
 
@@ -163,17 +179,25 @@ def test_latents_of_mixed_dtypes():
         pyro.sample("x", dist.Normal(b, 1.0), obs=x)
 
     x = torch.ones((), dtype=torch.float64)
-    refuses(ShortRunGuide(model), (x,), ValueError, "'a' is torch.float32", "'b' is torch.float64", "cast")
+    refuses(
+        ShortRunGuide(model, start=Prior()), (x,), ValueError, "'a' is torch.float32", "'b' is torch.float64", "cast"
+    )
 
 
 def test_hidden_continuous_latent_without_a_value():
     model = poutine.block(latent_regression, hide=["w"])
-    refuses(ShortRunGuide(model), (torch.ones(3), torch.ones(3)), ValueError, "'w' is hidden", "append the part")
+    refuses(
+        ShortRunGuide(model, start=Prior()),
+        (torch.ones(3), torch.ones(3)),
+        ValueError,
+        "'w' is hidden",
+        "append the part",
+    )
 
 
 def test_parts_of_a_list_in_the_wrong_order():
     guide = AutoGuideList(latent_regression)
-    guide.append(ShortRunGuide(poutine.block(latent_regression, expose=["z"])))
+    guide.append(ShortRunGuide(poutine.block(latent_regression, expose=["z"]), start=Prior()))
     guide.append(AutoNormal(poutine.block(latent_regression, expose=["w"])))
     with pytest.raises(ValueError, match="'w' is hidden.*append the part that samples it first"):
         poutine.trace(guide).get_trace(torch.ones(3), torch.ones(3))
@@ -184,7 +208,9 @@ def test_list_called_without_a_trace():
     x, y = torch.ones(3), torch.ones(3)
     guide = AutoGuideList(latent_regression)
     guide.append(AutoNormal(poutine.block(latent_regression, expose=["w"])))
-    guide.append(ShortRunGuide(poutine.block(latent_regression, expose=["z"]), num_steps=2, step_size=0.01))
+    guide.append(
+        ShortRunGuide(poutine.block(latent_regression, expose=["z"]), num_steps=2, step_size=0.01, start=Prior())
+    )
     for trained in (False, True):
         if trained:
             SVI(latent_regression, guide, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO()).step(x, y)
@@ -193,12 +219,12 @@ def test_list_called_without_a_trace():
 
 
 def test_create_plates_must_return_plates():
-    guide = ShortRunGuide(local, create_plates=lambda x: ["data"])
+    guide = ShortRunGuide(local, create_plates=lambda x: ["data"], start=Prior())
     refuses(guide, (torch.ones(3),), ValueError, "create_plates.*pyro.plate")
 
 
 def test_plate_around_the_guide_that_collides_with_the_models():
-    guide = ShortRunGuide(local, num_steps=1, step_size=0.01)
+    guide = ShortRunGuide(local, num_steps=1, step_size=0.01, start=Prior())
     with pytest.raises(ValueError, match=r"dim to the left of -\d"):
         with pyro.plate("around", 2, dim=-1):
             guide(torch.ones(3))
@@ -210,7 +236,9 @@ def test_plate_around_the_guide_that_collides_with_the_models():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_data_that_are_not_finite(bad):
     x = torch.tensor([0.5, bad, 1.0])
-    refuses(ShortRunGuide(local), (x,), ValueError, "not finite at the start", "site 'x'", "check the data")
+    refuses(
+        ShortRunGuide(local, start=Prior()), (x,), ValueError, "not finite at the start", "site 'x'", "check the data"
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +259,7 @@ def test_observation_outside_the_support(likelihood):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", likelihood(z), obs=x)
 
-    refuses(ShortRunGuide(model), (torch.tensor([0.5, -1.0]),), ValueError, "'x'", "support")
+    refuses(ShortRunGuide(model, start=Prior()), (torch.tensor([0.5, -1.0]),), ValueError, "'x'", "support")
 
 
 def test_density_that_is_not_finite_for_one_chain_of_many():
@@ -246,7 +274,7 @@ def test_density_that_is_not_finite_for_one_chain_of_many():
 def test_error_does_not_spoil_the_guide():
     """The same guide then infers good data as a new one does."""
     x = torch.tensor([0.5, -1.0])
-    fresh, spoilt = (ShortRunGuide(local, num_steps=3, dynamics=Langevin(0.1)) for _ in range(2))
+    fresh, spoilt = (ShortRunGuide(local, num_steps=3, dynamics=Langevin(0.1), start=Prior()) for _ in range(2))
     with pytest.raises(ValueError, match="site 'x'"):
         spoilt(torch.full((2,), math.nan))
     draws = []
@@ -265,7 +293,7 @@ def test_latent_whose_shape_changes():
         z = pyro.sample("z", dist.Normal(torch.zeros(n), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(z.sum(), 1.0), obs=torch.tensor(1.0))
 
-    guide = ShortRunGuide(model, num_steps=2, step_size=0.01)
+    guide = ShortRunGuide(model, num_steps=2, step_size=0.01, start=Prior())
     guide(3)
     with pytest.raises(ValueError, match="site 'z' has 4 values in a row, 3 when the guide was set up"):
         guide(4)
@@ -279,7 +307,7 @@ def test_latents_that_change():
             z = z + pyro.sample("extra", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
 
-    guide = ShortRunGuide(model, num_steps=2, step_size=0.01)
+    guide = ShortRunGuide(model, num_steps=2, step_size=0.01, start=Prior())
     guide(False)
     with pytest.raises(ValueError, match=r"latent sites changed.*\['z'\].*\['extra', 'z'\].*one guide per model"):
         guide(True)
@@ -287,7 +315,7 @@ def test_latents_that_change():
 
 def test_observed_site_that_is_not_observed_at_prediction():
     x, y = torch.ones(4), torch.zeros(4)
-    guide = ShortRunGuide(regression, num_steps=2, step_size=0.01)
+    guide = ShortRunGuide(regression, num_steps=2, step_size=0.01, start=Prior())
     guide(x, y)
     for call in (guide, guide.sample_posterior, guide.median, Predictive(regression, guide=guide, num_samples=2)):
         with pytest.raises(ValueError, match=r"site 'y' was observed.*guide.condition_on\(\*training_args\)"):
@@ -296,7 +324,7 @@ def test_observed_site_that_is_not_observed_at_prediction():
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_condition_on_with_local_latents_of_another_size(trained):
-    guide = ShortRunGuide(latent_regression, num_steps=2, step_size=0.01)
+    guide = ShortRunGuide(latent_regression, num_steps=2, step_size=0.01, start=Prior())
     train = (torch.ones(4), torch.zeros(4))
     if trained:
         guide(*train)
@@ -306,7 +334,9 @@ def test_condition_on_with_local_latents_of_another_size(trained):
 
 
 def test_condition_on_with_global_latents_takes_any_size():
-    guide = ShortRunGuide(regression, num_steps=2, step_size=0.01).condition_on(torch.ones(4), torch.zeros(4))
+    guide = ShortRunGuide(regression, num_steps=2, step_size=0.01, start=Prior()).condition_on(
+        torch.ones(4), torch.zeros(4)
+    )
     assert guide(torch.ones(3))["w"].shape == ()
 
 
@@ -315,14 +345,14 @@ def test_condition_on_with_global_latents_takes_any_size():
 
 def test_step_sizes_before_setup():
     with pytest.raises(RuntimeError, match=r"guide.setup\(\*args\)"):
-        ShortRunGuide(local).step_sizes()
+        ShortRunGuide(local, start=Prior()).step_sizes()
 
 
 def test_load_state_dict_before_setup():
-    state = ShortRunGuide(local, step_size=0.01).setup(torch.ones(3)).state_dict()
+    state = ShortRunGuide(local, step_size=0.01, start=Prior()).setup(torch.ones(3)).state_dict()
     assert state
     with pytest.raises(RuntimeError, match=r"guide.setup\(\*args\).*before load_state_dict"):
-        ShortRunGuide(local, step_size=0.01).load_state_dict(state)
+        ShortRunGuide(local, step_size=0.01, start=Prior()).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +360,7 @@ def test_load_state_dict_before_setup():
 )
 def test_unpickled_guide_needs_its_model(duplicate):
     x = torch.ones(3)
-    loaded = duplicate(ShortRunGuide(local, num_steps=2, step_size=0.01).setup(x))
+    loaded = duplicate(ShortRunGuide(local, num_steps=2, step_size=0.01, start=Prior()).setup(x))
     for call in (loaded, loaded.setup, loaded.sample_posterior, loaded.trajectory):
         with pytest.raises(RuntimeError, match=r"guide.attach\(model\)"):
             call(x)
@@ -338,7 +368,7 @@ def test_unpickled_guide_needs_its_model(duplicate):
 
 @pytest.mark.parametrize("name", ["num_samples", "num_chains"])
 def test_numbers_of_draws(name):
-    guide = ShortRunGuide(local, num_steps=2, step_size=0.01)
+    guide = ShortRunGuide(local, num_steps=2, step_size=0.01, start=Prior())
     with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got 0"):
         guide.sample_posterior(torch.ones(3), **{name: 0})
 
@@ -355,12 +385,12 @@ def test_random_model_warns_once():
             pyro.sample("x", dist.Normal(dropout(z), 1.0).to_event(1), obs=x)
 
     x = torch.ones(8, 3)
-    guide = ShortRunGuide(model, num_steps=2, step_size=0.01)
+    guide = ShortRunGuide(model, num_steps=2, step_size=0.01, start=Prior())
     with pytest.warns(UserWarning, match="log density is random.*dropout in eval mode"):
         guide(x)
     guide(x)
     dropout.eval()
-    ShortRunGuide(model, num_steps=2, step_size=0.01)(x)
+    ShortRunGuide(model, num_steps=2, step_size=0.01, start=Prior())(x)
 
 
 def test_rows_coupled_by_batch_norm_warn_once():
@@ -372,12 +402,12 @@ def test_rows_coupled_by_batch_norm_warn_once():
             pyro.sample("x", dist.Normal(norm(z), 1.0).to_event(1), obs=x)
 
     x = torch.ones(8, 3)
-    guide = ShortRunGuide(model, num_steps=2, step_size=0.01)
+    guide = ShortRunGuide(model, num_steps=2, step_size=0.01, start=Prior())
     with pytest.warns(UserWarning, match="plate 'data' influence each other.*batch normalisation in eval mode"):
         guide(x)
     guide(x)
     norm.eval()
-    ShortRunGuide(model, num_steps=2, step_size=0.01)(x)
+    ShortRunGuide(model, num_steps=2, step_size=0.01, start=Prior())(x)
 
 
 # ------------------------------------------------------------------------------------------------ calls
@@ -395,7 +425,7 @@ def test_rows_coupled_by_batch_norm_warn_once():
 )
 def test_classes_and_strings_where_objects_belong(arguments, match):
     with pytest.raises(ValueError, match=match):
-        ShortRunGuide(lambda: None, **arguments)
+        ShortRunGuide(lambda: None, **{"start": Prior(), **arguments})
 
 
 @pytest.mark.parametrize("make", [ShortRunGuide, ShortRunLangevin], ids=["guide", "kernel"])
@@ -407,7 +437,7 @@ def test_model_that_is_called_instead_of_passed(make):
 @pytest.mark.parametrize("judge", [psis, compare_with_nuts])
 def test_model_and_guide_swapped(judge):
     with pytest.raises(ValueError, match="model is a guide, ShortRunGuide: the model comes first"):
-        judge(ShortRunGuide(regression), regression, torch.ones(3), torch.ones(3))
+        judge(ShortRunGuide(regression, start=Prior()), regression, torch.ones(3), torch.ones(3))
 
 
 def test_source_without_draws_is_refused_before_the_reference_runs():
@@ -423,7 +453,7 @@ def test_source_without_draws_is_refused_before_the_reference_runs():
 @pytest.mark.parametrize("call", [ShortRunGuide.sample_posterior, ShortRunGuide.trajectory, ShortRunGuide.setup])
 def test_calls_without_the_models_arguments(call):
     with pytest.raises(TypeError, match=r"missing 1 required .* 'x'.*guide\.sample_posterior\(\*args"):
-        call(ShortRunGuide(regression))
+        call(ShortRunGuide(regression, start=Prior()))
 
 
 def test_type_errors_inside_the_model_stay_as_they_are():
@@ -431,7 +461,7 @@ def test_type_errors_inside_the_model_stay_as_they_are():
         len(1)  # type: ignore[arg-type]
 
     with pytest.raises(TypeError) as caught:
-        ShortRunGuide(model)(torch.ones(3))
+        ShortRunGuide(model, start=Prior())(torch.ones(3))
     assert "has no len()" in str(caught.value) and "every call" not in str(caught.value)
 
 
@@ -441,7 +471,7 @@ def test_whole_numbers_as_data_of_a_density_of_reals():
         with pyro.plate("data", len(y)):
             pyro.sample("y", dist.Bernoulli(logits=logit), obs=y)
 
-    guide = ShortRunGuide(model, step_size=0.01)
+    guide = ShortRunGuide(model, step_size=0.01, start=Prior())
     refuses(guide, (torch.tensor([0, 1, 1]),), ValueError, "several dtypes", "argument 0 is torch.int64", r"x\.to")
 
 
@@ -469,7 +499,7 @@ def test_blocks_of_an_arrowhead_that_mix_warn():
             pyro.sample("x", dist.Normal(z @ mix, 1.0), obs=torch.zeros(4))
 
     with pytest.warns(UserWarning, match="'data' influence each other"):
-        ShortRunGuide(model, num_steps=1, step_size=StepSize(0.01)).setup()
+        ShortRunGuide(model, num_steps=1, step_size=StepSize(0.01), start=Prior()).setup()
 
 
 def test_evaluation_refuses_a_subsample():
@@ -488,20 +518,20 @@ def test_rows_drawn_again_are_told(caplog):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.factor("f", torch.where(z > 0.0, torch.zeros(()), torch.tensor(-torch.inf)))
 
-    ShortRunGuide(model, num_steps=1, step_size=StepSize(1e-6))()
+    ShortRunGuide(model, num_steps=1, step_size=StepSize(1e-6), start=Prior())()
     assert "drawn again" in caplog.text and "-log P(finite)" in caplog.text
 
 
 def test_data_that_are_not_finite_are_no_start_to_draw_again(caplog):
     with pytest.raises(ValueError, match="nan"):
-        ShortRunGuide(local, num_steps=1)(torch.tensor([1.0, math.nan]))
+        ShortRunGuide(local, num_steps=1, start=Prior())(torch.tensor([1.0, math.nan]))
     assert "drawn again" not in caplog.text
 
 
 def test_step_sizes_of_another_guide_are_named():
     x = torch.ones(3)
-    older = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.1, per="step")).setup(x)
+    older = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.1, per="step"), start=Prior()).setup(x)
     pyro.clear_param_store()
-    ShortRunGuide(local, num_steps=3, step_size=StepSize(0.1, per="step")).setup(x)
+    ShortRunGuide(local, num_steps=3, step_size=StepSize(0.1, per="step"), start=Prior()).setup(x)
     with pytest.raises(ValueError, match=r"2 step sizes and Pyro's parameter store 3.*clear_param_store"):
         older(x)

@@ -17,7 +17,7 @@ from small import data, local, mixture_rows, shared
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_shortrun import Langevin, ShortRunELBO, ShortRunGuide, ShortRunSVI, StepSize, load_state, save_state
+from pyro_shortrun import Langevin, Prior, ShortRunELBO, ShortRunGuide, ShortRunSVI, StepSize, load_state, save_state
 from pyro_shortrun.guides import FitResult
 from pyro_shortrun.guides.fit import MAX_NONFINITE
 
@@ -27,7 +27,7 @@ def x() -> Tensor:
 
 
 def short_run(model: Callable) -> ShortRunGuide:
-    return ShortRunGuide(model, num_steps=2, dynamics=Langevin(StepSize(0.05)))
+    return ShortRunGuide(model, num_steps=2, dynamics=Langevin(StepSize(0.05)), start=Prior())
 
 
 def continuous(model: Callable) -> AutoNormal:

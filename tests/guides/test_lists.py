@@ -16,7 +16,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_E
 from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal
 from torch import Tensor
 
-from pyro_shortrun import Langevin, ShortRunGuide, StepSize
+from pyro_shortrun import Langevin, Prior, ShortRunGuide, StepSize
 
 
 def nested_parts(expose: list[str]) -> Callable:
@@ -68,7 +68,7 @@ def test_list_with_vectorised_particles(called_before, dtype):
     else:
         guide = AutoGuideList(nested)
         guide.append(AutoNormal(nested_parts(["mu"])))
-        guide.append(ShortRunGuide(nested_parts(["z"]), num_steps=2, dynamics=frozen()))
+        guide.append(ShortRunGuide(nested_parts(["z"]), num_steps=2, dynamics=frozen(), start=Prior()))
     elbo = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
     try:
         loss = elbo.loss(nested, guide, x)
@@ -85,7 +85,7 @@ def test_list_trains_both_parts():
     x = data()
     guide = AutoGuideList(nested)
     guide.append(AutoNormal(nested_parts(["mu"])))
-    guide.append(ShortRunGuide(nested_parts(["z"]), num_steps=2, step_size=StepSize(0.05)))
+    guide.append(ShortRunGuide(nested_parts(["z"]), num_steps=2, step_size=StepSize(0.05), start=Prior()))
     svi = SVI(nested, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     svi.step(x)
     before = {k: v.detach().clone() for k, v in pyro.get_param_store().items()}
@@ -111,7 +111,9 @@ def test_list_of_independent_parts(dtype):
         pyro.clear_param_store()
         guide = AutoGuideList(model)
         guide.append(AutoNormal(poutine.block(model, expose=[first])))
-        guide.append(ShortRunGuide(poutine.block(model, expose=[second]), num_steps=2, dynamics=contraction(0.01)))
+        guide.append(
+            ShortRunGuide(poutine.block(model, expose=[second]), num_steps=2, dynamics=contraction(0.01), start=Prior())
+        )
         for _ in range(2):
             trace = poutine.trace(guide).get_trace(x)
         # one noise-free step and another, from the prior, at the other's value
@@ -131,7 +133,9 @@ def test_list_with_a_guide_of_the_discrete_sites():
     model, (x,) = ALL["mixture"].make()
     x = x[::5]
     guide = AutoGuideList(model)
-    guide.append(ShortRunGuide(poutine.block(model, hide=["assignment"]), num_steps=2, step_size=StepSize(1e-3)))
+    guide.append(
+        ShortRunGuide(poutine.block(model, hide=["assignment"]), num_steps=2, step_size=StepSize(1e-3), start=Prior())
+    )
     guide.append(AutoDiscreteParallel(poutine.block(model, expose=["assignment"])))
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), TraceEnum_ELBO(max_plate_nesting=1))
     assert all(math.isfinite(svi.step(x)) for _ in range(2))
@@ -143,7 +147,7 @@ def test_blocked_model_is_a_guide_for_the_visible_sites():
     """``hide`` and ``expose`` of observed and of all latent sites change nothing."""
     x, draws = data(), []
     for model in [nested, poutine.block(nested, hide=["x"]), poutine.block(nested, expose=["mu", "z"])]:
-        guide = ShortRunGuide(model, num_steps=2, dynamics=Langevin(StepSize(0.01))).setup(x)
+        guide = ShortRunGuide(model, num_steps=2, dynamics=Langevin(StepSize(0.01)), start=Prior()).setup(x)
         pyro.set_rng_seed(1)
         draws.append(guide(x)["z"])
         pyro.clear_param_store()

@@ -13,7 +13,7 @@ from programs import EXACT, close, contraction, data, frozen, linear_log_weight,
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
 
-from pyro_shortrun import ShortRunGuide, StepSize
+from pyro_shortrun import Prior, ShortRunGuide, StepSize
 
 ELBOS: dict[str, Callable[[], Any]] = {
     "Trace": lambda: Trace_ELBO(),
@@ -48,7 +48,7 @@ def test_loss_is_the_evidence_where_the_guide_is_the_posterior(elbo, model, dtyp
 def test_loss_of_a_linear_run_by_hand(alpha, vectorise, dtype):
     """The mean of the log weights; for Renyi, a bound of its own for every datum of the plate."""
     x, particles = data(), 4
-    guide, seen = recorded(ShortRunGuide(local, num_steps=3, dynamics=contraction(0.1)))
+    guide, seen = recorded(ShortRunGuide(local, num_steps=3, dynamics=contraction(0.1), start=Prior()))
     options: dict[str, Any] = {"num_particles": particles, "vectorize_particles": vectorise, "max_plate_nesting": 1}
     elbo = Trace_ELBO(**options) if alpha is None else RenyiELBO(alpha=alpha, **options)
     loss = elbo.loss(local, guide, x)
@@ -66,7 +66,7 @@ def test_loss_of_a_linear_run_by_hand(alpha, vectorise, dtype):
 def test_mean_field_elbo_agrees_with_trace_elbo(model, dtype):
     """On constrained supports, with noise: TraceMeanField_ELBO sees all of log q."""
     exact, x = EXACT[model], data()
-    guide = ShortRunGuide(exact.model, num_steps=3, step_size=StepSize(0.05)).setup(x)
+    guide = ShortRunGuide(exact.model, num_steps=3, step_size=StepSize(0.05), start=Prior()).setup(x)
     losses, grads = [], []
     for elbo in (Trace_ELBO(), TraceMeanField_ELBO(), TraceGraph_ELBO()):
         pyro.set_rng_seed(4)
@@ -85,7 +85,11 @@ def test_importance_weights_and_psis(dtype):
     log_w, *_ = vectorized_importance_weights(local, exact, x, num_samples=6, max_plate_nesting=1)
     torch.testing.assert_close(log_w, torch.full_like(log_w, EXACT["local"].evidence(x)))
 
-    wide = ShortRunGuide(local, num_steps=1, dynamics=contraction(0.05))  # wider than the posterior: good weights
+    wide = ShortRunGuide(
+        local, num_steps=1, dynamics=contraction(0.05), start=Prior()
+    )  # wider than the posterior: good weights
     assert psis_diagnostic(local, wide, x, num_particles=2000, max_simultaneous_particles=1000) < 0.5
-    narrow = ShortRunGuide(local, num_steps=12, dynamics=contraction(0.15))  # collapsed on the mode: bad ones
+    narrow = ShortRunGuide(
+        local, num_steps=12, dynamics=contraction(0.15), start=Prior()
+    )  # collapsed on the mode: bad ones
     assert psis_diagnostic(local, narrow, x, num_particles=2000, max_simultaneous_particles=1000) > 0.7

@@ -15,7 +15,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 
-from pyro_shortrun import Init, Langevin, ShortRunGuide, StepSize
+from pyro_shortrun import Init, Langevin, Prior, ShortRunGuide, StepSize
 
 
 def test_elbo_module_equals_svi():
@@ -24,7 +24,7 @@ def test_elbo_module_equals_svi():
     for style in ("svi", "module"):
         pyro.clear_param_store()
         model = decoder()
-        guide = ShortRunGuide(model, num_steps=3, step_size=StepSize(0.05)).setup(x)
+        guide = ShortRunGuide(model, num_steps=3, step_size=StepSize(0.05), start=Prior()).setup(x)
         if style == "svi":
             svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.01}), Trace_ELBO())
 
@@ -54,7 +54,7 @@ def test_module_local_params():
     x = data()
     with pyro.settings.context(module_local_params=True):
         model = decoder()
-        guides = [ShortRunGuide(model, num_steps=3, step_size=StepSize(0.05)).setup(x) for _ in range(2)]
+        guides = [ShortRunGuide(model, num_steps=3, step_size=StepSize(0.05), start=Prior()).setup(x) for _ in range(2)]
         loss_fn = Trace_ELBO()(model, guides[0])
         optimiser = torch.optim.Adam(loss_fn.parameters(), lr=0.1)
         for _ in range(3):
@@ -71,7 +71,9 @@ def test_module_local_params():
 def step_size_path(tune_every: int, elbo: Any, optim: Any, steps: int = 7) -> tuple[list[float], list[float]]:
     """Step size and theta after every SVI step, from their initial values on."""
     model, theta = parametrised("pyro.param", shifted, 0.3)
-    guide = ShortRunGuide(model, num_steps=3, step_size=StepSize(0.05), tune_every=tune_every).setup(data())
+    guide = ShortRunGuide(model, num_steps=3, step_size=StepSize(0.05), tune_every=tune_every, start=Prior()).setup(
+        data()
+    )
     svi = SVI(model, guide, optim, elbo)
     etas, thetas = [guide.step_sizes().item()], [theta().item()]
     for _ in range(steps):
@@ -101,7 +103,7 @@ def test_calls_between_tunings_carry_the_log_determinant():
     """On a Gaussian target the log-determinants never change, so that the carried ones are exact."""
     x, eta, steps = data(), 0.1, 3
     dynamics = Langevin(StepSize(eta), noise=False)
-    guide, seen = recorded(ShortRunGuide(local, num_steps=steps, dynamics=dynamics, tune_every=3))
+    guide, seen = recorded(ShortRunGuide(local, num_steps=steps, dynamics=dynamics, tune_every=3, start=Prior()))
     elbo = Trace_ELBO(max_plate_nesting=1)
     for _ in range(4):
         loss = elbo.loss_and_grads(local, guide, x)
@@ -111,7 +113,7 @@ def test_calls_between_tunings_carry_the_log_determinant():
 def test_evaluation_is_exact_between_tunings():
     """``SVI.evaluate_loss`` and ``eval()`` mode do not use carried log-determinants; training in between does."""
     model, (x,) = ALL["two_layer"].make()
-    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.02), tune_every=3).setup(x)
+    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.02), tune_every=3, start=Prior()).setup(x)
     svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO())
 
     def seeded_call(call: Callable[[Tensor], float], training: bool) -> float:
@@ -135,7 +137,7 @@ def test_evaluation_does_not_change_the_training():
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         model, _ = ALL["two_layer"].make()
-        guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.02), tune_every=3)
+        guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.02), tune_every=3, start=Prior())
         svi = SVI(model, guide, pyro.optim.SGD({"lr": 1e-4}), Trace_ELBO())
         losses = []
         for i in range(5):
@@ -150,7 +152,7 @@ def test_evaluation_does_not_change_the_training():
 
 def test_evaluation_neither_tunes_nor_counts():
     x = data()
-    guide = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.05), tune_every=2)
+    guide = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.05), tune_every=2, start=Prior())
     svi = SVI(local, guide, pyro.optim.SGD({"lr": 0.01}), Trace_ELBO())
     svi.step(x)
     eta = guide.step_sizes()
@@ -186,7 +188,7 @@ def test_parameters_get_the_gradient_at_fixed_draws(kind, start):
 def test_full_gradient_is_that_of_the_bound(kind, dtype):
     """Central differences of the loss under a fixed seed, in theta and in the step size."""
     (model, leaf), x = parametrised(kind, bent, 0.4), data()
-    guide = ShortRunGuide(model, num_steps=4, step_size=StepSize(0.1), full_gradient=True).setup(x)
+    guide = ShortRunGuide(model, num_steps=4, step_size=StepSize(0.1), full_gradient=True, start=Prior()).setup(x)
     elbo = Trace_ELBO(max_plate_nesting=1)
     pyro.set_rng_seed(2)
     elbo.loss_and_grads(model, guide, x)

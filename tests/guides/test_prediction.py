@@ -12,7 +12,7 @@ from programs import EXACT, MODES, data, frozen, local, nested
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor
 
-from pyro_shortrun import ShortRunGuide, StepSize
+from pyro_shortrun import Prior, ShortRunGuide, StepSize
 
 
 def means(draws: dict[str, Tensor], sites: set[str]) -> Tensor:
@@ -58,7 +58,7 @@ def test_predictive_of_plates_with_explicit_dims(parallel, dim):
         with pyro.plate("data", len(x), dim=dim):
             pyro.sample("x", dist.Normal(mu, 1.0), obs=x.reshape(-1, *[1] * (-1 - dim)))
 
-    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.05))
+    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.05), start=Prior())
     draws = Predictive(model, guide=guide, num_samples=4, parallel=parallel)(data())
     assert draws["mu"].squeeze().shape == (4,)
     assert draws["mu"].unique().numel() == 4
@@ -72,7 +72,7 @@ def test_predictive_conditions_the_model_on_the_draws(parallel):
             pyro.deterministic("twice", 2 * z)
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    guide = ShortRunGuide(doubled, num_steps=2, step_size=0.05)
+    guide = ShortRunGuide(doubled, num_steps=2, step_size=0.05, start=Prior())
     draws = Predictive(doubled, guide=guide, num_samples=5, parallel=parallel)(data())
     assert draws["z"].shape == (5, 5)
     torch.testing.assert_close(draws["twice"], 2 * draws["z"])
@@ -83,7 +83,7 @@ def test_every_public_call_works_in_every_mode(mode):
     """Also the first one, which creates the parameters; and what it creates can be trained afterwards."""
     with MODES[mode]():
         x = data(4)
-        guide = ShortRunGuide(nested, num_steps=2, step_size=StepSize(0.01))
+        guide = ShortRunGuide(nested, num_steps=2, step_size=StepSize(0.01), start=Prior())
         guide.setup(x)
         assert guide(x)["z"].shape == (4,)
         assert guide.sample_posterior(x, num_samples=3)["mu"].shape == (1, 3)
@@ -97,7 +97,7 @@ def test_every_public_call_works_in_every_mode(mode):
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
 def test_no_graph_where_none_is_wanted(mode):
-    guide = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.01))
+    guide = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.01), start=Prior())
     with MODES[mode]():
         assert not guide(data())["z"].requires_grad
         assert torch.is_inference_mode_enabled() == (mode == "inference_mode")
@@ -162,6 +162,6 @@ def test_arguments_reach_the_model_as_they_are():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     x = data()
-    ShortRunGuide(model, num_steps=1, step_size=StepSize(0.05))(x, cache, table=table)
+    ShortRunGuide(model, num_steps=1, step_size=StepSize(0.05), start=Prior())(x, cache, table=table)
     assert seen and all(a is x and b is cache and c is table for a, b, c in seen)
     assert len(cache) == len(seen)

@@ -68,7 +68,7 @@ def test_guide_and_model_see_the_same_subsample(start, name, plates):
 @pytest.mark.parametrize("name", SUBSAMPLED)
 def test_subsampled_trace_replays(name, plates):
     model, x = SUBSAMPLED[name], torch.arange(50.0) / 50
-    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.01), create_plates=plates)
+    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.01), create_plates=plates, start=Prior())
     guide_trace = poutine.trace(guide).get_trace(x)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x)
     assert torch.equal(guide_trace.nodes["data"]["value"], model_trace.nodes["data"]["value"])
@@ -80,7 +80,9 @@ def test_subsampled_trace_replays(name, plates):
 
 def test_vectorised_particles_share_a_subsample():
     x = torch.arange(50.0) / 50
-    guide = ShortRunGuide(subsampled_rows, num_steps=2, step_size=StepSize(0.01), create_plates=data_plate)
+    guide = ShortRunGuide(
+        subsampled_rows, num_steps=2, step_size=StepSize(0.01), create_plates=data_plate, start=Prior()
+    )
     elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
     elbo.loss(subsampled_rows, guide, x)
     SEEN.clear()
@@ -97,7 +99,7 @@ def test_subsampled_loss_is_scaled(dtype):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
 
-    guide, seen = recorded(ShortRunGuide(model, num_steps=3, dynamics=contraction(0.1)))
+    guide, seen = recorded(ShortRunGuide(model, num_steps=3, dynamics=contraction(0.1), start=Prior()))
     loss = Trace_ELBO(max_plate_nesting=1).loss(model, guide, x)
     expected = -3 * linear_log_weight(seen[-1]["z"], x[index], 0.1, 3).sum().item()
     assert loss == pytest.approx(expected, **close(dtype))

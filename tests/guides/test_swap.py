@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from zoo import CASES, EXTRA, Case
 
-from pyro_shortrun import ShortRunGuide, StepSize
+from pyro_shortrun import Prior, ShortRunGuide, StepSize
 
 SWAP: dict[str, tuple[int, float, float]] = {  # number of steps, step size, learning rate
     "eight_schools": (8, 0.01, 0.05),
@@ -33,7 +33,7 @@ def test_swap_for_an_automatic_guide(case: Case, dtype: torch.dtype):
         warnings.filterwarnings("ignore", ".*last finite state")
     model, args = case.make()
     num_steps, eta, lr = SWAP[case.name]
-    guide = ShortRunGuide(model, num_steps=num_steps, step_size=eta)
+    guide = ShortRunGuide(model, num_steps=num_steps, step_size=eta, start=Prior())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": lr}), Trace_ELBO())
     losses = []
     for i in range(24):
@@ -47,7 +47,7 @@ def test_swap_for_an_automatic_guide(case: Case, dtype: torch.dtype):
 def test_trace_of_the_guide_fits_the_model(case: Case):
     """Every latent has the shape, the support and the plates that the model gives it, and the log weight is finite."""
     model, args = case.make()
-    guide = ShortRunGuide(model, num_steps=1, step_size=StepSize(1e-4), create_plates=case.create_plates)
+    guide = ShortRunGuide(model, num_steps=1, step_size=StepSize(1e-4), create_plates=case.create_plates, start=Prior())
     guide_trace = poutine.trace(guide).get_trace(*args)
     prior = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
     latent = {k for k, s in prior.nodes.items() if s["type"] == "sample" and not s["is_observed"]}

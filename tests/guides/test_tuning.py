@@ -7,7 +7,7 @@ import pytest
 import torch
 from programs import gaussian
 
-from pyro_shortrun import Langevin, ShortRunGuide, StepSize
+from pyro_shortrun import Langevin, Prior, ShortRunGuide, StepSize
 from pyro_shortrun.guides import tune_on_grid
 
 
@@ -15,7 +15,7 @@ def test_grid_finds_the_best_step_with_common_randomness():
     """Of a noise-free run on a Gaussian the best step is known; the same call gives the same table."""
     model, _ = gaussian(25.0, 1.0)
     dynamics = Langevin(StepSize(0.00076, learnable=False), noise=False)
-    guide = ShortRunGuide(model, num_steps=25, dynamics=dynamics)
+    guide = ShortRunGuide(model, num_steps=25, dynamics=dynamics, start=Prior())
     tables = []
     for _ in range(2):
         pyro.set_rng_seed(0)
@@ -28,7 +28,7 @@ def test_grid_finds_the_best_step_with_common_randomness():
 
 def test_grid_leaves_out_what_is_not_valid():
     model, _ = gaussian(25.0, 1.0)
-    guide = ShortRunGuide(model, num_steps=5, dynamics=Langevin(StepSize(0.01, max=0.5)))
+    guide = ShortRunGuide(model, num_steps=5, dynamics=Langevin(StepSize(0.01, max=0.5)), start=Prior())
     grid = tune_on_grid(guide, 10, factors=(1.0, 10.0, 1000.0))  # 0.1 * 25 > 1, and 10 > max
     assert grid.best == 1.0 and grid.factors.tolist() == [1.0, 10.0] and grid.invalid[1] > 0.9
     with pytest.raises(ValueError, match="valid"):

@@ -12,7 +12,7 @@ from programs import NOISE, frozen, located_at
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pyro_shortrun import ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC, to_arviz
+from pyro_shortrun import Prior, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC, to_arviz
 
 KERNEL_STATS = {"lp", "acceptance_rate", "grad_norm", "step_size", "nonfinite", "diverging"}
 
@@ -56,7 +56,9 @@ def still(target: Callable, start: Callable, **options: Any) -> ShortRunGuide:
 
 
 def short(target: Callable, **options: Any) -> ShortRunGuide:
-    return ShortRunGuide(target, num_steps=2, step_size=StepSize(1e-3, learnable=False), **options)
+    return ShortRunGuide(
+        target, num_steps=2, step_size=StepSize(1e-3, learnable=False), **{"start": Prior(), **options}
+    )
 
 
 def export(target: Callable, *args: Any, create_plates: Callable | None = None, **options: Any) -> Any:

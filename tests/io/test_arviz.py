@@ -23,7 +23,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from zoo import CASES, EXTRA, eight_schools, make_eight_schools
 
-from pyro_shortrun import Persistent, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC, to_arviz
+from pyro_shortrun import Persistent, Prior, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC, to_arviz
 
 # ------------------------------------------------------------------------------------------------ every model
 
@@ -44,7 +44,11 @@ def expected(site: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
 def test_every_model_is_exported(case, dtype):
     zoo_model, args = case.make()
     guide = ShortRunGuide(
-        zoo_model, num_steps=2, step_size=StepSize(1e-6, learnable=False), create_plates=case.create_plates
+        zoo_model,
+        num_steps=2,
+        step_size=StepSize(1e-6, learnable=False),
+        create_plates=case.create_plates,
+        start=Prior(),
     )
     out = to_arviz(guide, *args, num_samples=3, num_chains=2, num_prior=4)
     nodes = poutine.trace(zoo_model).get_trace(*args).nodes
@@ -90,7 +94,7 @@ def test_every_model_is_exported(case, dtype):
 @pytest.mark.parametrize("case", [c for c in CASES + EXTRA if not c.discrete], ids=lambda c: c.name)
 def test_log_p_is_the_log_joint_of_the_trace(case, dtype):
     zoo_model, args = case.make()
-    guide = ShortRunGuide(zoo_model, num_steps=2, step_size=StepSize(1e-6, learnable=False))
+    guide = ShortRunGuide(zoo_model, num_steps=2, step_size=StepSize(1e-6, learnable=False), start=Prior())
     options = {"num_prior": 0, "log_likelihood": False, "posterior_predictive": False}
     out = to_arviz(guide, *args, num_samples=2, num_chains=2, **options)
     latent = [s.name for s in guide._first.layout.sites]

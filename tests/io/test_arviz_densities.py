@@ -42,7 +42,7 @@ from zoo import (
     subsampled_mixture_plates,
 )
 
-from pyro_shortrun import Langevin, ShortRunGuide, StepSize, to_arviz
+from pyro_shortrun import Langevin, Prior, ShortRunGuide, StepSize, to_arviz
 
 # ------------------------------------------------------------------------------------------------ densities
 
@@ -110,7 +110,9 @@ def test_weights_in_a_subsampled_plate_are_constant_at_the_exact_posterior(prior
 def test_noise_free_run_has_a_closed_form():
     """K steps shrink the prior to ``N(m (1 - a), a^2)``, ``a = (1 - eta / s^2)^K``: log q and the bound follow."""
     x, eta, steps = data(), 0.02, 3
-    guide = ShortRunGuide(model, num_steps=steps, dynamics=Langevin(StepSize(eta, learnable=False), noise=False))
+    guide = ShortRunGuide(
+        model, num_steps=steps, dynamics=Langevin(StepSize(eta, learnable=False), noise=False), start=Prior()
+    )
     out = to_arviz(guide, x, num_samples=1000, num_chains=4)
     mean, deviation = posterior(x)
     shrink = (1 - eta / deviation**2) ** steps
@@ -148,7 +150,7 @@ def test_frozen_rows_are_counted():
             rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Poisson(rate.exp()), obs=x)
 
-    guide = ShortRunGuide(poisson, num_steps=2, step_size=StepSize(1e6, max=1e7, learnable=False))
+    guide = ShortRunGuide(poisson, num_steps=2, step_size=StepSize(1e6, max=1e7, learnable=False), start=Prior())
     with pytest.warns(UserWarning, match="non-finite"):
         out = to_arviz(guide, torch.tensor([1.0, 4.0]), num_samples=3, num_chains=2)
     nonfinite = get(out, "sample_stats", "nonfinite")

@@ -26,6 +26,7 @@ from pyro_shortrun import (
     EnergyELBO,
     Langevin,
     Persistent,
+    Prior,
     ShortRunGuide,
     ShortRunLangevin,
     StepSize,
@@ -62,7 +63,9 @@ class Run:
         self.energy, self.decoder = Energy(), torch.nn.Linear(2, 2).double()
         self.buffer, self.optimiser = Replay(50, 0.1), optimisers[optimiser]()
         how = {"start": start} if start is not None else {"objective": Annealed()}
-        self.guide = ShortRunGuide(self.model, num_steps=3, dynamics=Langevin(StepSize(0.1)), **how)
+        self.guide = ShortRunGuide(
+            self.model, num_steps=3, dynamics=Langevin(StepSize(0.1)), **{"start": Prior(), **how}
+        )
         loss = EnergyELBO(Trace_ELBO(), num_steps=3, step_size=0.1, start=self.buffer)
         self.svi = SVI(self.model, self.guide, self.optimiser, loss)
         self.guide.setup(X)
@@ -271,7 +274,7 @@ def test_the_guide_must_be_set_up(tmp_path):
     run = Run("adam", None)
     save_state(tmp_path / "g.pt", guide=run.guide)
     with pytest.raises(ValueError, match=r"'guide'.*guide\.setup"):
-        load_state(tmp_path / "g.pt", guide=ShortRunGuide(run.model, num_steps=3))
+        load_state(tmp_path / "g.pt", guide=ShortRunGuide(run.model, num_steps=3, start=Prior()))
 
 
 @pytest.mark.parametrize(
@@ -389,7 +392,7 @@ def draws_of(paths: list) -> list:
 
 def test_an_interrupted_stream_ends_with_the_same_draws(tmp_path):
     x = torch.arange(8, dtype=torch.float64)
-    guide = ShortRunGuide(rows, num_steps=2).setup(x[:3])
+    guide = ShortRunGuide(rows, num_steps=2, start=Prior()).setup(x[:3])
     options = {"num_samples": 4, "num_chains": 2, "num_prior": 0}
     whole = draws_of(stream_posterior(guide, x.split(3), tmp_path / "whole", **options))
     assert [d.shape for d in whole] == [(2, 4, 3), (2, 4, 3), (2, 4, 2)]
@@ -413,7 +416,7 @@ OPTIONS = {"num_samples": 4, "num_chains": 2, "num_prior": 0}
 
 def test_any_number_of_ranks_draws_the_same(tmp_path):
     x = torch.arange(10, dtype=torch.float64).split(2)
-    guide = ShortRunGuide(rows, num_steps=2).setup(x[0])
+    guide = ShortRunGuide(rows, num_steps=2, start=Prior()).setup(x[0])
     whole = stream_posterior(guide, x, tmp_path / "whole", seed=7, **OPTIONS)
     for batches in (x, iter(x)):  # with items by index, and without
         folder = tmp_path / type(batches).__name__
@@ -430,7 +433,7 @@ def test_any_number_of_ranks_draws_the_same(tmp_path):
 def test_a_folder_is_of_one_job(tmp_path):
     """Parts that are there are not drawn again, so a job that would draw others is refused."""
     x = torch.arange(6, dtype=torch.float64)
-    guide = ShortRunGuide(rows, num_steps=2).setup(x[:3])
+    guide = ShortRunGuide(rows, num_steps=2, start=Prior()).setup(x[:3])
     stream_posterior(guide, x.split(3), tmp_path, **OPTIONS)
     stream_posterior(guide, iter(x.split(3)), tmp_path, **OPTIONS)
     with pytest.raises(ValueError, match="another seed"):
@@ -475,7 +478,7 @@ def test_a_stream_holds_one_batch(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(streaming, "to_arviz", export)
-    guide = ShortRunGuide(rows, num_steps=2).setup(torch.zeros(3, dtype=torch.float64))
+    guide = ShortRunGuide(rows, num_steps=2, start=Prior()).setup(torch.zeros(3, dtype=torch.float64))
     for rank in range(2):
         stream_posterior(guide, disk, tmp_path, rank=rank, ranks=2, **OPTIONS)
     assert len(exported) == 6 and max(disk.alive) == 0
@@ -487,7 +490,7 @@ def test_a_stream_holds_one_batch(tmp_path, monkeypatch):
 
 
 def test_batches_are_tensors_or_tuples(tmp_path):
-    guide = ShortRunGuide(rows, num_steps=2)
+    guide = ShortRunGuide(rows, num_steps=2, start=Prior())
     with pytest.raises(TypeError, match="batch 0 is a dict"):
         stream_posterior(guide, [{"x": X}], tmp_path)
     with pytest.raises(ValueError, match=r"give x\.split"):

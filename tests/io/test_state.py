@@ -55,10 +55,12 @@ class Encoder(PyroModule):
 
 
 MAKERS: dict[str, Callable[[], ShortRunGuide]] = {
-    "prior": lambda: ShortRunGuide(model, num_steps=3, step_size=StepSize(0.02)),
-    "per dim": lambda: ShortRunGuide(model, num_steps=3, step_size=StepSize(0.02, per="dim"), tune_every=2),
-    "number": lambda: ShortRunGuide(model, num_steps=3, step_size=0.02),
-    "fixed": lambda: ShortRunGuide(model, num_steps=3, step_size=StepSize(0.02, learnable=False)),
+    "prior": lambda: ShortRunGuide(model, num_steps=3, step_size=StepSize(0.02), start=Prior()),
+    "per dim": lambda: ShortRunGuide(
+        model, num_steps=3, step_size=StepSize(0.02, per="dim"), tune_every=2, start=Prior()
+    ),
+    "number": lambda: ShortRunGuide(model, num_steps=3, step_size=0.02, start=Prior()),
+    "fixed": lambda: ShortRunGuide(model, num_steps=3, step_size=StepSize(0.02, learnable=False), start=Prior()),
     "Init": lambda: ShortRunGuide(model, num_steps=3, step_size=StepSize(0.02), start=Init(init_to_median)),
     "Persistent": lambda: ShortRunGuide(model, num_steps=3, step_size=StepSize(0.02), start=Persistent(0.1)),
     "AutoNormal": lambda: ShortRunGuide(model, num_steps=3, step_size=StepSize(0.02), start=AutoNormal(model)),
@@ -210,7 +212,7 @@ def test_part_of_a_list_is_copied_with_it():
     hidden, seen = poutine.block(model, expose=["s"]), poutine.block(model, expose=["z"])
     guide = AutoGuideList(model)
     guide.append(AutoNormal(hidden))
-    guide.append(ShortRunGuide(seen, num_steps=2, step_size=StepSize(0.02)))
+    guide.append(ShortRunGuide(seen, num_steps=2, step_size=StepSize(0.02), start=Prior()))
     svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.01}), Trace_ELBO())
     svi.step(data())
     pyro.set_rng_seed(3)
@@ -346,13 +348,13 @@ def test_a_step_size_from_the_store_is_not_backed_off():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 0.05), obs=x)
 
-    ShortRunGuide(tight, num_steps=2, step_size=StepSize(0.09)).setup(data())
+    ShortRunGuide(tight, num_steps=2, step_size=StepSize(0.09), start=Prior()).setup(data())
     state = copy.deepcopy(pyro.get_param_store().get_state())
     pyro.clear_param_store()
-    assert ShortRunGuide(tight, num_steps=2, step_size=0.08).setup(data()).step_sizes() < 0.01
+    assert ShortRunGuide(tight, num_steps=2, step_size=0.08, start=Prior()).setup(data()).step_sizes() < 0.01
     pyro.clear_param_store()
     pyro.get_param_store().set_state(state)
-    other = ShortRunGuide(tight, num_steps=2, step_size=0.08).setup(data())
+    other = ShortRunGuide(tight, num_steps=2, step_size=0.08, start=Prior()).setup(data())
     assert other.step_sizes().item() == pytest.approx(0.09, rel=1e-5)
 
 
@@ -413,7 +415,7 @@ def test_a_changed_parameter_changes_the_next_run(kind, dtype):
     shifting, leaf = parametrised(kind, shifted, 0.3)
     x, eta, steps = data(), 0.1, 3
     shrink = (1 - 2 * eta) ** steps
-    guide = ShortRunGuide(shifting, num_steps=steps, dynamics=Langevin(eta, noise=False)).setup(x)
+    guide = ShortRunGuide(shifting, num_steps=steps, dynamics=Langevin(eta, noise=False), start=Prior()).setup(x)
     for theta in (0.3, 1.7, 0.9):
         leaf().data.fill_(theta)
         path = guide.trajectory(x)["z"].squeeze(1)
@@ -424,7 +426,7 @@ def test_a_changed_parameter_changes_the_next_run(kind, dtype):
 def test_a_changed_step_size_changes_the_next_run(dtype):
     """Set through the module, as an optimiser would, or through the parameter store."""
     size = StepSize(0.1)
-    guide = ShortRunGuide(decoder(), num_steps=1, dynamics=Langevin(size, noise=False)).setup(data())
+    guide = ShortRunGuide(decoder(), num_steps=1, dynamics=Langevin(size, noise=False), start=Prior()).setup(data())
 
     def check(eta: float) -> None:
         path = guide.trajectory(data())["z"].squeeze(1)
@@ -441,7 +443,7 @@ def test_a_changed_step_size_changes_the_next_run(dtype):
 
 
 def test_changed_data_change_the_next_run(dtype):
-    guide = ShortRunGuide(decoder(), num_steps=2, dynamics=Langevin(0.1, noise=False))
+    guide = ShortRunGuide(decoder(), num_steps=2, dynamics=Langevin(0.1, noise=False), start=Prior())
     for shift in (0.0, 3.0, -1.0):
         x = data() + shift
         path = guide.trajectory(x)["z"].squeeze(1)

@@ -21,6 +21,7 @@ from pyro_shortrun import (
     Linearized,
     Mixture,
     PathDensity,
+    Prior,
     ShortRunELBO,
     ShortRunGuide,
     StepSize,
@@ -33,7 +34,7 @@ def test_bound_tightens_with_the_number_of_steps():
     gaps = []
     for steps in (4, 16, 64):
         pyro.clear_param_store()
-        guide = ShortRunGuide(model, num_steps=steps, step_size=StepSize(0.1), objective=Annealed())
+        guide = ShortRunGuide(model, num_steps=steps, step_size=StepSize(0.1), objective=Annealed(), start=Prior())
         gaps.append(evidence - guide.log_weight(4000).item() / 4000)
     assert gaps[0] > gaps[1] > gaps[2] > -0.01 and gaps[2] < gaps[0] / 4
 
@@ -85,7 +86,7 @@ def test_tuned_step_is_the_best_with_noise():
     best = min(np.linspace(0.02, 0.4, 2000) ** 2 / 2, key=lambda eta: langevin_kl(eta, steps, precisions))
     objective = GaussianReverse(fresh=1000)
     guide = ShortRunGuide(
-        model, num_steps=steps, dynamics=Langevin(StepSize(best / 2, max=4 * best)), objective=objective
+        model, num_steps=steps, dynamics=Langevin(StepSize(best / 2, max=4 * best)), objective=objective, start=Prior()
     )
     svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.02 ** (1 / 60)}), ShortRunELBO(500))
     for _ in range(60):
@@ -104,7 +105,9 @@ def test_mixture_bound_rises_to_the_runs_own():
     bounds = []
     for runs in (2, 8, 64):
         pyro.clear_param_store()
-        guide = ShortRunGuide(model, num_steps=25, dynamics=Langevin(StepSize(0.04)), objective=Mixture(runs))
+        guide = ShortRunGuide(
+            model, num_steps=25, dynamics=Langevin(StepSize(0.04)), objective=Mixture(runs), start=Prior()
+        )
         bounds.append(-ShortRunELBO(4000).loss(model, guide))
     assert bounds[0] < bounds[1] < bounds[2] < own + 0.02 and bounds[2] > own - 0.05
 
@@ -112,7 +115,7 @@ def test_mixture_bound_rises_to_the_runs_own():
 def test_mixture_tunes_by_svi():
     model, _ = posterior([25.0])
     pyro.set_rng_seed(0)
-    guide = ShortRunGuide(model, num_steps=10, dynamics=Langevin(StepSize(0.002)), objective=Mixture(16))
+    guide = ShortRunGuide(model, num_steps=10, dynamics=Langevin(StepSize(0.002)), objective=Mixture(16), start=Prior())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     losses = [svi.step() for _ in range(60)]
     assert sum(losses[-20:]) < sum(losses[:20]) and guide.step_sizes() > 0.004
@@ -126,7 +129,7 @@ def test_linearized_is_exact_on_gaussians(precisions: list[float], noise: bool):
     steps, eta = 10, 0.02
     model, evidence = posterior(precisions)
     dynamics = Langevin(StepSize(eta), noise=noise)
-    guide = ShortRunGuide(model, num_steps=steps, dynamics=dynamics, objective=Linearized())
+    guide = ShortRunGuide(model, num_steps=steps, dynamics=dynamics, objective=Linearized(), start=Prior())
     pyro.set_rng_seed(0)
     found = guide.log_weight(num_particles=4000).mean().item()
     if noise:
@@ -156,6 +159,8 @@ def test_linearized_is_no_bound_where_there_are_modes():
     for objective in (Linearized(), GaussianReverse()):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        guide = ShortRunGuide(model, num_steps=25, dynamics=Langevin(StepSize(0.03)), objective=objective)
+        guide = ShortRunGuide(
+            model, num_steps=25, dynamics=Langevin(StepSize(0.03)), objective=objective, start=Prior()
+        )
         bounds.append(-ShortRunELBO(2000).loss(model, guide))
     assert bounds[0] > evidence + 0.1 and bounds[1] < evidence - 1

@@ -23,6 +23,7 @@ from pyro_shortrun import (
     Linearized,
     Mixture,
     PathDensity,
+    Prior,
     ShortRunELBO,
     ShortRunGuide,
     ShortRunLangevin,
@@ -41,7 +42,7 @@ every_kind = pytest.mark.parametrize("name", KINDS)
 @every_kind
 def test_runs_rows_and_trajectories(name: str):
     """Rows in a plate, SVI with both losses, draws, trajectories, evaluation, and a run without gradients."""
-    guide = ShortRunGuide(curved, num_steps=3, **ROWS[name].guide())
+    guide = ShortRunGuide(curved, num_steps=3, **ROWS[name].guide(), start=Prior())
     for elbo in (Trace_ELBO(), ShortRunELBO(2)):
         svi = SVI(curved, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
         assert all(math.isfinite(svi.step()) for _ in range(2))
@@ -58,7 +59,7 @@ def test_a_row_that_meets_no_finite_density_is_frozen(name: str):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(torch.where(z > 1.5, z / 0.0, z), 1.0), obs=torch.full((40,), 3.0))
 
-    guide = ShortRunGuide(model, num_steps=4, **ROWS[name].guide(StepSize(0.3)))
+    guide = ShortRunGuide(model, num_steps=4, **ROWS[name].guide(StepSize(0.3)), start=Prior())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     with pytest.warns(UserWarning, match="non-finite"):
         assert math.isfinite(svi.step())
@@ -76,7 +77,7 @@ def test_a_first_guess_of_the_step_is_backed_off(name: str):
         with pyro.plate("data", 100):
             pyro.sample("y", dist.Normal(b.sum(), 0.01 + scale), obs=torch.full((100,), 2.0))
 
-    guide = ShortRunGuide(model, num_steps=10, objective=ROWS[name].objective(), step_size=0.1)
+    guide = ShortRunGuide(model, num_steps=10, objective=ROWS[name].objective(), step_size=0.1, start=Prior())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     assert all(math.isfinite(svi.step()) for _ in range(5))
     assert guide.step_sizes() < 0.1
@@ -87,7 +88,7 @@ def test_a_first_guess_of_the_step_is_backed_off(name: str):
 def test_a_step_that_was_backed_off_is_still_the_guides_own(options: dict):
     """It has one name in Pyro's store, in which SVI tunes it."""
     model, _ = posterior([25.0])
-    guide = ShortRunGuide(model, num_steps=3, **(options or {"step_size": 0.1}))
+    guide = ShortRunGuide(model, num_steps=3, **(options or {"step_size": 0.1}), start=Prior())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     svi.step()
     names = set(pyro.get_param_store().keys())
@@ -109,7 +110,7 @@ def masked() -> None:
 def test_masked_latents(name: str):
     """Do not count, or are refused by name."""
     options = ROWS[name].guide()
-    guide = ShortRunGuide(masked, num_steps=20, **options)
+    guide = ShortRunGuide(masked, num_steps=20, **{"start": Prior(), **options})
     if not options["objective"].takes_masks:
         with pytest.raises(NotImplementedError, match="'m' lies in poutine.mask"):
             guide.log_weight()
@@ -123,14 +124,16 @@ def test_masked_latents(name: str):
 def test_only_importance_weights_are_exported(name: str):
     model, _ = posterior([4.0])
     options = ROWS[name].guide()
-    stats = to_arviz(ShortRunGuide(model, num_steps=3, **options), num_samples=10, num_chains=2)["sample_stats"]
+    stats = to_arviz(ShortRunGuide(model, num_steps=3, **{"start": Prior(), **options}), num_samples=10, num_chains=2)[
+        "sample_stats"
+    ]
     assert ("log_q" in stats) == options["objective"].weighs
 
 
 def test_every_call_has_its_own_increments():
     """They cost nothing extra, so that calls between tunings need not carry those of another run."""
     model, _ = gaussian(4.0, 1.0)
-    guide = ShortRunGuide(model, num_steps=3, step_size=0.05, objective=Annealed(), tune_every=3)
+    guide = ShortRunGuide(model, num_steps=3, step_size=0.05, objective=Annealed(), tune_every=3, start=Prior())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     for _ in range(3):
         svi.step(4)
@@ -156,7 +159,7 @@ def test_a_subsampled_model_with_global_latents():
     """Weights of local parts; those that cannot be are refused by name."""
 
     for name in KINDS:
-        guide = ShortRunGuide(thinned, num_steps=3, **ROWS[name].guide())
+        guide = ShortRunGuide(thinned, num_steps=3, **ROWS[name].guide(), start=Prior())
         svi = SVI(thinned, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
         refused = next((word for part, word in REFUSED.items() if part in name), None)
         if refused is None:
@@ -183,7 +186,7 @@ def test_improper_priors_are_no_start():
         pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(3.0))
 
     with pytest.raises(ValueError, match="'b' has an improper prior"):
-        ShortRunGuide(model)()
+        ShortRunGuide(model, start=Prior())()
     start = AutoNormal(model, init_loc_fn=init_to_value(values={"b": torch.tensor(1.0)}))
     guide = ShortRunGuide(model, num_steps=3, start=start, objective=GaussianReverse(pilots=64))
     assert math.isfinite(guide.log_weight().item())
@@ -192,9 +195,9 @@ def test_improper_priors_are_no_start():
 def test_arguments_and_dynamics_that_do_not_go_together():
     model, _ = posterior([4.0])
     with pytest.raises(ValueError, match="Annealed"):
-        ShortRunGuide(model, dynamics=Hamiltonian(0.1))
+        ShortRunGuide(model, dynamics=Hamiltonian(0.1), start=Prior())
     with pytest.raises(ValueError, match="Langevin"):
-        ShortRunGuide(model, dynamics=Hamiltonian(0.1), objective=GaussianReverse())
+        ShortRunGuide(model, dynamics=Hamiltonian(0.1), objective=GaussianReverse(), start=Prior())
     with pytest.raises(ValueError, match="damping"):
         Hamiltonian(0.1, damping=1.5)
     with pytest.raises(ValueError, match="at least 2"):
@@ -208,7 +211,7 @@ def test_arguments_and_dynamics_that_do_not_go_together():
         GaussianReverse(PathDensity())
     for objective in (Mixture(4), GaussianReverse()):
         with pytest.raises(ValueError, match="noise"):
-            ShortRunGuide(model, dynamics=Langevin(0.1, noise=False), objective=objective)
+            ShortRunGuide(model, dynamics=Langevin(0.1, noise=False), objective=objective, start=Prior())
     for objective in (Mixture(4), GaussianReverse(), Linearized()):
         with pytest.raises(NotImplementedError, match=type(objective).__name__):
             ShortRunLangevin(model, objective=objective)
@@ -226,10 +229,10 @@ def test_what_annealed_refuses():
         with pytest.raises(NotImplementedError, match=r"start=Prior\(\), AutoNormal"):
             guide(3)
     pyro.clear_param_store()
-    ShortRunGuide(model, num_steps=2, objective=Annealed()).setup(3)
+    ShortRunGuide(model, num_steps=2, objective=Annealed(), start=Prior()).setup(3)
     with pytest.raises(ValueError, match="2 temperatures for 4 steps.*clear_param_store"):
-        ShortRunGuide(model, num_steps=4, objective=Annealed())(3)
+        ShortRunGuide(model, num_steps=4, objective=Annealed(), start=Prior())(3)
     with pytest.raises(ValueError, match="noise"):
-        ShortRunGuide(model, dynamics=Langevin(0.1, noise=False), objective=Annealed())
+        ShortRunGuide(model, dynamics=Langevin(0.1, noise=False), objective=Annealed(), start=Prior())
     with pytest.raises(NotImplementedError, match="ShortRunGuide"):
         ShortRunLangevin(model, objective=Annealed())

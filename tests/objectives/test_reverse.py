@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoNormal
 from table import bound, curved
 from torch import Tensor
 
-from pyro_shortrun import GaussianReverse, Init, Langevin, Persistent, ShortRunELBO, ShortRunGuide, StepSize
+from pyro_shortrun import GaussianReverse, Init, Langevin, Persistent, Prior, ShortRunELBO, ShortRunGuide, StepSize
 from pyro_shortrun.guides import tune_on_grid
 from pyro_shortrun.objectives.reverse_kernels import Fit
 
@@ -49,7 +49,7 @@ def test_what_a_run_is_weighed_by_is_that_of_its_own_call():
     def make() -> ShortRunGuide:
         pyro.clear_param_store()
         objective = GaussianReverse(pilots=2000)
-        return ShortRunGuide(model, num_steps=10, dynamics=Langevin(StepSize(0.02)), objective=objective)
+        return ShortRunGuide(model, num_steps=10, dynamics=Langevin(StepSize(0.02)), objective=objective, start=Prior())
 
     def bound(guide: ShortRunGuide, x: float) -> float:
         pyro.set_rng_seed(0)
@@ -86,14 +86,16 @@ def test_an_objective_for_two_models():
     objective = GaussianReverse(pilots=64)
     for precisions in ([4.0], [4.0, 9.0]):
         model, _ = posterior(precisions)
-        guide = ShortRunGuide(model, num_steps=3 + len(precisions), step_size=0.01, objective=objective)
+        guide = ShortRunGuide(model, num_steps=3 + len(precisions), step_size=0.01, objective=objective, start=Prior())
         assert math.isfinite(guide.log_weight().item())
 
 
 def test_calls_between_tunings_make_no_pilots():
     """They carry the increments of the last tuned run."""
     model, _ = posterior([4.0])
-    guide = ShortRunGuide(model, num_steps=3, step_size=0.05, objective=GaussianReverse(pilots=64), tune_every=3)
+    guide = ShortRunGuide(
+        model, num_steps=3, step_size=0.05, objective=GaussianReverse(pilots=64), tune_every=3, start=Prior()
+    )
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     carried = []
     for _ in range(6):
@@ -106,7 +108,7 @@ def test_grid_with_pilots():
     """Every candidate is weighed by its own pilots."""
     model, _ = posterior([25.0])
     options = dict(dynamics=Langevin(StepSize(0.00185)), objective=GaussianReverse(pilots=512, fresh=256))
-    guide = ShortRunGuide(model, num_steps=25, **options)
+    guide = ShortRunGuide(model, num_steps=25, **{"start": Prior(), **options})
     pyro.set_rng_seed(0)
     assert tune_on_grid(guide, factors=(0.25, 1.0, 4.0, 16.0), num_particles=1000).best == 4.0  # 0.0074 is best
 
@@ -114,7 +116,7 @@ def test_grid_with_pilots():
 def test_grid_with_pilots_in_any_order():
     model, _ = posterior([25.0])
     options = dict(dynamics=Langevin(StepSize(0.0074)), objective=GaussianReverse(pilots=1000))
-    guide = ShortRunGuide(model, num_steps=25, **options).setup()
+    guide = ShortRunGuide(model, num_steps=25, **{"start": Prior(), **options}).setup()
     found = set()
     for factors in ((0.1, 1.0, 8.0), (8.0, 1.0, 0.1)):
         for mode in (True, False):

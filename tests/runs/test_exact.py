@@ -14,7 +14,7 @@ from pyro.infer import SVI, Trace_ELBO
 from runners import short_run
 from torch import Tensor
 
-from pyro_shortrun import Init, Langevin, PathDensity, ShortRunGuide, StepSize
+from pyro_shortrun import Init, Langevin, PathDensity, Prior, ShortRunGuide, StepSize
 from pyro_shortrun.density import Call
 from pyro_shortrun.runs import Gradients
 
@@ -29,7 +29,7 @@ def exact_bound(lam: float, m: float, steps: int, eta: Tensor, noise: bool) -> T
     """``log p(x) - E[log w]`` of the path density, through the package, with no Monte Carlo error."""
     model, evidence = gaussian(lam, m)
     points = sigma_points(steps)
-    guide = ShortRunGuide(model, num_steps=steps, step_size=0.001)
+    guide = ShortRunGuide(model, num_steps=steps, step_size=0.001, start=Prior())
     call = guide._bind((len(points),), {})
     dynamics, start = Langevin(0.001, noise=noise), points[:, :1].unsqueeze(0)
     noises, options = points[:, 1:].T.reshape(steps, 1, -1, 1), dict(gradients=Gradients.GUIDE)
@@ -84,7 +84,7 @@ def test_guide_that_is_the_posterior_gives_the_evidence_as_elbo():
     lam, steps = 5.0, 4
     model, evidence = gaussian(lam, 0.0)
     eta = (1 - lam ** (-1 / (2 * steps))) / lam
-    guide = ShortRunGuide(model, num_steps=steps, dynamics=Langevin(eta, noise=False))
+    guide = ShortRunGuide(model, num_steps=steps, dynamics=Langevin(eta, noise=False), start=Prior())
     elbo = Trace_ELBO()
     losses = [elbo.loss(model, guide, 7) for _ in range(5)]
     assert losses == pytest.approx([-7 * evidence] * 5, abs=1e-10)
@@ -98,7 +98,7 @@ def test_without_tuning_no_graph_is_kept():
     x = torch.randn(6)
     counts = []
     for steps in (5, 50):
-        guide = ShortRunGuide(model, num_steps=steps, step_size=StepSize(0.01, learnable=False)).setup(x)
+        guide = ShortRunGuide(model, num_steps=steps, step_size=StepSize(0.01, learnable=False), start=Prior()).setup(x)
         call = guide._bind((x,), {})
         peak = Peak()
         with peak:
@@ -133,7 +133,7 @@ def test_tuning_through_svi_moves_the_step_towards_the_optimum():
     """Noise-free Gaussian, 64 rows: SVI reaches the closed-form step within 10 % (statistical; seeded)."""
     lam, m, steps = 9.0, 1.0, 5
     model, _ = gaussian(lam, m)
-    guide = ShortRunGuide(model, num_steps=steps, dynamics=Langevin(0.01, noise=False))
+    guide = ShortRunGuide(model, num_steps=steps, dynamics=Langevin(0.01, noise=False), start=Prior())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     for _ in range(150):
         svi.step(64)

@@ -22,6 +22,7 @@ from pyro_shortrun import (
     Init,
     Langevin,
     Linearized,
+    Prior,
     ShortRunGuide,
     ShortRunLangevin,
     StepSize,
@@ -82,7 +83,7 @@ def test_a_run_that_ends_where_there_is_no_gradient(objective, seed):
     pyro.set_rng_seed(seed)
     run = Training()
     run.put(no_gradient)
-    guide = ShortRunGuide(run.net.model, num_steps=2, step_size=StepSize(0.3), objective=objective)
+    guide = ShortRunGuide(run.net.model, num_steps=2, step_size=StepSize(0.3), objective=objective, start=Prior())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         Trace_ELBO().loss_and_grads(run.net.model, guide, torch.randn(16, 3))
@@ -138,7 +139,7 @@ def test_log_q_of_a_random_walk():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.factor("flat", z.square() / 2)
 
-    guide = ShortRunGuide(model, num_steps=3, step_size=StepSize(0.2, learnable=False))
+    guide = ShortRunGuide(model, num_steps=3, step_size=StepSize(0.2, learnable=False), start=Prior())
     guide()
     assert guide.info.log_det.abs().max() == 0 and guide.info.noninvertible == guide.info.nonfinite == 0
 
@@ -151,7 +152,7 @@ def test_step_whose_jacobian_is_singular(noise, caplog):
         with pyro.plate("rows", 5):
             pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    guide = ShortRunGuide(model, num_steps=2, dynamics=Langevin(StepSize(1.0), noise=noise))
+    guide = ShortRunGuide(model, num_steps=2, dynamics=Langevin(StepSize(1.0), noise=noise), start=Prior())
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -233,7 +234,7 @@ def test_a_replay_buffer_and_latents_of_another_shape():
             pyro.sample("x", dist.Normal(run.net.decoder(z), 1.0).to_event(1), obs=x)
 
     with pytest.raises(ValueError, match="replay buffer keeps rows of 2 coordinates and the model now has 4"):
-        run.loss.loss_and_grads(tilted, ShortRunGuide(tilted, num_steps=1), torch.randn(4, 3))
+        run.loss.loss_and_grads(tilted, ShortRunGuide(tilted, num_steps=1, start=Prior()), torch.randn(4, 3))
     assert torch.equal(before["/replay/store"], run.state()["/replay/store"])
 
 

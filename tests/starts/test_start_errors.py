@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from torch import Tensor
 
-from pyro_shortrun import Persistent, ShortRunGuide
+from pyro_shortrun import Persistent, Prior, ShortRunGuide
 
 
 def test_start_guide_that_misses_a_site():
@@ -106,4 +106,4 @@ def test_subsampled_plates_that_do_not_nest():
             pyro.sample("z_b", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
 
-    refuses(ShortRunGuide(model), (torch.tensor(0.0),), NotImplementedError, "'z_(a|b)'", "full batch")
+    refuses(ShortRunGuide(model, start=Prior()), (torch.tensor(0.0),), NotImplementedError, "'z_(a|b)'", "full batch")

@@ -1,0 +1,87 @@
+"""The default rule: where runs start and how they are weighed, if nobody says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..checks import check_kind
+from ..density.handlers import init_uniform
+from ..density.program import Reading
+from ..density.structure import Structure, check_proper
+from ..dynamics.dynamics import Dynamics
+from ..objectives.annealed import Annealed
+from ..objectives.objective import Objective
+from ..objectives.path import PathDensity
+from ..starts.fitted import MAX_SIZE, Gaussian
+from ..starts.prior import Prior
+from ..starts.start import Start, check_start
+
+
+def default_start(structure: Structure, subsamples: bool, partial: bool) -> Start:
+    """Where runs start.
+
+    * ``Gaussian()``, fitted at set-up: where all latents together are one row of at most 300 values, that is, where
+      some latent lies in no plate, or something couples the plates' elements; with all data at every call.
+    * ``Prior()``, as in the papers: where every latent lies in a plate whose elements are independent (a generator:
+      rows of data), where a plate is subsampled or the guide is a part of an ``AutoGuideList`` (what a Gaussian is
+      fitted to would change from call to call), and for more latents.
+
+    :param subsamples: whether the model draws a subsample in some plate.
+    :param partial: whether other sites of the model are inferred by other guides.
+    """
+    layout = structure.layout
+    small = layout.rows == 1 and layout.size <= MAX_SIZE and (layout.is_arrow or not layout.row_plates)
+    return Gaussian() if small and not (subsamples or partial) else Prior()
+
+
+def check_parts(step_size: Any, dynamics: Any, start: Any, objective: Any) -> None:
+    """Refuse what is not a part of a run, or does not go together."""
+    if dynamics is not None and step_size is not None:
+        raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
+    check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
+    check_kind("objective", objective, Objective, "PathDensity()")
+    check_start(start)
+
+
+def read_from_prior(draw: Callable[..., Reading], required: bool) -> Reading:
+    """One run of the model, its latents drawn from the prior.
+
+    :param required: whether a model with a prior that cannot be drawn from is refused, and not read elsewhere.
+    """
+    try:
+        return draw()
+    except NotImplementedError:
+        reading = draw(init_uniform)
+        if not required:
+            return reading
+        check_proper(reading)
+        raise
+
+
+def default_objective(start: object, dynamics: Dynamics) -> Objective:
+    """``Annealed()`` from a ``Gaussian()``, by dynamics with noise; ``PathDensity()`` otherwise."""
+    noisy = dynamics.has_transition_density or dynamics.has_momentum
+    return Annealed() if isinstance(start, Gaussian) and noisy else PathDensity()
+
+
+def described(guide: Any, step_sizes: Any) -> str:
+    """A ShortRunGuide in one line."""
+    start = "by rule at the first call" if guide.start is None else guide.start
+    named = start if isinstance(start, str) else repr(start) if isinstance(start, Gaussian) else type(start).__name__
+    objective = "by rule" if guide.start is None and guide._chooses[1] else type(guide.objective).__name__
+    line = (
+        f"num_steps={guide.num_steps}, dynamics={type(guide.dynamics).__name__}, start={named}, objective={objective}"
+    )
+    if isinstance(step_sizes, Tensor):
+        line += f", step_size={_numbers(step_sizes)}"
+    elif step_sizes is not None:
+        line += f", step_size={{{', '.join(f'{k!r}: {_numbers(v)}' for k, v in step_sizes.items())}}}"
+    return f"{type(guide).__name__}({line})"
+
+
+def _numbers(values: Tensor) -> str:
+    low, high = values.min().item(), values.max().item()
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"

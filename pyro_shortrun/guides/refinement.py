@@ -1,0 +1,97 @@
+"""What is made of the ends of runs: resampled by their weights, and moved on by Metropolis-adjusted steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..density.affine import Affine, AffineDensity
+from ..density.call import Call
+from ..density.interface import Density
+from ..density.layout import require_full_plates
+from ..dynamics.langevin import Langevin
+from ..dynamics.metropolis import BEST_ACCEPTANCE, Position, decide, hastings_log_ratio
+from ..tensors import keep_rows
+from .draws import WeightedDraws
+from .smoothing import smoothed
+
+
+class Adjusted(NamedTuple):
+    """States after adjusted steps, ``(chains, rows, size)``, and the share of proposals accepted in the last one."""
+
+    state: Tensor
+    acceptance: float
+
+
+@torch.no_grad()
+def adjust(density: Density, state: Tensor, step_size: Tensor | None, num_steps: int) -> Adjusted:
+    r"""Langevin steps with Metropolis tests (MALA), every chain and row by itself: they leave ``pi`` as it is, and
+    bring whatever they begin with closer to it.
+
+    In the first half of the steps the step size is adapted to an acceptance of .574, by all chains together.
+
+    Roberts, Tweedie: Exponential convergence of Langevin distributions and their discrete approximations, 1996.
+
+    :param state: ``(chains, rows, size)``.
+    :param step_size: ``(size,)``, to begin with; None for ``.5 / size ** (1 / 3)``, in coordinates of unit scales.
+    """
+    eta = state.new_full((state.shape[-1],), 0.5 / state.shape[-1] ** (1 / 3)) if step_size is None else step_size
+    dynamics, scale, acceptance = Langevin(), density.layout.drift_scale(state), math.nan
+    here = Position(state, *density.value_and_grad(state))
+    for k in range(num_steps):
+        proposal = dynamics.step(here.u, here.pull, eta, torch.randn_like(state), scale)
+        there = Position(proposal, *density.value_and_grad(proposal))
+        finite = there.log_density.isfinite() & there.pull.isfinite().all(-1)
+        ratio = hastings_log_ratio(dynamics, here, there, eta, scale)
+        move, probability = decide(ratio, finite, torch.rand_like(ratio).log())
+        here = Position(*(keep_rows(move, a, b) for a, b in zip(there, here, strict=True)))
+        acceptance = probability.mean().item()
+        if k < num_steps // 2:
+            eta = eta * math.exp(acceptance - BEST_ACCEPTANCE)
+    return Adjusted(here.u, acceptance)
+
+
+class Refined(NamedTuple):
+    """Draws, the acceptance of the last adjusted step, and the Pareto shape of the weights; None where none were."""
+
+    draws: WeightedDraws
+    acceptance: float | None
+    k_hat: float | None
+
+
+def refine(
+    call: Call, drawn: WeightedDraws, num_steps: int, resample: bool, frame: Affine | None, step_size: Tensor
+) -> Refined:
+    """Draws resampled by their weights, if asked for, and moved on by ``num_steps`` adjusted steps.
+
+    :param frame: coordinates to move in, if not the latents' own.
+    :param step_size: to begin with in these, ``(size,)``.
+    """
+    require_full_plates(call.density.layout, "adjust and resample")
+    end, k_hat, acceptance = drawn.end, None, None
+    if resample:
+        if drawn.log_p is None or drawn.log_q is None:
+            raise ValueError("draws of this start or objective have no weights: sample_posterior(..., resample=False).")
+        lines, tail = smoothed((drawn.log_p - drawn.log_q).double().cpu().numpy())
+        end, k_hat = end[resampled(torch.as_tensor(lines, device=end.device), len(end))], float(tail)
+    if num_steps:
+        density = call.density if frame is None else AffineDensity(call.density, frame)
+        state, first = (end, step_size) if frame is None else (frame.inward(end), None)
+        moved = adjust(density, state, first, num_steps)
+        end, acceptance = moved.state if frame is None else frame.outward(moved.state), moved.acceptance
+    values, _ = call.model.constrain(end)
+    return Refined(replace(drawn, values=values, end=end, log_p=None, log_q=None), acceptance, k_hat)
+
+
+def resampled(log_weights: Tensor, count: int) -> Tensor:
+    """Indices of ``count`` draws in proportion to their weights, by one uniform number (systematic resampling).
+
+    Kitagawa: Monte Carlo filter and smoother for non-Gaussian nonlinear state space models, 1996.
+    """
+    levels = log_weights.double().softmax(0).cumsum(0)
+    places = (torch.arange(count, device=levels.device) + torch.rand((), device=levels.device)) / count
+    return torch.searchsorted(levels, places.to(levels) * levels[-1]).clamp(max=len(levels) - 1)
