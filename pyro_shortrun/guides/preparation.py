@@ -57,6 +57,7 @@ def best_step(simulation: Simulation, call: Call) -> float:
 
     :raises ValueError: where none has a finite bound.
     """
+    call = replace(call, density=call.model, spare=[])  # no graph for a few runs
     random, bounds = random_state(), dict[int, float]()
 
     def bound(place: int) -> float:

@@ -126,7 +126,7 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
 
         :param call: with all latents in one row.
         """
-        target = Target(call.density)
+        target = Target(call.model)  # of states of many shapes, for each of which there would be a graph
         first = Normal(self.loc.double(), self.scale_tril.double()) if self.fitted else None
         with poutine.block():
             fit = fit_normal(target, _places(call), first)

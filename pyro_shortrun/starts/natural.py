@@ -15,7 +15,7 @@ _TRUST = 4.0  # a precision falls by at most this factor in a step, as wider is 
 _STEEPEST = 100.0  # and rises by this one
 _SLACK = 0.1  # nats by which a bound may fall: over few draws, its highest point is not where it is stationary
 _REACH = 0.5  # how far the mean moves, in standard deviations times the root of the dimension
-_HESSIANS = 4000  # Hessian products per iteration, about
+_MOST, _HESSIANS = 256, 4000  # draws, and Hessian products, per iteration
 _SLOWEST, _FASTEST = 0.05, 0.7  # rates
 _PATIENCE = 20  # steps in which a bound is to rise
 
@@ -51,7 +51,7 @@ def natural_fit(
 
     :param tolerance: the residual at which it ends, over the largest number of draws.
     """
-    most = max(4, min(64, _HESSIANS // target.size))
+    most = max(4, min(_MOST, _HESSIANS // target.size))
     count = min(8, most)
     ascent = _Ascent(_Place.of(target, start, antithetic(count, target.size, start.loc)))
     for _ in range(max_steps):

@@ -55,6 +55,10 @@ def lower(root: Tensor) -> Tensor:
 
 
 def antithetic(count: int, size: int, like: Tensor) -> Tensor:
-    """Standard normal noise in pairs of opposite sign, ``(count, size)``, so that odd moments vanish."""
+    """Standard normal noise in pairs of opposite sign, ``(count, size)``, so that odd moments vanish; where there is
+    enough of it, its covariance is the identity."""
     half = torch.randn(-(-count // 2), size, dtype=like.dtype, device=like.device)
+    if len(half) >= 4 * size:
+        factor = torch.linalg.cholesky(half.mT @ half / len(half))
+        half = torch.linalg.solve_triangular(factor, half.mT, upper=False).mT
     return torch.cat([half, -half])[:count]
