@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from .target import Target
 
 _PATH_DRAWS = 16  # of each bound along a path
 _BOUND_DRAWS = 400  # of the bounds that are compared
+_TIE = 0.05  # nats
 _SETTLED = 0.3  # residual above which a fit is not called converged
 
 
@@ -44,45 +44,32 @@ class Fit:
 
 
 def fit_normal(target: Target, places: Tensor, first: Normal | None = None) -> Fit:
-    """The best of some Gaussians: the best Laplace approximation on Newton's paths from ``places``, natural-gradient
-    ascent of the bound from it, and the same from ``first``.
+    """The better of two Gaussians: the best Laplace approximation on Newton's paths from ``places``, and what
+    natural-gradient ascent of the bound makes of it, or of ``first``.
 
     :param places: ``(n, size)``, where paths begin.
     :param first: a Gaussian of an earlier fit.
     :raises ValueError: where there is no place from which one can be found.
     """
     began = time.process_time()
-    noise = antithetic(_PATH_DRAWS, target.size, places)
-    laplace, height = laplace_on_paths(target, places, noise)
-    found: dict[str, Normal] = {"Laplace": laplace} if math.isfinite(height) else {}
-    begin = laplace if first is None else first
-    residuals = {}
-    ascended, residual = natural_fit(target, begin)
-    found["natural gradients"], residuals["natural gradients"] = ascended, residual
-    kind, (bound, error) = _best(target, found)
-    left = residuals.get(kind)
-    return Fit(
-        found[kind],
-        kind,
-        bound,
-        error,
-        None if left is None else left.mean.abs(),
-        left is not None and left.size < _SETTLED,
-        target.evaluations,
-        time.process_time() - began,
-    )
-
-
-def _best(target: Target, found: Mapping[str, Normal]) -> tuple[str, tuple[float, float]]:
-    known = {kind: normal for kind, normal in found.items() if normal.is_finite}
-    like = next(iter(found.values())).loc
-    noise = antithetic(_BOUND_DRAWS, target.size, like)
-    bounds = {kind: normal.bound(target, noise) for kind, normal in known.items()}
-    kind = max(bounds, key=lambda k: bounds[k][0], default="")
-    if not kind or not math.isfinite(bounds[kind][0]):
+    laplace, height = laplace_on_paths(target, places, antithetic(_PATH_DRAWS, target.size, places))
+    ascended, residual = natural_fit(target, laplace if first is None else first)
+    noise = antithetic(_BOUND_DRAWS, target.size, places)
+    bound, error = _bound(target, ascended, noise)
+    mean: Tensor | None = residual.mean.abs()
+    normal, kind, converged = ascended, "natural gradients", residual.size < _SETTLED
+    if math.isfinite(height):
+        other, its_error = _bound(target, laplace, noise)
+        if other > bound + _TIE:  # the ascent has lost its way
+            normal, kind, mean, converged, bound, error = laplace, "Laplace", None, False, other, its_error
+    if not math.isfinite(bound):
         raise ValueError(
             "no Gaussian has a finite bound: the log density is not finite around every place that was tried. Check "
             "the data for NaN, the observation's support, and priors that reach where the model is not defined; or "
             "pass another start, such as start=Prior()."
         )
-    return kind, bounds[kind]
+    return Fit(normal, kind, bound, error, mean, converged, target.evaluations, time.process_time() - began)
+
+
+def _bound(target: Target, normal: Normal, noise: Tensor) -> tuple[float, float]:
+    return normal.bound(target, noise) if normal.is_finite else (-math.inf, math.inf)

@@ -19,7 +19,6 @@ from pyro_shortrun.starts.base import GaussianBase
 from pyro_shortrun.starts.start import StartDraw
 
 
-
 def frame() -> Affine:
     return Affine(torch.tensor([1.0, -2.0, 0.5]), torch.tensor([[2.0, 0, 0], [0.5, 0.1, 0], [-1.0, 0.3, 5.0]]))
 

@@ -39,6 +39,7 @@ EXPECTED = {
     "anomaly": ("base rate", {"anomaly.txt", "results.json"}),
     "chains": ("ESS/s", {"chains.txt", "results.json"}),
     "posteriordb": ("R-hat", {"table.txt", "results.json"}),
+    "plain_swap": ("right in all three", {"table.txt", "results.json"}),
     "posteriors": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
     "scaling": ("SIMULATED", {"scaling.txt", "results.json"}),
     "soak": ("drift of frozen", {"soak.txt", "results.json", "soak.png"}),
