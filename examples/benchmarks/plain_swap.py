@@ -167,7 +167,7 @@ class Found:
     seconds: float
 
 
-def swap(problem: Problem, budget: Budget, adjust: int) -> Found:
+def swap(problem: Problem, budget: Budget, adjust: int | None) -> Found:
     began = time.process_time()
     guide = ShortRunGuide(problem.model)
     draws = guide.sample_posterior(*problem.args, num_samples=budget.draws, adjust=adjust)
@@ -200,8 +200,8 @@ def nuts(problem: Problem, budget: Budget) -> Found:
 
 
 METHODS: dict[str, Callable[[Problem, Budget], Found]] = {
-    "plain swap": lambda p, b: swap(p, b, 0),
-    "plain swap, 20 adjusted": lambda p, b: swap(p, b, 20),
+    "plain swap": lambda p, b: swap(p, b, None),
+    "plain swap, adjust=0": lambda p, b: swap(p, b, 0),
     "AutoNormal": lambda p, b: auto(p, b, AutoNormal),
     "AutoMultivariateNormal": lambda p, b: auto(p, b, AutoMultivariateNormal),
     "NUTS": nuts,

@@ -62,9 +62,9 @@ def read_from_prior(draw: Callable[..., Reading], required: bool) -> Reading:
 
 
 def default_objective(start: object, dynamics: Dynamics) -> Objective:
-    """``Annealed()`` from a ``Gaussian()``, by dynamics with noise; ``PathDensity()`` otherwise."""
+    """``Annealed(learnable=False)`` from a ``Gaussian()``, by dynamics with noise; ``PathDensity()`` otherwise."""
     noisy = dynamics.has_transition_density or dynamics.has_momentum
-    return Annealed() if isinstance(start, Gaussian) and noisy else PathDensity()
+    return Annealed(learnable=False) if isinstance(start, Gaussian) and noisy else PathDensity()
 
 
 def described(guide: Any, step_sizes: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -38,7 +37,7 @@ from .refinement import refine
 from .simulation import Simulation, Watch
 from .training import Training
 
-_LOGGER = logging.getLogger("pyro_shortrun")
+_ADJUST = 20  # steps after a run
 
 
 class ShortRunGuide(DensityGuide):
@@ -203,7 +202,7 @@ class ShortRunGuide(DensityGuide):
         *args: Any,
         num_samples: int = 1000,
         num_chains: int = 1,
-        adjust: int = 0,
+        adjust: int | None = None,
         resample: bool = False,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
@@ -212,7 +211,7 @@ class ShortRunGuide(DensityGuide):
         :param num_samples: draws per chain; every draw is a run of its own.
         :param num_chains: leading dimension, for ArviZ.
         :param adjust: how many Metropolis-adjusted steps follow each run and take away what is left of its bias
-            (``guide.info.acceptance``).
+            (``guide.info.acceptance``); by default 20 from a :class:`Gaussian` start, and none from others.
         :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7).
         :return: dict from site to ``(num_chains, num_samples, *site shape)``.
         """
@@ -221,6 +220,7 @@ class ShortRunGuide(DensityGuide):
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
             drawn = self._repeat(call, num_samples * num_chains, account=resample and self._start.has_density)
+            adjust = (_ADJUST if isinstance(self.start, Gaussian) else 0) if adjust is None else adjust
             if adjust or resample:
                 step_size = self.dynamics.step_size(call.density.layout, self.num_steps).mean(0)
                 drawn, acceptance, k_hat = refine(call, drawn, adjust, resample, self._start.frame, step_size)

@@ -127,12 +127,12 @@ def tune_on_grid(
     :raises ValueError: where every candidate is left out, or an argument is out of range.
 
     >>> import pyro, pyro.distributions as dist
-    >>> from pyro_shortrun import Langevin, StepSize
+    >>> from pyro_shortrun import Langevin, Prior, StepSize
     >>> from pyro_shortrun.guides import tune_on_grid
     >>> def model(x):
     ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     ...     pyro.sample("x", dist.Normal(loc, 0.5), obs=x)
-    >>> guide = ShortRunGuide(model, dynamics=Langevin(StepSize(0.001, learnable=False)))
+    >>> guide = ShortRunGuide(model, dynamics=Langevin(StepSize(0.001, learnable=False)), start=Prior())
     >>> tune_on_grid(guide, torch.tensor(1.0)).best
     4.0
     """

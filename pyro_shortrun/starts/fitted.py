@@ -85,6 +85,11 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool, device=structure.device))
         self.shift = PyroParam(torch.zeros_like(zero))
         self.stretch = PyroParam(torch.zeros(size, size, dtype=structure.dtype, device=structure.device))
+        if self.shift.shape != zero.shape:  # PyroParam reads the parameter store, by name
+            raise ValueError(
+                f"the Gaussian start has {size} latent values and Pyro's parameter store {len(self.shift)}, another "
+                "guide's: call pyro.clear_param_store() between guides, and go on with the newer one."
+            )
 
     @property
     def loc(self) -> Tensor:

@@ -40,9 +40,10 @@ from pyro_shortrun import (
     to_arviz,
 )
 from pyro_shortrun.diagnostics import SBC, Chains, Trained, nested_rhat, plot_ecdf, plot_ranks, sbc
-from pyro_shortrun.diagnostics.psis import _psislw, _smooth, _weigh
+from pyro_shortrun.diagnostics.psis import _smooth, _weigh
 from pyro_shortrun.diagnostics.sbc import _rank
 from pyro_shortrun.diagnostics.uniformity import UniformBand, holm, symmetry_pvalue
+from pyro_shortrun.guides.smoothing import smoothed
 
 
 def local(x: Tensor) -> None:
@@ -175,14 +176,14 @@ def test_weights_that_cannot_be_are_refused():
 
 def test_both_doors_to_arviz(monkeypatch):
     weights = np.random.default_rng(0).normal(size=(2, 100))
-    smoothed, k = _psislw(weights)
+    smoothed, k = smoothed(weights)
     assert smoothed.shape == (2, 100) and k.shape == (2,)
     stats = ModuleType("arviz_stats.base")
     stats.array_stats = SimpleNamespace(psislw=lambda ary: (-ary, ary.sum(-1)))
     monkeypatch.setitem(sys.modules, "arviz_stats", ModuleType("arviz_stats"))
     monkeypatch.setitem(sys.modules, "arviz_stats.base", stats)
     monkeypatch.setattr(az, "__version__", "1.3.0")
-    np.testing.assert_array_equal(_psislw(weights)[0], weights)
+    np.testing.assert_array_equal(smoothed(weights)[0], weights)
 
 
 # ------------------------------------------------------------------------------------------------ uniform ranks

@@ -211,10 +211,11 @@ def test_adjusted_steps_and_weights_mend_draws():
         draws = guide.sample_posterior(x, y, num_samples=4000, **options)["w"][0]
         return (draws.std(0) / sd).max().item()
 
-    assert spread() < 0.7
+    assert spread(adjust=0) < 0.7
+    assert spread() > 0.8
     assert spread(adjust=60) == pytest.approx(1.0, abs=0.08)
     assert 0.3 < guide.info.acceptance < 0.95
-    assert spread(resample=True) > 0.7
+    assert spread(resample=True, adjust=0) > 0.7
     assert guide.info.k_hat > 0.5
 
 
