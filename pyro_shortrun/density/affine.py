@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .interface import Block, Density
+from .recurrence import Recurrence
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class AffineDensity(Density):
 
     def __init__(self, inner: Density, frame: Affine) -> None:
         self.structure, self.layout, self.repeats = inner.structure, inner.layout, inner.repeats
-        self.inner, self.frame = inner, frame
+        self.inner, self.frame, self.is_traced = inner, frame, inner.is_traced
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.inner(self.frame.outward(v)) + self.frame.log_scale
@@ -75,10 +76,7 @@ class AffineDensity(Density):
         return value + self.frame.log_scale, *others
 
     def execute(self, fn: Block, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return self.inner.execute(_within(fn), (self.frame.center, self.frame.factor, *inputs))
-
-    def steps_at_once(self, fn: Block, inputs: Callable[[], tuple[Tensor, ...]]) -> int:
-        return self.inner.steps_at_once(_within(fn), lambda: (self.frame.center, self.frame.factor, *inputs()))
+        return self.inner.execute(_within(fn), (*inputs, self.frame.center, self.frame.factor))
 
     def expect(self, u: Tensor, value: Tensor) -> None:
         self.inner.expect(self.frame.outward(u), value - self.frame.log_scale)
@@ -86,7 +84,7 @@ class AffineDensity(Density):
 
 @dataclass(frozen=True)
 class _Within:
-    """A block in coordinates that are its first two inputs."""
+    """A block in coordinates that are its last two inputs, the same for all steps."""
 
     fn: Block
 
@@ -99,16 +97,21 @@ class _Within:
         """Whether the block stays in the graph of autograd."""
         return getattr(self.fn, "graph", False)
 
+    @property
+    def recurrence(self) -> Recurrence | None:
+        """How it is one step several times, if it is."""
+        return getattr(self.fn, "recurrence", None)
+
     def __call__(self, density: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.fn(AffineDensity(density, Affine(*inputs[:2])), *inputs[2:])
+        return self.fn(AffineDensity(density, Affine(*inputs[-2:])), *inputs[:-2])
 
 
 class _WitnessWithin(_Within):
     """One whose outputs tell ``log pi`` of a state among its inputs."""
 
     def witness(self, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        frame, fn = Affine(*inputs[:2]), self.fn
-        v, value = fn.witness(inputs[2:], outputs)  # type: ignore[attr-defined]
+        frame, fn = Affine(*inputs[-2:]), self.fn
+        v, value = fn.witness(inputs[:-2], outputs)  # type: ignore[attr-defined]
         return frame.outward(v), value - frame.log_scale
 
 

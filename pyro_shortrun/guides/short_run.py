@@ -71,9 +71,9 @@ class ShortRunGuide(DensityGuide):
     *Plates.* Latents that share a plate form independent rows; in a subsampled one, the gradient of a local latent is
     divided by ``full_size / size``. *Discrete latents* must be enumerated (``config_enumerate``) or hidden.
 
-    Nijkamp, Pang, Han, Zhou, Zhu, Wu: Learning Multi-layer Latent Variable Model via Variational Optimization of
-    Short Run MCMC for Approximate Inference, ECCV 2020.
+    Nijkamp et al.: Multi-layer latent variable models via variational optimization of short run MCMC, ECCV 2020.
     (Its methods are a Pyro user's, and what :class:`~pyro_shortrun.guides.DensityGuide` asks.)
+
     :param model: a Pyro model.
     :param num_steps: ``K >= 1``.
     :param step_size: ``eta``: a number, or a :class:`StepSize`, which is taken as it is. By default the best of a grid
@@ -94,7 +94,7 @@ class ShortRunGuide(DensityGuide):
     :param compile: whether blocks of steps, forwards and back, are traced and compiled (some seconds per new shape), so
         that Pyro is not in the loop. A model that cannot be traced runs eagerly with a logged warning.
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
-    :raises ValueError: for arguments out of range, and at the first call for models that short runs cannot infer.
+    :raises ValueError: for arguments out of range, and at the first call for models that it cannot infer.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class ShortRunGuide(DensityGuide):
         self.info: RunInfo | None = None
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
         self._chooses_step = dynamics is None and step_size is None
-        self._subsamples = False  # what the model does, as far as it is known
+        self._subsamples = False
         self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
         self._calls = 0
         self._training = Training()
@@ -138,10 +138,7 @@ class ShortRunGuide(DensityGuide):
         self.register_buffer("_carried", torch.zeros(()), persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw every latent site, inside its plates.
-
-        :return: dict from site name to value.
-        """
+        """Draw every latent site, inside its plates: dict from site name to value."""
         with ordinary_autograd() as grad_enabled:
             outer = outer_shape()
             call, result, log_q, gradients = self._play(args, kwargs, outer.numel(), grad_enabled)
@@ -166,8 +163,7 @@ class ShortRunGuide(DensityGuide):
             return (density - call.density.layout.row_weight * log_q).sum(-1)
 
     def step_from_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_particles: int) -> float | None:
-        """The loss of :meth:`log_weight` with gradients added to those of the parameters, from one graph of all of it;
-        None without ``compile``, and where the step has to be eager or of several graphs."""
+        """Loss of :meth:`log_weight`, gradients added to the parameters', from one graph; None where there is none."""
         if self._compiler is None or self._compiler.is_eager:
             return None
         return self._training(self, args, kwargs, num_particles)
@@ -208,8 +204,7 @@ class ShortRunGuide(DensityGuide):
     ) -> dict[str, Tensor]:
         """Independent runs, vectorised.
 
-        :param num_samples: draws per chain; every draw is a run of its own.
-        :param num_chains: leading dimension, for ArviZ.
+        :param num_samples: draws per chain (the leading dimension, for ArviZ); every draw is a run of its own.
         :param adjust: how many Metropolis-adjusted steps follow each run and take away what is left of its bias
             (``guide.info.acceptance``); by default 20 from a :class:`Gaussian` start, and none from others.
         :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7).
@@ -256,10 +251,7 @@ class ShortRunGuide(DensityGuide):
 
     def pretrain(self, *args: Any, **kwargs: Any) -> ShortRunGuide:
         """Fit the :class:`Gaussian` start, and choose the step size if nobody has given one, at the model's parameters
-        as they are. The first use does it by itself; a later call fits again, from where the start is.
-
-        :raises ValueError: for another start.
-        """
+        as they are. The first use does it by itself; a later call fits again, from where the start is."""
         before = self._first
         self.setup(*args, **kwargs)
         if not isinstance(self.start, Gaussian):
@@ -275,10 +267,7 @@ class ShortRunGuide(DensityGuide):
         return self._start.has_density
 
     def step_sizes(self) -> Tensor | dict[str, Tensor]:
-        """Current step sizes: a tensor (shared, per step) or a dict from site to values (per site, per dimension).
-
-        :raises RuntimeError: before :meth:`setup` or a first call.
-        """
+        """Current step sizes: a tensor (shared, per step) or a dict from site to values (per site, per dimension)."""
         if self._first is None:
             raise RuntimeError("the guide has no step sizes yet; call guide.setup(*args) with the model's arguments.")
         return self.dynamics.step_size.by_site(self._first.layout)

@@ -91,7 +91,7 @@ class Training:
             return self._eager(guide, args, kwargs, particles)[0]
         if step.is_due:
             return self._compared(guide, step, loss, rest[6:], args, kwargs, particles)
-        guide.info = RunInfo(*rest[:6])
+        guide.info = RunInfo(*rest[:6])  # type: ignore[arg-type]
         guide._calls += 1
         if froze or folded:
             guide._watch(guide.info)

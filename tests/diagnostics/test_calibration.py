@@ -176,8 +176,8 @@ def test_weights_that_cannot_be_are_refused():
 
 def test_both_doors_to_arviz(monkeypatch):
     weights = np.random.default_rng(0).normal(size=(2, 100))
-    smoothed, k = smoothed(weights)
-    assert smoothed.shape == (2, 100) and k.shape == (2,)
+    lines, k = smoothed(weights)
+    assert lines.shape == (2, 100) and k.shape == (2,)
     stats = ModuleType("arviz_stats.base")
     stats.array_stats = SimpleNamespace(psislw=lambda ary: (-ary, ary.sum(-1)))
     monkeypatch.setitem(sys.modules, "arviz_stats", ModuleType("arviz_stats"))
