@@ -36,8 +36,11 @@ class Recurrence:
     def parts(self, outputs: Sequence[Tensor]) -> tuple[Tensors, Tensors, Tensors, Tensors]:
         """Carry, firsts, columns and sums."""
         firsts, end = self.carry + self.firsts, len(outputs) - self.sums
-        return tuple(outputs[: self.carry]), tuple(outputs[self.carry : firsts]), tuple(outputs[firsts:end]), (
-            tuple(outputs[end:])
+        return (
+            tuple(outputs[: self.carry]),
+            tuple(outputs[self.carry : firsts]),
+            tuple(outputs[firsts:end]),
+            (tuple(outputs[end:])),
         )
 
     def steps(self, columns: Sequence[Tensor]) -> list[int]:

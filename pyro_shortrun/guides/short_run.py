@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -36,8 +35,6 @@ from .draws import WeightedDraws, weigh
 from .emit import emit, outer_shape
 from .simulation import Simulation, Watch
 from .training import Training
-
-_LOGGER = logging.getLogger("pyro_shortrun")
 
 
 class ShortRunGuide(DensityGuide):
@@ -99,8 +96,9 @@ class ShortRunGuide(DensityGuide):
     :param full_gradient: see above.
     :param checkpoint: whether a tuned run keeps ``2 sqrt(K)`` states instead of K for its way back, and recomputes the
         others.
-    :param compile: whether blocks of steps, forwards and back, are traced and compiled (some seconds per new shape), so
-        that Pyro is not in the loop. A model that cannot be traced runs eagerly with a logged warning.
+    :param compile: whether runs, and with :class:`ShortRunELBO` whole training steps, are compiled (some seconds per
+        new shape); what cannot be is eager, with a logged warning. By default (None), :meth:`ShortRunSVI.run` compiles
+        the training step where the steps that are left take longer than that, and nothing else is compiled.
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
     :raises ValueError: for arguments out of range, and at the first call for models that short runs cannot infer;
         the message names the site and the remedy.
@@ -118,10 +116,10 @@ class ShortRunGuide(DensityGuide):
         tune_every: int = 1,
         full_gradient: bool = False,
         checkpoint: bool = False,
-        compile: bool = False,
+        compile: bool | None = None,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        super().__init__(model, compile=compile, create_plates=create_plates)
+        super().__init__(model, compile=bool(compile), create_plates=create_plates)
         check_count("num_steps", num_steps)
         check_count("tune_every", tune_every)
         if dynamics is not None and step_size is not None:
@@ -142,7 +140,7 @@ class ShortRunGuide(DensityGuide):
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
         self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
         self._calls = 0
-        self._training = Training()
+        self.steps = Training(compile)
         self._watch = Watch()
         self.register_buffer("_carried", torch.zeros(()), persistent=False)
 
@@ -173,13 +171,6 @@ class ShortRunGuide(DensityGuide):
             call, result, log_q, gradients = self._play(args, kwargs, num_particles, grad_enabled)
             density = call.density.differentiable(result.end, grad_enabled)
             return (density - call.density.layout.row_weight * log_q).sum(-1)
-
-    def step_from_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_particles: int) -> float | None:
-        """The loss of :meth:`log_weight` with gradients added to those of the parameters, from one graph of all of it;
-        None without ``compile``, and where the step has to be eager or of several graphs."""
-        if self._compiler is None or self._compiler.is_eager:
-            return None
-        return self._training(self, args, kwargs, num_particles)
 
     def _play(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int, grad_enabled: bool
