@@ -17,7 +17,7 @@ from ..checks import check_count, check_kind
 from ..density.call import Call
 from ..density.handlers import init_uniform
 from ..density.program import Reading
-from ..density.sites import is_weighted_from_outside
+from ..density.sites import is_masked_out, is_weighted_from_outside
 from ..density.structure import Structure, check_latents, check_proper
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
@@ -185,7 +185,7 @@ class ShortRunGuide(DensityGuide):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int, grad_enabled: bool
     ) -> tuple[Call, ShortRun, Tensor, Gradients]:
         """A training or evaluation call: its run and ``log q(u_K)``, ``(chains, rows)``."""
-        masked = poutine.get_mask() is False
+        masked = is_masked_out()
         training = grad_enabled and not masked
         call = self._bind(args, kwargs, chains)
         tune = self._tunes(training)
