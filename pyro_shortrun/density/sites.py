@@ -44,6 +44,11 @@ def is_data(site: Site) -> bool:
     return bool(observed) and not is_computed(site) and not isinstance(site["fn"], Unit)
 
 
+def is_factor(site: Site) -> bool:
+    """A ``pyro.factor``."""
+    return site["type"] == "sample" and isinstance(site["fn"], Unit)
+
+
 def plates_of(site: Site) -> tuple[Plate, ...]:
     """The vectorised plates around a site."""
     return tuple(
