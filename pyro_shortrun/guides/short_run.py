@@ -322,10 +322,10 @@ class ShortRunGuide(DensityGuide):
         if isinstance(self._start, Prior):
             check_proper(call.reading)
         self._start.setup(call.density)
-        if isinstance(self._start, FromGuide):
-            self._start.draw(call, 1)  # creates a lazily built guide's parameters
 
     def _prepare(self, call: Call) -> None:
+        if isinstance(self._start, FromGuide) and not self._start.is_known:
+            self._start.draw(call, 1)  # creates a lazily built guide's parameters
         layout, like = call.density.layout, next(iter(call.reading.unconstrained.values())).detach()
         self.objective.setup(self.num_steps, layout, like)
         self.dynamics.setup(like)

@@ -34,6 +34,11 @@ class Target(ABC):
     density: Density
 
     @property
+    def has_density(self) -> bool:
+        """Whether the density of the start is known, so that there is a bound to tune by."""
+        return True
+
+    @property
     def is_subsampled(self) -> bool:
         """Whether the density is that of a random mini-batch."""
         return False
@@ -112,6 +117,10 @@ class ModelTarget(Target):
         values = {k: self._transforms[k].inv(v) if k in self._transforms else v for k, v in params.items()}
         chains = [dict(zip(values, one, strict=True)) for one in zip(*values.values(), strict=True)]
         return torch.stack([self.call.model.unconstrain(one) for one in chains])
+
+    @property
+    def has_density(self) -> bool:
+        return self._start.has_density
 
     @property
     def is_subsampled(self) -> bool:
