@@ -27,6 +27,7 @@ from ..objectives.path import PathDensity
 from ..runs.pilot import back_off
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients
+from ..starts.finite import require_gradient
 from ..starts.from_guide import FromGuide
 from ..starts.prior import Prior
 from ..starts.start import Start, StartDraw, check_start
@@ -352,6 +353,9 @@ class ShortRunGuide(DensityGuide):
             simulation, training = self._simulation, self.training and gradients is not Gradients.NONE
             objective = simulation.informed(call, step_size, training) if account else self.objective
             drawn, result = simulation.run(call, chains, step_size, objective, account, gradients, keep_states)
+            if result.info.frozen.all() and result.end.equal(result.start):
+                fresh = replace(call, spare=[])
+                require_gradient(call.model, result.start, lambda n: self._start.draw(fresh, n).state)
         self.info = result.info
         return drawn, result
 

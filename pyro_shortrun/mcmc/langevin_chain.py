@@ -66,18 +66,6 @@ class LangevinChain(Sampler):
         preconditioner = type(self.adaptation.preconditioner).__name__
         return f"{self.num_steps} {name} steps {start}, preconditioner {preconditioner}"
 
-    def fresh(self, chains: int) -> ChainState:
-        """
-        :raises ValueError: where the density has no gradient wherever a chain starts: it would never move.
-        """
-        state = super().fresh(chains)
-        if state.immovable().any():
-            raise ValueError(
-                "the gradient of the log density is not finite at the start of a chain: look for sqrt(0), 0 * inf and "
-                "the like in the model, or pass another start, such as start=Init(init_to_median)."
-            )
-        return state
-
     def step_size(self, k: int) -> Tensor:
         """Step size of the ``k``-th step of a draw, broadcastable to ``(rows, size)``."""
         if self.schedule is not None:
