@@ -256,6 +256,12 @@ class Program:
         except (TypeError, ZeroDivisionError, RuntimeError) as reason:
             explain(reason, model, bind.args, bind.kwargs, tracer.trace)
             raise
+        if free is not None and len(reader.unconstrained) < len(free):
+            gone = next(name for name in free if name not in reader.unconstrained)
+            raise ValueError(
+                f"latent site '{gone}' disappeared in the middle of a run: the model's latent sites must not depend on "
+                "the values of other sites."
+            )
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
 
 

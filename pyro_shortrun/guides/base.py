@@ -14,6 +14,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
+from ..checks import warn_if_stored
 from ..compile.compiler import Compiler
 from ..compile.executor import density_of
 from ..density.call import Binder, Call
@@ -168,6 +169,7 @@ class DensityGuide(AutoGuide):
         call = replace(call, density=density_of(call.model, self._compiler), spare=spare)
         create_missing(self.plates, reading, latents_only=self.master is not None)
         if self._first is None:
+            warn_if_stored(self)
             self._begin(call)
             self._first = call.model.structure
             warn_if_rows_mix(call.model, call.model.layout.pack(reading.unconstrained).unsqueeze(0).detach())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from ..checks import check_count, check_kind
+from ..checks import check_count, check_kind, check_unused
 from ..density.call import Call
 from ..density.handlers import init_uniform
 from ..density.program import Reading
@@ -37,8 +36,6 @@ from .draws import WeightedDraws, weigh
 from .emit import emit, outer_shape
 from .simulation import Simulation, Watch
 from .training import Training
-
-_LOGGER = logging.getLogger("pyro_shortrun")
 
 
 class ShortRunGuide(DensityGuide):
@@ -130,6 +127,7 @@ class ShortRunGuide(DensityGuide):
         check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
         check_kind("objective", objective, Objective, "PathDensity()")
         check_start(start)
+        check_unused(step_size=step_size, dynamics=dynamics, objective=objective)
         self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
         self.checkpoint = checkpoint
         self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
@@ -253,13 +251,12 @@ class ShortRunGuide(DensityGuide):
             return call, *self._simulation.run(call, count, eta, objective, account, Gradients.NONE)
 
     def _repeat(self, call: Call, count: int, account: bool) -> WeightedDraws:
-        parts = []
+        parts, at_once = [], self._simulation.chains_at_once(call.density.layout)
         while count:
-            chains = min(count, self._simulation.chains_at_once(call.density.layout))
-            drawn, result = self._run(call, chains, account, Gradients.NONE)
+            drawn, result = self._run(call, min(count, at_once), account, Gradients.NONE)
             self._watch(result.info)
             parts.append(weigh(call, drawn, result, account))
-            count -= chains
+            count -= min(count, at_once)
         return WeightedDraws.join(parts)
 
     def trajectory(self, *args: Any, num_chains: int = 1, **kwargs: Any) -> dict[str, Tensor]:
@@ -350,12 +347,11 @@ class ShortRunGuide(DensityGuide):
         silent = poutine.block() if gradients is Gradients.NONE else nullcontext()
         with silent:
             step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
-            simulation, training = self._simulation, self.training and gradients is not Gradients.NONE
-            objective = simulation.informed(call, step_size, training) if account else self.objective
+            simulation, learns = self._simulation, self.training and gradients is not Gradients.NONE
+            objective = simulation.informed(call, step_size, learns) if account else self.objective
             drawn, result = simulation.run(call, chains, step_size, objective, account, gradients, keep_states)
             if result.info.frozen.all() and result.end.equal(result.start):
-                fresh = replace(call, spare=[])
-                require_gradient(call.model, result.start, lambda n: self._start.draw(fresh, n).state)
+                require_gradient(call.model, result.start, self._start.draw(replace(call, spare=[]), 8).state)
         self.info = result.info
         return drawn, result
 

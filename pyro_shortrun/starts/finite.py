@@ -11,7 +11,6 @@ from ..density.model import LogDensity
 from ..density.trust import offender
 
 Drawn = TypeVar("Drawn")
-_TRIES = 8
 CHECK_MODEL = (
     "check the data for NaN, the observation's support, and the priors, or pass another start, such as "
     "start=Init(init_to_median)"
@@ -48,16 +47,16 @@ def require_finite(finite: Tensor, model: LogDensity, state: Tensor, what: str, 
         raise ValueError(f"{what}, first at {offender(model, state[chain].detach())}: {remedy}.")
 
 
-def require_gradient(model: LogDensity, state: Tensor, draw: Callable[[int], Tensor]) -> None:
+def require_gradient(model: LogDensity, state: Tensor, others: Tensor) -> None:
     """Refuse a model whose log density has no gradient wherever runs begin: they would all stay there.
 
     :param state: where the runs of a call began, ``(chains, rows, size)``.
-    :param draw: other starts, as many.
+    :param others: further starts.
     :raises ValueError: naming the first site that is to blame.
     """
-    for u in (state, draw(_TRIES)):
+    for u in (others, state):
         found = model.value_and_grad(u.detach())[1].isfinite().all(-1)
         if found.any():
             return
     what = "the gradient of the log density is not finite at any start of a run"
-    require_finite(found[: len(state)], model, state, what, CHECK_GRADIENT)
+    require_finite(found, model, state, what, CHECK_GRADIENT)

@@ -28,6 +28,7 @@ from pyro_shortrun import (
     VectorizedMCMC,
     psis,
 )
+from pyro_shortrun.density import Call, Program
 from pyro_shortrun.diagnostics import compare_with_nuts
 from pyro_shortrun.evaluation import importance_log_likelihood
 from pyro_shortrun.objectives import Lanczos
@@ -505,3 +506,24 @@ def test_step_sizes_of_another_guide_are_named():
     ShortRunGuide(local, num_steps=3, step_size=StepSize(0.1, per="step")).setup(x)
     with pytest.raises(ValueError, match=r"2 step sizes and Pyro's parameter store 3.*clear_param_store"):
         older(x)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_latents_that_come_and_go_are_named(seed):
+    """Whether the site was there when the call was read, or not."""
+
+    def moody() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if x > 0:
+            pyro.sample("y", dist.Normal(x, 1.0))
+        pyro.sample("o", dist.Normal(x, 1.0), obs=torch.tensor(0.0))
+
+    pyro.set_rng_seed(seed)
+    guide = ShortRunGuide(moody, num_steps=2, step_size=StepSize(0.5))
+    with pytest.raises(ValueError, match="'y'"):
+        for _ in range(20):
+            guide()
+    values = {"x": torch.tensor(-1.0), "y": torch.tensor(0.0)}
+    bound = Call.of(lambda: poutine.condition(moody, {"x": torch.tensor(1.0)})(), (), {})
+    with pytest.raises(ValueError, match="latent site 'y' disappeared in the middle of a run"):
+        Program(moody).run(bound.bind, values)
