@@ -104,8 +104,8 @@ class Persistent(nn.Module, Start):
             names = ", ".join(f"'{p.name}'" for p in call.density.layout.row_plates)
             warnings.warn(
                 f"the data of plate {names} are others than before, and Persistent tells its elements apart by "
-                "position alone: they go on from the chains of other data. Make the plate over the whole data set and pass it "
-                "the indices of the batch, pyro.plate(name, size, subsample=index), or use Prior() (told once).",
+                "position alone: they go on from the chains of other data. Make the plate over the whole data set and "
+                "pass it the indices of the batch, pyro.plate(name, size, subsample=index), or use Prior().",
                 stacklevel=2,
             )
         return torch.zeros_like(changed)
