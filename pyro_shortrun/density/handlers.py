@@ -19,6 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to
 
+from .holes import traceable
 from .sites import Site, is_data, is_discrete, is_latent
 
 
@@ -66,7 +67,7 @@ class Reader(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         name = msg["name"]
-        msg["fn"] = unvalidated(msg["fn"])
+        msg["fn"] = traceable(unvalidated(msg["fn"]))
         if site_is_subsample(msg):
             if msg["value"] is None and name in self.indices:
                 msg["value"] = self.indices[name]
