@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -198,6 +199,22 @@ class DensityGuide(AutoGuide):
         state.update(_model=None, _binder=None, master=None, plates={}, _conditioned=None)
         state["_modules"] = {k: without_model(m) for k, m in self._modules.items()}
         return state
+
+    def __deepcopy__(self: _Guide, memo: dict[int, Any]) -> _Guide:
+        """A guide of the same model, with parameters of its own.
+
+        They keep their names, under which Pyro's store holds one value: give the copy to a torch optimiser, or set
+        ``pyro.settings.set(module_local_params=True)``, where both are to be used in one process.
+        """
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        for old, own in zip(self.modules(), new.modules(), strict=True):
+            if isinstance(old, AutoGuide):
+                own.__dict__["_model"] = old._model
+        new._binder = None if self._binder is None else Binder(self._binder.program)
+        new._conditioned = self._conditioned
+        return new
 
 
 def _instead(conditioned: _Arguments, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:

@@ -140,9 +140,7 @@ class ShortRunGuide(DensityGuide):
         self.info: RunInfo | None = None
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
         self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
-        self._calls = 0
-        self._training = Training()
-        self._watch = Watch()
+        self._calls, self._watch, self._training = 0, Watch(), Training()
         self.register_buffer("_carried", torch.zeros(()), persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -153,7 +151,7 @@ class ShortRunGuide(DensityGuide):
         with ordinary_autograd() as grad_enabled:
             outer = outer_shape()
             call, result, log_q, gradients = self._play(args, kwargs, outer.numel(), grad_enabled)
-            known = None if result.landed is None else result.landed[1:]
+            known = result.landed and result.landed[1:]
             values, jacobian = call.constrain(result.end, gradients is not Gradients.FULL, known)
             log_q = log_q - jacobian if self._start.has_density else torch.zeros_like(jacobian)
             return emit(call, self.plates, self._pyro_name, outer, values, result.end, log_q)
@@ -320,10 +318,11 @@ class ShortRunGuide(DensityGuide):
         if isinstance(self._start, Prior):
             check_proper(call.reading)
         self._start.setup(call.density)
+        if isinstance(self._start, FromGuide):
+            self._start.draw(call, 1)  # creates a lazily built guide's parameters
 
     def _prepare(self, call: Call) -> None:
-        if isinstance(self._start, FromGuide) and not self._start.is_known:
-            self._start.draw(call, 1)  # creates a lazily built guide's parameters
+        self._start.look(call)
         layout, like = call.density.layout, next(iter(call.reading.unconstrained.values())).detach()
         self.objective.setup(self.num_steps, layout, like)
         self.dynamics.setup(like)

@@ -45,6 +45,14 @@ class FromGuide(Start):
     def has_density(self) -> bool:  # type: ignore[override]
         return self._fixes is None
 
+    def look(self, call: Call) -> None:
+        """Find out whether the guide has a density, if that is not known; leaves random numbers as they are."""
+        if not self.is_known:
+            state = random_state()
+            with pyro.validation_enabled(False):
+                self._trace(call)
+            set_random_state(state)
+
     def require_density(self, what: str) -> None:
         """Refuse a point mass, after a draw.
 
@@ -57,11 +65,8 @@ class FromGuide(Start):
             )
 
     def draw(self, call: Call, chains: int) -> StartDraw:
-        if chains > 1 and not self.is_known:  # vmap cannot ask for values
-            state = random_state()
-            with pyro.validation_enabled(False):
-                self._trace(call)
-            set_random_state(state)
+        if chains > 1:  # vmap cannot ask for values
+            self.look(call)
         base = self._gaussian(call)
         if base is None:
             was_real = call.model.structure.is_real
