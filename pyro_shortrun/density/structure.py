@@ -219,6 +219,6 @@ def check_masks(objective: Any, reading: Reading) -> None:
     for site in reading.latents:
         if site["mask"] is not None and site["mask"] is not True:
             raise NotImplementedError(
-                f"latent site '{site['name']}' lies in poutine.mask, which {type(objective).__name__} cannot weigh: "
-                "use Annealed() or PathDensity()."
+                f"latent site '{site['name']}' lies in poutine.mask (or obs_mask makes it), which "
+                f"{type(objective).__name__} cannot weigh: use PathDensity(), or Annealed() with start=Prior()."
             )
