@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, Transform, biject_to
+from torch.distributions import Distribution, Transform, biject_to, transform_to
 
 from .holes import traceable
 from .sites import Site, is_data, is_discrete, is_latent
@@ -187,9 +187,14 @@ def continuous_init(init: Callable[..., Any]) -> Messenger:
 def init_uniform(site: Any) -> Tensor:
     """Uniform on (-2, 2) in unconstrained space, as Pyro's ``init_to_uniform``, for improper priors too."""
     fn = site["fn"]
-    transform = biject_to(fn.support)
+    try:
+        transform = biject_to(fn.support)
+    except NotImplementedError:  # a sphere, whose points a reparametrisation replaces
+        transform = transform_to(fn.support)
     try:
         like = transform.inv(fn.sample())
     except NotImplementedError:  # an improper prior
         like = torch.empty(transform.inverse_shape(fn.shape()))
-    return transform(4 * torch.rand_like(like) - 2)
+    value = transform(4 * torch.rand_like(like) - 2)
+    value._pyro_custom_init = False  # so that a reparametrisation may replace it without a warning
+    return value
