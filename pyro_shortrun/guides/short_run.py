@@ -12,11 +12,11 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from ..checks import check_count, check_kind
+from ..checks import check_count, check_kind, check_unused
 from ..density.call import Call
 from ..density.handlers import init_uniform
 from ..density.program import Reading
-from ..density.sites import is_weighted_from_outside
+from ..density.sites import is_masked_out, is_weighted_from_outside
 from ..density.structure import Structure, check_latents, check_proper
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
@@ -26,6 +26,7 @@ from ..objectives.path import PathDensity
 from ..runs.pilot import back_off
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients
+from ..starts.finite import require_gradient
 from ..starts.from_guide import FromGuide
 from ..starts.prior import Prior
 from ..starts.start import Start, StartDraw, check_start
@@ -127,6 +128,7 @@ class ShortRunGuide(DensityGuide):
         check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
         check_kind("objective", objective, Objective, "PathDensity()")
         check_start(start)
+        check_unused(step_size=step_size, dynamics=dynamics, objective=objective)
         self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
         self.checkpoint = checkpoint
         self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
@@ -139,9 +141,7 @@ class ShortRunGuide(DensityGuide):
         self.info: RunInfo | None = None
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
         self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
-        self._calls = 0
-        self.steps = Training(compile)
-        self._watch = Watch()
+        self._calls, self._watch, self.steps = 0, Watch(), Training(compile)
         self.register_buffer("_carried", torch.zeros(()), persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ class ShortRunGuide(DensityGuide):
         with ordinary_autograd() as grad_enabled:
             outer = outer_shape()
             call, result, log_q, gradients = self._play(args, kwargs, outer.numel(), grad_enabled)
-            known = None if result.landed is None else result.landed[1:]
+            known = result.landed and result.landed[1:]
             values, jacobian = call.constrain(result.end, gradients is not Gradients.FULL, known)
             log_q = log_q - jacobian if self._start.has_density else torch.zeros_like(jacobian)
             return emit(call, self.plates, self._pyro_name, outer, values, result.end, log_q)
@@ -176,7 +176,7 @@ class ShortRunGuide(DensityGuide):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int, grad_enabled: bool
     ) -> tuple[Call, ShortRun, Tensor, Gradients]:
         """A training or evaluation call: its run and ``log q(u_K)``, ``(chains, rows)``."""
-        masked = poutine.get_mask() is False
+        masked = is_masked_out()
         training = grad_enabled and not masked
         call = self._bind(args, kwargs, chains)
         tune = self._tunes(training)
@@ -243,13 +243,12 @@ class ShortRunGuide(DensityGuide):
             return call, *self._simulation.run(call, count, eta, objective, account, Gradients.NONE)
 
     def _repeat(self, call: Call, count: int, account: bool) -> WeightedDraws:
-        parts = []
+        parts, at_once = [], self._simulation.chains_at_once(call.density.layout)
         while count:
-            chains = min(count, self._simulation.chains_at_once(call.density.layout))
-            drawn, result = self._run(call, chains, account, Gradients.NONE)
+            drawn, result = self._run(call, min(count, at_once), account, Gradients.NONE)
             self._watch(result.info)
             parts.append(weigh(call, drawn, result, account))
-            count -= chains
+            count -= min(count, at_once)
         return WeightedDraws.join(parts)
 
     def trajectory(self, *args: Any, num_chains: int = 1, **kwargs: Any) -> dict[str, Tensor]:
@@ -317,6 +316,7 @@ class ShortRunGuide(DensityGuide):
             self._start.draw(call, 1)  # creates a lazily built guide's parameters
 
     def _prepare(self, call: Call) -> None:
+        self._start.look(call)
         layout, like = call.density.layout, next(iter(call.reading.unconstrained.values())).detach()
         self.objective.setup(self.num_steps, layout, like)
         self.dynamics.setup(like)
@@ -340,9 +340,11 @@ class ShortRunGuide(DensityGuide):
         silent = poutine.block() if gradients is Gradients.NONE else nullcontext()
         with silent:
             step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
-            simulation, training = self._simulation, self.training and gradients is not Gradients.NONE
-            objective = simulation.informed(call, step_size, training) if account else self.objective
+            simulation, learns = self._simulation, self.training and gradients is not Gradients.NONE
+            objective = simulation.informed(call, step_size, learns) if account else self.objective
             drawn, result = simulation.run(call, chains, step_size, objective, account, gradients, keep_states)
+            if result.info.frozen.all() and result.end.equal(result.start):
+                require_gradient(call.model, result.start, self._start.draw(replace(call, spare=[]), 8).state)
         self.info = result.info
         return drawn, result
 
