@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
+import pyro
 from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+_LOGGER = logging.getLogger("pyro_shortrun")
 
 
 def check_count(name: str, value: Any) -> None:
@@ -131,3 +136,31 @@ def of_module(owner: str, module: Any) -> dict[str, Tensor]:
     if not isinstance(module, nn.Module):
         return {}
     return {f"{owner} parameter '{k}'": p for k, p in module.named_parameters()}
+
+
+def check_unused(**modules: Any) -> None:
+    """Refuse modules, by argument, whose parameters are another guide's, by their names in Pyro's store.
+
+    :raises ValueError: naming the argument.
+    """
+    for name, module in modules.items():
+        parts = module.modules() if isinstance(module, nn.Module) else ()
+        if any(isinstance(m, PyroModule) and m._pyro_context.used for m in parts):
+            kind = type(module).__name__
+            raise ValueError(
+                f"{name} is a {kind} that another guide has been called with, whose parameters it holds: make a {kind} "
+                "for each guide."
+            )
+
+
+def warn_if_stored(guide: PyroModule) -> None:
+    """Tell that a guide which is called for the first time has parameters in Pyro's store already."""
+    prefix = f"{guide._pyro_name or type(guide).__name__}."
+    if pyro.settings.get("module_local_params"):
+        return
+    if stored := [name for name in pyro.get_param_store().keys() if name.startswith(prefix)]:
+        _LOGGER.warning(
+            "this guide takes its parameters (%s) from Pyro's store, where another guide, or a state that was loaded, "
+            "has left them. If that is not meant, call pyro.clear_param_store() before a new guide.",
+            ", ".join(sorted(stored)[:3]) + (", ..." if len(stored) > 3 else ""),
+        )

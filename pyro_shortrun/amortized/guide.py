@@ -15,6 +15,7 @@ from ..checks import check_between, check_count
 from ..density.call import Call
 from ..density.layout import Layout
 from ..density.program import Reading
+from ..density.sites import is_masked_out
 from ..density.structure import Structure
 from ..guides.base import DensityGuide
 from ..guides.emit import emit, outer_shape
@@ -151,7 +152,7 @@ class LangevinEncoderGuide(DensityGuide):
         """
         with ordinary_autograd() as grad_enabled:
             outer = outer_shape()
-            trains = grad_enabled and poutine.get_mask() is not False
+            trains = grad_enabled and not is_masked_out()
             call = self._bind(args, kwargs, outer.numel())
             encoding = self._encoding(call, trains, check=True)
             stores = trains and self.training

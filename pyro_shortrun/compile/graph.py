@@ -42,12 +42,12 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Live:
 
 
 def _live(sources: tuple[Any, ...], *more: Hashable) -> Live:
-    leaves, spec = pytree.tree_flatten(sources)
+    leaves, structure = pytree.tree_flatten(sources)
     given: dict[Role, Tensor] = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     literals = tuple(_literal(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-    shapes = tuple((role, *_spec(t)) for role, t in given.items())
+    shapes = tuple((role, *spec(t)) for role, t in given.items())
     tensors: dict[Role, Tensor] = dict(pyro.get_param_store()._params.items())
-    return Live(tensors | given, (shapes, literals, str(spec), *more))
+    return Live(tensors | given, (shapes, literals, structure, *more))
 
 
 def _literal(leaf: Any) -> Hashable:
@@ -67,7 +67,8 @@ class _Same:
         return id(self.value)
 
 
-def _spec(t: Tensor) -> tuple[Any, ...]:
+def spec(t: Tensor) -> tuple[Any, ...]:
+    """What a compiled graph takes for granted of a tensor."""
     return t.shape, t.stride(), t.dtype, t.device
 
 
@@ -82,12 +83,12 @@ class Graph:
     @classmethod
     def of(cls, run: Function, constants: Constants, live: Live) -> Graph:
         """With the shapes that the constants have now."""
-        return cls(run, constants, tuple(map(_spec, bound(constants, live))))
+        return cls(run, constants, tuple(map(spec, bound(constants, live))))
 
     def fits(self, live: Live) -> bool:
         """Whether parameters still have the shapes that they had."""
         known = all(isinstance(c, Tensor) or c in live.tensors for c in self.constants)
-        return known and self.specs == tuple(map(_spec, bound(self.constants, live)))
+        return known and self.specs == tuple(map(spec, bound(self.constants, live)))
 
     def wants_gradients(self, live: Live) -> bool:
         """Whether the function depends on something that is to be trained."""

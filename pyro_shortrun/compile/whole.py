@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from ..density.interface import Block, Density
 from ..density.model import LogDensity
 from .compiler import traceable
-from .graph import Function, Graph, Live, bound, trace
+from .graph import Constants, Function, Live, spec, trace
 from .inductor import Backend
 from .scan import Scan, draws_numbers
 
@@ -47,17 +47,37 @@ class TracedDensity(Density):
         return self._model.land(u)
 
 
+class Inputs:
+    """Values of what a graph reaches: those that have a role in a call are looked up in each."""
+
+    def __init__(self, constants: Constants, live: Live) -> None:
+        self._values = [(live.tensors[c] if not isinstance(c, Tensor) else c).detach() for c in constants]
+        self._roles = [(i, c) for i, c in enumerate(constants) if not isinstance(c, Tensor)]
+        self._specs = [spec(self._values[i]) for i, _ in self._roles]
+
+    def of(self, live: Live) -> list[Tensor] | None:
+        """In this call; None where some have other shapes than at first, or are gone."""
+        values, tensors = self._values, live.tensors
+        for (i, role), known in zip(self._roles, self._specs, strict=True):
+            found = tensors.get(role)
+            if found is None or (found.shape, found.stride(), found.dtype, found.device) != known:
+                return None
+            values[i] = found.detach() if found.requires_grad else found
+        return values
+
+
 @dataclass(frozen=True)
 class Whole:
     """``compute()`` with the tensors that it reaches as they are at each call.
 
-    Its random numbers are drawn by torch's generator in the order of the trace, by :attr:`draw`, so that they are those
-    of the eager computation; the rest is :attr:`graph`.
+    Its random numbers are drawn by torch's generator in the order of the trace, by ``draw``, so that they are those
+    of the eager computation; the rest is ``run``, on what was drawn and on the values at ``kept``.
     """
 
     draw: Function
-    drawn_from: Graph
-    graph: Graph
+    run: Function
+    kept: list[int]
+    inputs: Inputs
 
     @classmethod
     def of(cls, compute: Compute, live: Live, backend: Backend) -> Whole:
@@ -66,24 +86,26 @@ class Whole:
         :raises Exception: whatever tracing and compiling meet.
         """
         module, constants = trace(compute, (), live)
-        values = bound(constants, live)
-        first, rest, kept = _split(module)
-        drawn = first(*values)
-        built = backend.build(rest, [*drawn, *(values[i] for i in kept)])
-        return cls(first, Graph.of(first, constants, live), Graph.of(built, tuple(constants[i] for i in kept), live))
-
-    def fits(self, live: Live) -> bool:
-        """Whether parameters still have the shapes that they had."""
-        return self.drawn_from.fits(live)
-
-    def __call__(self, live: Live) -> tuple[Tensor, ...]:
+        inputs = Inputs(constants, live)
+        values = inputs.of(live)
+        assert values is not None
+        first, rest, needed, kept = _split(module)
         with torch.no_grad():
-            drawn = self.draw(*bound(self.drawn_from.constants, live))
-            return self.graph.run(*drawn, *bound(self.graph.constants, live))
+            drawn = first(*(values[i] for i in needed))
+            run = backend.build(rest, [*drawn, *(values[i] for i in kept)])
+        return cls(lambda values: first(*[values[i] for i in needed]), run, kept, inputs)
+
+    def __call__(self, live: Live) -> tuple[Tensor, ...] | None:
+        """None where it was made for tensors of other shapes."""
+        values = self.inputs.of(live)
+        if values is None:
+            return None
+        with torch.no_grad():
+            return self.run(*self.draw(values), *[values[i] for i in self.kept])
 
 
-def _split(module: GraphModule) -> tuple[GraphModule, GraphModule, list[int]]:
-    """What draws random numbers, with all that it needs, and the rest; of the inputs, in this order, which the rest has
+def _split(module: GraphModule) -> tuple[GraphModule, GraphModule, list[int], list[int]]:
+    """What draws random numbers, with all that it needs, and the rest; and which of the inputs each has, the rest
     after what was drawn."""
     nodes = list(module.graph.nodes)
     early: set[Node] = set()
@@ -93,11 +115,15 @@ def _split(module: GraphModule) -> tuple[GraphModule, GraphModule, list[int]]:
     inputs = [n for n in nodes if n.op == "placeholder"]
     before = [n for n in nodes if n in early and n.op != "placeholder"]
     after = [n for n in nodes if n not in early and n.op != "placeholder"]
-    passed = [n for n in before if any(user in after for user in n.users)]
-    kept = [i for i, n in enumerate(inputs) if any(user in after for user in n.users)]
-    first = _part(module, inputs, before, passed)
+    passed = [n for n in before if _is_used(n, after)]
+    needed, kept = ([i for i, n in enumerate(inputs) if _is_used(n, part)] for part in (before, after))
+    first = _part(module, [inputs[i] for i in needed], before, passed)
     rest = _part(module, [*passed, *(inputs[i] for i in kept)], after, None)
-    return first, rest, kept
+    return first, rest, needed, kept
+
+
+def _is_used(node: Node, by: list[Node]) -> bool:
+    return not set(by).isdisjoint(node.users)
 
 
 def _part(module: GraphModule, inputs: list[Node], body: list[Node], outputs: list[Node] | None) -> GraphModule:
@@ -110,5 +136,5 @@ def _part(module: GraphModule, inputs: list[Node], body: list[Node], outputs: li
         env[node] = graph.node_copy(node, lambda n: env[n])
     if outputs is not None:
         graph.output(tuple(env[n] for n in outputs))
-    attributes: dict[str, Any] = {n.target: getattr(module, n.target) for n in body if n.op == "get_attr"}
+    attributes: dict[str, Any] = {str(n.target): getattr(module, str(n.target)) for n in body if n.op == "get_attr"}
     return GraphModule(attributes, graph)

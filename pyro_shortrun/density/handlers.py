@@ -17,8 +17,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, Transform, biject_to
+from torch.distributions import Distribution, Transform, biject_to, transform_to
 
+from .holes import traceable
 from .sites import Site, is_data, is_discrete, is_latent
 
 
@@ -66,7 +67,7 @@ class Reader(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         name = msg["name"]
-        msg["fn"] = unvalidated(msg["fn"])
+        msg["fn"] = traceable(unvalidated(msg["fn"]))
         if site_is_subsample(msg):
             if msg["value"] is None and name in self.indices:
                 msg["value"] = self.indices[name]
@@ -186,9 +187,14 @@ def continuous_init(init: Callable[..., Any]) -> Messenger:
 def init_uniform(site: Any) -> Tensor:
     """Uniform on (-2, 2) in unconstrained space, as Pyro's ``init_to_uniform``, for improper priors too."""
     fn = site["fn"]
-    transform = biject_to(fn.support)
+    try:
+        transform = biject_to(fn.support)
+    except NotImplementedError:  # a sphere, whose points a reparametrisation replaces
+        transform = transform_to(fn.support)
     try:
         like = transform.inv(fn.sample())
     except NotImplementedError:  # an improper prior
         like = torch.empty(transform.inverse_shape(fn.shape()))
-    return transform(4 * torch.rand_like(like) - 2)
+    value = transform(4 * torch.rand_like(like) - 2)
+    value._pyro_custom_init = False  # so that a reparametrisation may replace it without a warning
+    return value

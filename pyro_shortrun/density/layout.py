@@ -133,7 +133,15 @@ class Layout:
         return sum(packing.numel for _, packing in self._local)
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Unconstrained site values ``(*lead, *batch, *event)`` to ``(*lead, rows, size)``."""
+        """Unconstrained site values ``(*lead, *batch, *event)`` to ``(*lead, rows, size)``.
+
+        :raises ValueError: where one is not there.
+        """
+        if gone := [s.name for s in self.sites if s.name not in values]:
+            raise ValueError(
+                f"latent site '{gone[0]}' disappeared in another run of the model: its latent sites must not depend on "
+                "the values of other sites."
+            )
         rows = torch.cat([packing.to_rows(values[name]) for name, packing in self._local], -1)
         if not self.is_arrow:
             return rows

@@ -179,6 +179,12 @@ class Program:
         hidden = any(hide(site) for hide in self._hidden)
         if site_is_subsample(site):
             return
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized and frame.size < 0:
+                raise ValueError(
+                    f"plate '{frame.name}' around latent site '{name}' has no size, which short runs need to make rows "
+                    f"of its elements: write pyro.plate('{frame.name}', size)."
+                )
         if any(not f.vectorized for f in site["cond_indep_stack"]):
             raise NotImplementedError(
                 f"latent site '{name}' lies in a sequential pyro.plate; write `with pyro.plate(...):` instead of "
@@ -198,7 +204,7 @@ class Program:
         elif hidden:
             raise ValueError(
                 f"latent site '{name}' is hidden by poutine.block but the log density needs its value: in an "
-                "AutoGuideList append the part that samples it first and run under poutine.trace (as SVI does)."
+                "AutoGuideList append the part that samples it first, and call the list, not the part."
             )
 
     def bind(
@@ -256,6 +262,12 @@ class Program:
         except (TypeError, ZeroDivisionError, RuntimeError) as reason:
             explain(reason, model, bind.args, bind.kwargs, tracer.trace)
             raise
+        if free is not None and len(reader.unconstrained) < len(free):
+            gone = next(name for name in free if name not in reader.unconstrained)
+            raise ValueError(
+                f"latent site '{gone}' disappeared in the middle of a run: the model's latent sites must not depend on "
+                "the values of other sites."
+            )
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
 
 

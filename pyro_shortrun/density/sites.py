@@ -44,6 +44,11 @@ def is_data(site: Site) -> bool:
     return bool(observed) and not is_computed(site) and not isinstance(site["fn"], Unit)
 
 
+def is_factor(site: Site) -> bool:
+    """A ``pyro.factor``."""
+    return site["type"] == "sample" and isinstance(site["fn"], Unit)
+
+
 def plates_of(site: Site) -> tuple[Plate, ...]:
     """The vectorised plates around a site."""
     return tuple(
@@ -62,3 +67,9 @@ def is_weighted_from_outside() -> bool:
         pyro.sample("_outer", Delta(torch.zeros(())), infer={"is_auxiliary": True})
     site: Any = tracer.trace.nodes["_outer"]
     return bool(site["scale"] != 1.0) or site["mask"] is not None or bool(site["cond_indep_stack"])
+
+
+def is_masked_out() -> bool:
+    """Whether handlers around this call take every element of its sample statements out of the log density."""
+    mask = poutine.get_mask()
+    return mask is False or (isinstance(mask, Tensor) and not bool(mask.any()))

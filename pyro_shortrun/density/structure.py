@@ -66,6 +66,7 @@ def read_structure(program: Program, reading: Reading, bind: Binding) -> Structu
         )
         for s in reading.latents
     ]
+    _check_room(reading)
     leaves = {k: v.detach().clone().requires_grad_() for k, v in reading.unconstrained.items()}
     _check_dtypes(leaves)
     with torch.enable_grad(), pyro.validation_enabled(False):
@@ -97,6 +98,23 @@ def _compute_log_prob(trace: Any, bind: Binding) -> None:
             f"site '{name}': a value of shape {tuple(value.shape)} does not fit a distribution with batch shape "
             f"{tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}."
         ) from reason
+
+
+def _check_room(reading: Reading) -> None:
+    """Refuse latents that can take one value only: nothing could move."""
+    for site in reading.latents:
+        fn = site["fn"]
+        while isinstance(fn, (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
+            fn = fn.base_dist
+        support = getattr(fn, "support", None)
+        low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+        empty = low is not None and high is not None and bool((torch.as_tensor(low) >= torch.as_tensor(high)).any())
+        if empty or isinstance(fn, dist.Delta):
+            name = site["name"]
+            raise ValueError(
+                f"latent site '{name}' ({type(fn).__name__}) can take one value only: write "
+                f"pyro.deterministic('{name}', value), or give it a prior that has some width."
+            )
 
 
 def _check_dtypes(values: Mapping[str, Tensor]) -> None:
@@ -201,6 +219,6 @@ def check_masks(objective: Any, reading: Reading) -> None:
     for site in reading.latents:
         if site["mask"] is not None and site["mask"] is not True:
             raise NotImplementedError(
-                f"latent site '{site['name']}' lies in poutine.mask, which {type(objective).__name__} cannot weigh: "
-                "use Annealed() or PathDensity()."
+                f"latent site '{site['name']}' lies in poutine.mask (or obs_mask makes it), which "
+                f"{type(objective).__name__} cannot weigh: use PathDensity(), or Annealed() with start=Prior()."
             )

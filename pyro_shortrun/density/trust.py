@@ -11,6 +11,7 @@ from torch import Tensor
 from .interface import Density
 from .layout import Arrow, Layout
 from .model import LogDensity
+from .sites import Site
 
 
 @torch.no_grad()
@@ -76,13 +77,27 @@ def row_names(layout: Layout) -> str:
 
 
 def offender(density: LogDensity, u: Tensor) -> str:
-    """Name and value of the first site whose log density is not finite at ``u`` (one chain)."""
-    reading = density.read(u)
-    with pyro.validation_enabled(False):
+    """Name and value of the first site whose log density, or else the gradient of that, is not finite at ``u`` (one
+    chain)."""
+    leaf = u.detach().requires_grad_()
+    with torch.enable_grad(), pyro.validation_enabled(False):
+        reading = density.read(leaf)
         reading.trace.compute_log_prob()
-    for name, site in reading.trace.nodes.items():
-        if site["type"] == "sample" and not torch.isfinite(site["log_prob"]).all():
-            value = site["value"]
-            bad = ", ".join(f"{v:.4g}" for v in value.detach().flatten()[:3].tolist())
-            return f"site '{name}' (value {bad}{', ...' if value.numel() > 3 else ''})"
+    sites = [s for s in reading.trace.nodes.values() if s["type"] == "sample"]
+    for bad in (lambda term: not term.isfinite().all(), lambda term: not _slope(term, leaf).isfinite().all()):
+        for site in sites:
+            if bad(site["log_prob"]):
+                return _named(site)
     return "the gradient of the log density"
+
+
+def _slope(term: Tensor, leaf: Tensor) -> Tensor:
+    if not term.requires_grad:
+        return torch.zeros(())
+    return torch.autograd.grad(term.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
+
+
+def _named(site: Site) -> str:
+    value = torch.as_tensor(site["value"])
+    bad = ", ".join(f"{v:.4g}" for v in value.detach().flatten()[:3].tolist())
+    return f"site '{site['name']}' (value {bad}{', ...' if value.numel() > 3 else ''})"

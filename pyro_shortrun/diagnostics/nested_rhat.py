@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count
+from ..mcmc.convergence import nested_rhat_of
 from ..mcmc.vectorized import VectorizedMCMC
 
 
@@ -46,27 +47,10 @@ def nested_rhat(draws: Any, superchains: int) -> Any:
     """
     check_count("superchains", superchains)
     if isinstance(draws, Tensor):
-        return _nested_rhat("draws", draws, superchains)
+        return nested_rhat_of("draws", draws, superchains)
     if isinstance(draws, VectorizedMCMC):
         draws = draws.get_samples(group_by_chain=True)
     elif not isinstance(draws, dict):
         variables = draws["posterior"].data_vars.items()
         draws = {str(k): torch.tensor(v.transpose("chain", "draw", ...).values) for k, v in variables}
-    return {k: _nested_rhat(k, v, superchains) for k, v in draws.items()}
-
-
-def _nested_rhat(name: str, draws: Tensor, superchains: int) -> Tensor:
-    if draws.dim() < 2 or superchains < 2 or len(draws) % superchains or not draws[:, :1].numel():
-        raise ValueError(
-            f"{name} has shape {tuple(draws.shape)}: its leading dimension, the chains, must divide into "
-            f"superchains={superchains} >= 2 groups, and draws must follow."
-        )
-    z = draws.unflatten(0, (superchains, -1)).to(torch.promote_types(draws.dtype, torch.get_default_dtype()))
-    members, length = z.shape[1:3]
-    if members == length == 1:
-        raise ValueError(f"{name} has one draw of one chain in each group: nothing varies within groups.")
-    chains = z.mean(2)
-    groups = chains.mean(1)
-    between = chains.var(1) if members > 1 else torch.zeros_like(groups)
-    within = z.var(2).mean(1) if length > 1 else torch.zeros_like(groups)
-    return (1 + groups.var(0) / (between + within).mean(0)).sqrt()
+    return {k: nested_rhat_of(k, v, superchains) for k, v in draws.items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoLaplaceApproximation
+from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
 from torch import Tensor
 
 from ..amortized.guide import LangevinEncoderGuide
@@ -128,10 +128,10 @@ def _by_rows(call: Call, guide: Callable[..., Any]) -> bool:
 
 def _check_guide(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuses point estimates, and sets up guides that create their parameters at their first call."""
-    if isinstance(guide, (AutoDelta, AutoLaplaceApproximation)):
+    if isinstance(guide, AutoLaplaceApproximation):
         raise NotImplementedError(
-            f"an {type(guide).__name__} is a point without a density: pass AutoNormal(model), say, or what "
-            "guide.laplace_approximation(*args) returns."
+            "an AutoLaplaceApproximation is a point without a density: pass what guide.laplace_approximation(*args) "
+            "returns."
         )
     if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
         guide(*args, **kwargs)
@@ -145,7 +145,9 @@ def _weigh(
         raise NotImplementedError("a LangevinEncoderGuide draws by chains whose density is not known: use sbc(...).")
     if not isinstance(guide, ShortRunGuide):
         _check_guide(guide, args, kwargs)
-        drawn = FromGuide(guide).draw(call, count)
+        start = FromGuide(guide)
+        drawn = start.draw(call, count)
+        start.require_density("weight")
         return drawn.log_density, drawn.log_q
     own, runs = guide.weighted_draws(args, kwargs, count)
     if runs.row_log_q is None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..checks import check_count, check_kind
@@ -24,7 +23,7 @@ from ..tensors import keep_rows, ordinary_autograd, plain
 from .negative import Landing, Negative, Term, mean_energy
 from .prior import TiltedPrior
 from .runs import PriorRuns
-from .statement import energy_of
+from .statement import KnowsLogZ, energy_of
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,8 @@ class EnergyELBO(ELBO):
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The base's loss as a number; gradients, that of log Z included, go to the parameters' ``grad``."""
-        negative = self._negative(model, args, kwargs)
+        with KnowsLogZ():
+            negative = self._negative(model, args, kwargs)
         with _Watch() as watch:
             loss = self.base_elbo.loss_and_grads(model, guide, *args, **kwargs)
         surrogate = self._finish(negative, watch)
@@ -158,7 +158,8 @@ class EnergyELBO(ELBO):
             raise NotImplementedError(
                 f"{type(self.base_elbo).__name__} has no differentiable_loss: use SVI, which calls loss_and_grads."
             )
-        negative = self._negative(model, args, kwargs)
+        with KnowsLogZ():
+            negative = self._negative(model, args, kwargs)
         with _Watch() as watch:
             loss = self.base_elbo.differentiable_loss(model, guide, *args, **kwargs)
         surrogate = self._finish(negative, watch)
@@ -222,7 +223,7 @@ class EnergyELBO(ELBO):
             )
 
 
-class _Watch(Messenger):
+class _Watch(KnowsLogZ):
     """Takes note of energies that pass by in the positive phase."""
 
     def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,11 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
 from ..density.program import Reading
@@ -71,6 +74,12 @@ def energy_prior(name: str, energy: Callable[..., Tensor], *latents: Tensor) -> 
     value = energy(*latents)
     if not isinstance(value, Tensor):
         raise ValueError(f"energy '{name}' must give a tensor, got {value!r}.")
+    if value.requires_grad and _is_trained(name) and Energy(energy, latents).at_fixed_latents().requires_grad:
+        warnings.warn(
+            f"energy '{name}' is trained without its log Z, so that the loss falls and nothing is learned: put the "
+            "loss into EnergyELBO, as in EnergyELBO(Trace_ELBO()), or freeze the energy's parameters.",
+            stacklevel=2,
+        )
     unit = dist.Unit(-value)
     with _OneValuePerElement(value.shape):
         infer: Any = {"is_auxiliary": True, _MARK: Energy(energy, latents)}
@@ -83,6 +92,23 @@ def energy_prior(name: str, energy: Callable[..., Tensor], *latents: Tensor) -> 
                 f"energy '{name}' has shape {tuple(value.shape)}, which does not fit the plates around it ({reason}): "
                 "return one value per element, summed over the latents' own dimensions."
             ) from reason
+
+
+class KnowsLogZ(Messenger):
+    """Marks what is run inside as trained with the gradient of log Z."""
+
+
+def _is_trained(name: str) -> bool:
+    """Whether gradients of a loss without log Z reach parameters here, by SVI."""
+    if not torch.is_grad_enabled() or any(isinstance(m, KnowsLogZ) for m in _PYRO_STACK):
+        return False
+    parameter: Any = {"type": "param", "name": name, "is_observed": False, "infer": {}}
+    for m in reversed(_PYRO_STACK):
+        if isinstance(m, BlockMessenger) and m.hide_fn(parameter):
+            return False
+        if isinstance(m, TraceMessenger) and m.param_only:  # by which SVI finds out what to train
+            return True
+    return False
 
 
 class _OneValuePerElement(Messenger):

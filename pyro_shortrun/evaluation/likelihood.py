@@ -115,6 +115,7 @@ def guide_log_likelihood(
     :param progress: whether to show a progress bar.
     :raises ValueError: for arguments out of range, where model and guide do not fit, and for models as in
         :func:`importance_log_likelihood`.
+    :raises NotImplementedError: for a guide that fixes latents at points (``AutoDelta``), which has no density.
     """
     check_count("num_samples", num_samples)
     check_count("at_once", at_once)
@@ -124,6 +125,7 @@ def guide_log_likelihood(
     start, parts = FromGuide(guide), []
     for begin in tqdm(range(0, num_samples, at_once), disable=not progress, unit="part"):
         drawn = start.draw(call, min(at_once, num_samples - begin))
+        start.require_density("likelihood")
         parts.append(drawn.log_density - drawn.log_q)
     return LogLikelihood.of(torch.cat(parts))
 

@@ -2,9 +2,10 @@
 
 from .base import DensityGuide
 from .elbo import ShortRunELBO
-from .fit import FitResult, ShortRunSVI
+from .fit import ShortRunSVI
 from .short_run import ShortRunGuide
 from .tuning import Grid, tune_on_grid
+from .verdict import FitResult
 
 __all__ = [
     "DensityGuide",

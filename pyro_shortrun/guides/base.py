@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
+from ..checks import warn_if_stored
 from ..compile.compiler import Compiler
 from ..compile.executor import density_of
 from ..density.call import Binder, Call
@@ -23,10 +25,12 @@ from ..density.structure import Structure, check_data, check_latents, check_shap
 from ..density.trust import warn_if_rows_mix
 from ..tensors import ordinary_autograd, plain
 from .emit import values_of_other_parts
+from .lists import draws_of_part, keep_values
 from .pickling import without_model
 from .plates import create_given, create_missing
 
 _QUANTILE_DRAWS = 1000
+_DRAWS_OF_LISTS = 200
 _Guide = TypeVar("_Guide", bound="DensityGuide")
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -82,6 +86,17 @@ class DensityGuide(AutoGuide):
         """Plates that a call begins with, by name."""
         return create_given(self, args, kwargs)
 
+    @property
+    def master(self) -> Any:
+        """Weak reference to the ``AutoGuideList`` that this guide is a part of, which is then traced."""
+        return self.__dict__.get("_master")
+
+    @master.setter
+    def master(self, reference: Any) -> None:
+        self.__dict__["_master"] = reference
+        if reference is not None:
+            keep_values(reference())
+
     # ---------------------------------------------------------------- what a user calls
 
     def setup(self: _Guide, *args: Any, **kwargs: Any) -> _Guide:
@@ -98,14 +113,19 @@ class DensityGuide(AutoGuide):
         return {k: v.squeeze(0) for k, v in self.quantiles([0.5], *args, **kwargs).items()}
 
     def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior quantiles, estimated from 1000 draws (there is no closed form).
+        """Posterior quantiles, estimated from 1000 draws (there is no closed form); of a part of an ``AutoGuideList``
+        that needs the values of other parts, from 200 calls of the list.
 
         :param quantiles: numbers between 0 and 1.
         :return: dict from site to ``(len(quantiles), *site shape)``.
         """
-        draws = self.sample_posterior(*args, num_samples=_QUANTILE_DRAWS, **kwargs)
+        if self.master is not None and self._binder is not None and self._binder.program.hides:
+            draws = draws_of_part(self, _DRAWS_OF_LISTS, args, kwargs)
+        else:
+            chains = self.sample_posterior(*args, num_samples=_QUANTILE_DRAWS, **kwargs)
+            draws = {k: v[0] for k, v in chains.items()}
         levels = torch.as_tensor(quantiles)
-        return {k: v[0].quantile(levels.to(v), dim=0) for k, v in draws.items()}
+        return {k: v.quantile(levels.to(v), dim=0) for k, v in draws.items()}
 
     def condition_on(self: _Guide, *args: Any, **kwargs: Any) -> _Guide:
         """Keep these model arguments for all later calls, whatever arguments those have.
@@ -149,6 +169,11 @@ class DensityGuide(AutoGuide):
                 "this guide was unpickled, and pickling drops the model (as for every Pyro AutoGuide): call "
                 "guide.attach(model) first."
             )
+        if torch._C._get_tracing_state() is not None:
+            raise NotImplementedError(
+                f"torch.jit (as in Pyro's Jit ELBOs) cannot trace a {type(self).__name__}: use the ELBO without Jit, "
+                "and ShortRunGuide(model, compile=True) for speed."
+            )
         program = self._binder.program
         self.plates = self._given_plates(args, kwargs)
         args, kwargs = plain(args), plain(kwargs)
@@ -169,6 +194,7 @@ class DensityGuide(AutoGuide):
         call = replace(call, density=density_of(call.model, self._compiler), spare=spare)
         create_missing(self.plates, reading, latents_only=self.master is not None)
         if self._first is None:
+            warn_if_stored(self)
             self._begin(call)
             self._first = call.model.structure
             warn_if_rows_mix(call.model, call.model.layout.pack(reading.unconstrained).unsqueeze(0).detach())
@@ -194,9 +220,25 @@ class DensityGuide(AutoGuide):
         for parameter in self.parameters():  # the weak references of Pyro's store, as PyroModule does with its own
             parameter.__dict__.pop("unconstrained", None)
         state = self.__dict__.copy()
-        state.update(_model=None, _binder=None, master=None, plates={}, _conditioned=None)
+        state.update(_model=None, _binder=None, _master=None, plates={}, _conditioned=None)
         state["_modules"] = {k: without_model(m) for k, m in self._modules.items()}
         return state
+
+    def __deepcopy__(self: _Guide, memo: dict[int, Any]) -> _Guide:
+        """A guide of the same model, with parameters of its own.
+
+        They keep their names, under which Pyro's store holds one value: give the copy to a torch optimiser, or set
+        ``pyro.settings.set(module_local_params=True)``, where both are to be used in one process.
+        """
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        for old, own in zip(self.modules(), new.modules(), strict=True):
+            if isinstance(old, AutoGuide):
+                own.__dict__["_model"] = old._model
+        new._binder = None if self._binder is None else Binder(self._binder.program)
+        new._conditioned = self._conditioned
+        return new
 
 
 def _instead(conditioned: _Arguments, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import check_kind
+from ..checks import check_kind, check_unused
 from ..density.handlers import init_uniform
 from ..density.program import Reading
 from ..density.structure import Structure, check_proper
@@ -44,6 +44,7 @@ def check_parts(step_size: Any, dynamics: Any, start: Any, objective: Any) -> No
     check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
     check_kind("objective", objective, Objective, "PathDensity()")
     check_start(start)
+    check_unused(step_size=step_size, dynamics=dynamics, objective=objective)
 
 
 def read_from_prior(draw: Callable[..., Reading], required: bool) -> Reading:

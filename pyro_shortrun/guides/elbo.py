@@ -9,6 +9,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from .short_run import ShortRunGuide
+from .training import Request
 
 
 class ShortRunELBO(ELBO):
@@ -42,11 +43,12 @@ class ShortRunELBO(ELBO):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a tensor to differentiate."""
-        self._check(model, guide)
+        self.check(model, guide)
         return -guide.log_weight(*args, num_particles=self.num_particles, **kwargs).mean()
 
     @staticmethod
-    def _check(model: Any, guide: Any) -> None:
+    def check(model: Any, guide: Any) -> None:
+        """Refuse what does not belong together."""
         if not isinstance(guide, ShortRunGuide):
             raise ValueError(f"ShortRunELBO is for a ShortRunGuide, not for {type(guide).__name__}: use Trace_ELBO.")
         if guide.model != model:  # bound methods are equal, not identical
@@ -62,8 +64,8 @@ class ShortRunELBO(ELBO):
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss as a number; gradients go to the parameters' ``grad``."""
-        self._check(model, guide)
-        known = guide.step_from_graph(args, kwargs, self.num_particles)
+        self.check(model, guide)
+        known = guide.steps(Request(guide, args, kwargs, self.num_particles))
         if known is not None:
             return known
         loss = self.differentiable_loss(model, guide, *args, **kwargs)

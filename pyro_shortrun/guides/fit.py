@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +15,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import check_count
+from .elbo import ShortRunELBO
+from .short_run import ShortRunGuide
+from .together import Together
+from .training import Request
+from .verdict import BATCHES, FitResult, finite_of, verdict
 
 MAX_NONFINITE = 10  # steps in a row whose loss is not finite, after which a run ends
 MIN_WINDOW = 50
-_BATCHES = 10  # in a window: few, so that each is longer than what neighbouring losses share
-_LIMIT = 2.1  # standard errors: the .975 quantile of Student's t with 2 (_BATCHES - 1) degrees of freedom
-_ROUNDING = 1e-6  # of the loss: less is no change in float32
+_TRIAL_STEPS = 10  # after which it is known what a step takes
+_WORTH_COMPILING = 30.0  # seconds
 _SMOOTHED = 50  # losses, about, in the number that the progress bar shows
 
 
@@ -69,6 +72,11 @@ class ShortRunSVI(SVI):
 
     result: FitResult | None = None
 
+    def __init__(self, model: Any, guide: Any, optim: Any, loss: Any, **kwargs: Any) -> None:
+        super().__init__(model, guide, optim, loss, **kwargs)
+        self._elbo = loss if type(loss) is ShortRunELBO else None
+        self._together = Together(optim)
+
     def run(
         self,
         num_steps: int,
@@ -115,6 +123,7 @@ class ShortRunSVI(SVI):
         try:
             with tqdm(total=num_steps, disable=not progress, mininterval=0.5, unit="step") as bar:
                 while len(record.losses) < num_steps:
+                    self._consider(record, num_steps)
                     loss = _number(self.step(*next(calls), **kwargs))
                     record.add(loss)
                     if progress:
@@ -129,68 +138,46 @@ class ShortRunSVI(SVI):
             self.result = record.result()
         return self.result
 
+    def _consider(self, record: _Record, num_steps: int) -> None:
+        """With ``compile=None``, compile the step where the steps that are left take longer than that."""
+        done = len(record.losses)
+        if done == _TRIAL_STEPS and self._elbo is not None and isinstance(self.guide, ShortRunGuide):
+            if record.seconds / done * (num_steps - done) > _WORTH_COMPILING:
+                self.guide.steps.turn_on()
+
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step as of Pyro's SVI; where the loss is not finite, no parameter moves.
 
         :returns: the loss.
         """
+        params: set[Tensor] = set()
+        try:
+            loss = self._from_graph(params, args, kwargs)
+            if loss is None:
+                loss = self._traced(params, args, kwargs)
+            # One NaN in the averages of Adam would stay there for good.
+            if math.isfinite(_number(loss)):
+                self._together(params)
+        finally:
+            zero_grads(params)
+        return loss
+
+    def _from_graph(self, params: set[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+        """The loss from one graph of the whole step, if there is one; its parameters are added to ``params``."""
+        if self._elbo is None or not isinstance(self.guide, ShortRunGuide):
+            return None
+        self._elbo.check(self.model, self.guide)
+        return self.guide.steps(Request(self.guide, args, kwargs, self._elbo.num_particles), params)
+
+    def _traced(self, params: set[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         capture = poutine.trace(param_only=True)
         try:
             with capture:
                 loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-            loss = type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
-            # One NaN in the averages of Adam would stay there for good.
-            if math.isfinite(_number(loss)):
-                self.optim(_parameters(capture))
         finally:
-            zero_grads(_parameters(capture))
-        return loss
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class FitResult:
-    """What a run of :class:`ShortRunSVI` gives: its losses, and whether they still fall; as one line, ``repr``.
-
-    :param losses: what the steps gave, shape (steps done,), float64, in nats.
-    :param window: steps in a window, ``W``.
-    :param change: the mean loss of the last window minus that of the one before; NaN where there were no two.
-    :param error: the standard error of ``change``.
-    :param converged: whether ``change`` is within its error.
-    :param seconds: how long the run took.
-    :param num_nonfinite: steps whose loss was not finite.
-    :param interrupted: whether an interrupt from the keyboard ended the run.
-    """
-
-    losses: Tensor
-    window: int
-    change: float
-    error: float
-    converged: bool
-    seconds: float
-    num_nonfinite: int
-    interrupted: bool = False
-
-    @property
-    def loss(self) -> float:
-        """The mean loss in the last window, or in all steps where there were fewer."""
-        return _finite(self.losses)[-self.window :].mean().item()
-
-    def __repr__(self) -> str:
-        steps = f"{len(self.losses)} steps in {self.seconds:.3g} s{', interrupted' * self.interrupted}"
-        bad = f" ({self.num_nonfinite} steps were not finite and moved nothing)" * bool(self.num_nonfinite)
-        return f"{steps}: loss {self._with_error()}, {self._verdict()}{bad}"
-
-    def _with_error(self) -> str:
-        last = _finite(self.losses)[-self.window :]
-        return _rounded(self.loss, math.sqrt(_squared_error(last))) if len(last) >= _BATCHES else f"{self.loss:.5g}"
-
-    def _verdict(self) -> str:
-        if math.isnan(self.change):
-            return f"too few steps to say whether it falls (two windows of {self.window} are needed)"
-        if self.converged:
-            return "converged"
-        size = f"{_rounded(abs(self.change), self.error)} per window of {self.window} steps"
-        return f"still falling by {size}: run on" if self.change < 0 else f"rising by {size}: lower the learning rate"
+            sites: Any = capture.trace.nodes.values()
+            params |= {site["value"].unconstrained() for site in sites}
+        return type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
 
 
 class _Record:
@@ -204,6 +191,10 @@ class _Record:
         self._num_finite = 0
         self._streak = 0
         self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
 
     def add(self, loss: float) -> None:
         self.losses.append(loss)
@@ -233,38 +224,11 @@ class _Record:
 
     def result(self) -> FitResult:
         losses = torch.tensor(self.losses, dtype=torch.float64, device="cpu")
-        num_finite = len(_finite(losses))
+        num_finite = len(finite_of(losses))
         # A run that was ended early is judged by what there is.
         window = self.window if 2 * self.window <= num_finite else min(self.window, _default_window(num_finite))
-        seconds = time.perf_counter() - self._began
         num_nonfinite = len(losses) - num_finite
-        return FitResult(losses, window, *verdict(losses, window), seconds, num_nonfinite, self.interrupted)
-
-
-def verdict(losses: Tensor, window: int) -> tuple[float, float, bool]:
-    """Change of the mean loss from window to window, its standard error, and whether that is all it is.
-
-    :param losses: shape (steps,); those that are not finite are left out.
-    """
-    finite = _finite(losses)
-    if len(finite) < 2 * window:
-        return math.nan, math.nan, False
-    before, last = finite[-2 * window : -window], finite[-window:]
-    mean = last.mean().item()
-    change = mean - before.mean().item()
-    error = math.sqrt(_squared_error(before) + _squared_error(last))
-    return change, error, abs(change) <= max(_LIMIT * error, _ROUNDING * max(1.0, abs(mean)))
-
-
-def _squared_error(losses: Tensor) -> float:
-    """Of their mean, by the means of batches of neighbours."""
-    size = len(losses) // _BATCHES
-    means = losses[len(losses) - size * _BATCHES :].view(_BATCHES, size).mean(1)
-    return means.var().item() / _BATCHES
-
-
-def _finite(losses: Tensor) -> Tensor:
-    return losses[losses.isfinite()]
+        return FitResult(losses, window, *verdict(losses, window), self.seconds, num_nonfinite, self.interrupted)
 
 
 def _default_window(num_steps: int) -> int:
@@ -273,16 +237,6 @@ def _default_window(num_steps: int) -> int:
 
 def _number(loss: Any) -> float:
     return float(sum(loss)) if isinstance(loss, tuple) else float(loss)
-
-
-def _parameters(capture: Any) -> set[Tensor]:
-    return {site["value"].unconstrained() for site in capture.trace.nodes.values()}
-
-
-def _rounded(value: float, error: float) -> str:
-    """Two digits of the error."""
-    digits = 3 if error == 0 or not math.isfinite(error) else min(max(0, 1 - math.floor(math.log10(error))), 6)
-    return f"{value:.{digits}f} +- {error:.{digits}f}"
 
 
 # ---------------------------------------------------------------- arguments of steps
@@ -323,9 +277,9 @@ def _check_steps(num_steps: Any, window: Any, stop_when_converged: bool) -> None
     check_count("num_steps", num_steps)
     if window is not None:
         check_count("window", window)
-        if window < _BATCHES or 2 * window > num_steps:
+        if window < BATCHES or 2 * window > num_steps:
             raise ValueError(
-                f"window must be {_BATCHES} steps at least, and two windows no more than num_steps={num_steps}, got "
+                f"window must be {BATCHES} steps at least, and two windows no more than num_steps={num_steps}, got "
                 f"{window}; by default it is a quarter of the steps, and {MIN_WINDOW} at least."
             )
     elif stop_when_converged and num_steps < 2 * MIN_WINDOW:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import check_count
 from ..density.call import Call
 from ..density.program import Reading
-from ..density.sites import is_weighted_from_outside
+from ..density.sites import is_masked_out, is_weighted_from_outside
 from ..density.structure import Structure, check_latents, check_proper
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
@@ -23,6 +23,7 @@ from ..dynamics.step_size import StepSize
 from ..objectives.objective import Objective
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients
+from ..starts.finite import require_gradient
 from ..starts.fitted import Gaussian
 from ..starts.from_guide import FromGuide
 from ..starts.prior import Prior
@@ -91,8 +92,9 @@ class ShortRunGuide(DensityGuide):
         ELBO's ``num_particles`` are as many calls if they are not vectorised. In the calls between, the
         log-determinants in log q are those of the last tuned run; ``guide.eval()`` makes every log q exact.
     :param checkpoint: whether a tuned run keeps ``2 sqrt(K)`` states for its way back, and recomputes the others.
-    :param compile: whether blocks of steps, forwards and back, are traced and compiled (some seconds per new shape), so
-        that Pyro is not in the loop. A model that cannot be traced runs eagerly with a logged warning.
+    :param compile: whether runs, and with :class:`ShortRunELBO` whole training steps, are compiled (some seconds per
+        new shape); what cannot be is eager, with a logged warning. By default (None), :meth:`ShortRunSVI.run` compiles
+        the training step where the steps that are left take longer than that, and nothing else is compiled.
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
     :raises ValueError: for arguments out of range, and at the first call for models that it cannot infer.
     """
@@ -109,10 +111,10 @@ class ShortRunGuide(DensityGuide):
         tune_every: int = 1,
         full_gradient: bool = False,
         checkpoint: bool = False,
-        compile: bool = False,
+        compile: bool | None = None,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        super().__init__(model, compile=compile, create_plates=create_plates)
+        super().__init__(model, compile=bool(compile), create_plates=create_plates)
         check_count("num_steps", num_steps)
         check_count("tune_every", tune_every)
         check_parts(step_size, dynamics, start, objective)
@@ -132,9 +134,7 @@ class ShortRunGuide(DensityGuide):
         self._chooses_step = dynamics is None and step_size is None
         self._subsamples = False
         self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
-        self._calls = 0
-        self._training = Training()
-        self._watch = Watch()
+        self._calls, self._watch, self.steps = 0, Watch(), Training(compile)
         self.register_buffer("_carried", torch.zeros(()), persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ class ShortRunGuide(DensityGuide):
         with ordinary_autograd() as grad_enabled:
             outer = outer_shape()
             call, result, log_q, gradients = self._play(args, kwargs, outer.numel(), grad_enabled)
-            known = None if result.landed is None else result.landed[1:]
+            known = result.landed and result.landed[1:]
             values, jacobian = call.constrain(result.end, gradients is not Gradients.FULL, known)
             log_q = log_q - jacobian if self._start.has_density else torch.zeros_like(jacobian)
             return emit(call, self.plates, self._pyro_name, outer, values, result.end, log_q)
@@ -162,17 +162,11 @@ class ShortRunGuide(DensityGuide):
             density = call.density.differentiable(result.end, grad_enabled)
             return (density - call.density.layout.row_weight * log_q).sum(-1)
 
-    def step_from_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_particles: int) -> float | None:
-        """Loss of :meth:`log_weight`, gradients added to the parameters', from one graph; None where there is none."""
-        if self._compiler is None or self._compiler.is_eager:
-            return None
-        return self._training(self, args, kwargs, num_particles)
-
     def _play(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int, grad_enabled: bool
     ) -> tuple[Call, ShortRun, Tensor, Gradients]:
         """A training or evaluation call: its run and ``log q(u_K)``, ``(chains, rows)``."""
-        masked = poutine.get_mask() is False
+        masked = is_masked_out()
         training = grad_enabled and not masked
         call = self._bind(args, kwargs, chains)
         tune = self._tunes(training)
@@ -230,13 +224,12 @@ class ShortRunGuide(DensityGuide):
             return call, self._repeat(call, count, account=self._start.has_density and self.objective.weighs)
 
     def _repeat(self, call: Call, count: int, account: bool) -> WeightedDraws:
-        parts = []
+        parts, at_once = [], self._simulation.chains_at_once(call.density.layout)
         while count:
-            chains = min(count, self._simulation.chains_at_once(call.density.layout))
-            drawn, result = self._run(call, chains, account, Gradients.NONE)
+            drawn, result = self._run(call, min(count, at_once), account, Gradients.NONE)
             self._watch(result.info)
             parts.append(weigh(call, drawn, result, account))
-            count -= chains
+            count -= min(count, at_once)
         return WeightedDraws.join(parts)
 
     def trajectory(self, *args: Any, num_chains: int = 1, **kwargs: Any) -> dict[str, Tensor]:
@@ -316,6 +309,7 @@ class ShortRunGuide(DensityGuide):
             self._start.draw(call, 1)  # creates a lazily built guide's parameters
 
     def _prepare(self, call: Call) -> None:
+        self._start.look(call)
         prepare(self._simulation, call, self._chooses_step, self._backs_off)
 
     def _tunes(self, training: bool) -> bool:
@@ -333,9 +327,11 @@ class ShortRunGuide(DensityGuide):
         silent = poutine.block() if gradients is Gradients.NONE else nullcontext()
         with silent:
             step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
-            simulation, training = self._simulation, self.training and gradients is not Gradients.NONE
-            objective = simulation.informed(call, step_size, training) if account else self.objective
+            simulation, learns = self._simulation, self.training and gradients is not Gradients.NONE
+            objective = simulation.informed(call, step_size, learns) if account else self.objective
             drawn, result = simulation.run(call, chains, step_size, objective, account, gradients, keep_states)
+            if result.info.frozen.all() and result.end.equal(result.start):
+                require_gradient(call.model, result.start, self._start.draw(replace(call, spare=[]), 8).state)
         self.info = result.info
         return drawn, result
 

@@ -23,7 +23,7 @@ from ..starts.start import Start, StartDraw
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _NOISE_AT_ONCE = 2**24  # numbers
-_MUCH = 0.25  # share of rows
+MUCH = 0.25  # share of rows
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Watch:
 
     def __call__(self, info: RunInfo) -> None:
         """Told of every run."""
-        if not self._folded and info.singular.float().mean() > _MUCH:
+        if not self._folded and info.singular.float().mean() > MUCH:
             self._folded = True
             _LOGGER.warning(
                 "%d of %d rows took a step with eta * curvature >= 1: their log q, and the loss, is not reliable "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -15,14 +16,66 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
 from ..compile.graph import Live, arguments
+from ..compile.inductor import Backend, Inductor
 from ..compile.whole import TracedDensity, Whole
 from ..runs.record import RunInfo
 from ..runs.run import Gradients
 from ..tensors import plain, random_state, set_random_state
+from .simulation import MUCH
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _GRAPHS_AT_MOST = 16
 _RENEWALS_AT_MOST = 2
+_RECORD = 6  # tensors of a RunInfo
+
+
+@dataclass(frozen=True)
+class Request:
+    """A step that is asked for: the loss of ``guide`` at these arguments over ``particles`` runs."""
+
+    guide: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    particles: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.guide._first.device
+
+    def key(self, live: Live) -> Hashable:
+        """What decides the graph: shapes and other values of the arguments, what is conditioned on, training modes."""
+        guide = self.guide
+        model_trains = guide.model.training if isinstance(guide.model, nn.Module) else None
+        return live.key, self.particles, id(guide._conditioned), guide.training, model_trains
+
+    @property
+    def suits(self) -> bool:
+        """Whether it may be one graph: all calls are alike, and no handler around weighs it."""
+        guide = self.guide
+        alike = guide.training and guide.tune_every == 1 and not guide.full_gradient and not guide.checkpoint
+        known = guide._binder is not None and not guide._binder.program.hides
+        handlers = all(type(h) is TraceMessenger and h.param_only for h in _PYRO_STACK)
+        return alike and known and handlers and torch.is_grad_enabled() and guide.has_density
+
+    def eager(self) -> float:
+        """The step without graphs."""
+        with self.guide.eagerly():
+            loss = -self.guide.log_weight(*self.args, num_particles=self.particles, **self.kwargs).mean()
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    def eager_with_gradients(self, names: list[str]) -> tuple[float, list[Tensor]]:
+        """The step without graphs, and what it added to the gradients of some parameters."""
+        leaves = [pyro.get_param_store()._params[name] for name in names]
+        before = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        loss = self.eager()
+        found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        for leaf, old, new in zip(leaves, before, found, strict=True):
+            leaf.grad = leaf.grad if old is None else old + new
+        return loss, found
 
 
 @dataclass
@@ -33,12 +86,28 @@ class _Step:
     names: tuple[str, ...]  # of parameters, all that show
     trained: tuple[int, ...]  # which of them have gradients
     taken: int = 0
-    rounding: float | None = field(default=None)
+    rounding: float | None = None  # of the first comparison
 
     @property
     def is_due(self) -> bool:
         """Whether to look if it still is the model's: at calls 1, 2, 4, 8, ..."""
         return self.taken & (self.taken - 1) == 0
+
+    def agrees(self, request: Request, loss: float, grads: list[Tensor]) -> tuple[bool, float]:
+        """Whether the eager step, from the same random state, gives the same; and its loss."""
+        eager, known = request.eager_with_gradients([self.names[i] for i in self.trained])
+        gap = max([_gap(torch.tensor(loss), torch.tensor(eager)), *map(_gap, grads, known)])
+        tight, loose = (1e-3, 2e-2) if request.guide._first.dtype is torch.float32 else (1e-8, 1e-6)
+        if self.rounding is None and gap < loose:
+            self.rounding = gap
+        return gap <= max(tight, 20 * (self.rounding or 0.0)), eager
+
+    def give(self, grads: list[Tensor]) -> None:
+        """Add gradients to those of the parameters."""
+        store = pyro.get_param_store()._params
+        for i, grad in zip(self.trained, grads, strict=True):
+            leaf = store[self.names[i]]
+            leaf.grad = grad if leaf.grad is None else leaf.grad + grad
 
 
 class Training:
@@ -50,101 +119,110 @@ class Training:
     eager step gives from the same random state, loss and gradients, in calls 1, 2, 4, 8, ... of each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compile: bool | None) -> None:
+        self._compile = compile
         self._steps: dict[Hashable, _Step] = {}
         self._renewals = 0
         self.given_up = False
+        self.backend: Backend | None = None  # where it is not that of the guide's compiler
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(Training())
+        return vars(Training(self._compile))
 
-    def __call__(self, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], particles: int) -> float | None:
-        """The loss, its gradients added to those of the parameters; None where the step has to be an eager one."""
-        if self.given_up or not _suits(guide):
+    def turn_on(self) -> None:
+        """Compile from now on where that was left open, ``compile=None``."""
+        if self._compile is None:
+            self.backend = self.backend or Inductor()
+
+    def __call__(self, request: Request, params: set[Tensor] | None = None) -> float | None:
+        """The loss, its gradients added to those of the parameters; None where the step is not from a graph.
+
+        :param params: to be told the parameters, in place of Pyro's handlers.
+        """
+        if self._backend(request.guide) is None or self.given_up or not request.suits:
             return None
-        if guide._first is None:
-            return self._eager(guide, args, kwargs, particles)[0]
-        args, kwargs = plain(args), plain(kwargs)
-        live = arguments(args, kwargs)
-        key = live.key, particles, id(guide._conditioned), _modes(guide)
-        step = self._steps.get(key)
-        if step is not None and not step.whole.fits(live):
-            step = None
-        if step is None:
-            step = self._made(guide, args, kwargs, particles, live)
-            if step is None:
-                return None
-            self._steps[key] = step
-        return self._take(guide, step, live, args, kwargs, particles)
-
-    def _take(
-        self, guide: Any, step: _Step, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any], particles: int
-    ) -> float | None:
-        step.taken += 1
-        device = guide._first.device
-        before = random_state(device)
-        summary, *rest = step.whole(live)
-        loss, finite, froze, folded = summary.tolist()
-        if not finite or step.is_due:
-            set_random_state(before, device)
-        if not finite:
-            return self._eager(guide, args, kwargs, particles)[0]
-        if step.is_due:
-            return self._compared(guide, step, loss, rest[6:], args, kwargs, particles)
-        guide.info = RunInfo(*rest[:6])  # type: ignore[arg-type]
-        guide._calls += 1
-        if froze or folded:
-            guide._watch(guide.info)
-        self._give(step, rest[6:])
+        capture = poutine.trace(param_only=True)
+        with nullcontext() if params is None else capture:
+            loss, names = self._taken(request)
+            if params is None:
+                for name in names:
+                    pyro.param(name)  # shows it
+        store = pyro.get_param_store()._params
+        if params is not None and loss is not None:
+            params |= {store[name] for name in names or capture.trace.nodes}
         return loss
 
-    @staticmethod
-    def _give(step: _Step, grads: list[Tensor]) -> None:
-        for name in step.names:
-            pyro.param(name)  # shows it to handlers, as SVI's
-        store = pyro.get_param_store()._params
-        for i, grad in zip(step.trained, grads, strict=True):
-            leaf = store[step.names[i]]
-            leaf.grad = grad if leaf.grad is None else leaf.grad + grad
+    def _taken(self, request: Request) -> tuple[float | None, tuple[str, ...]]:
+        """The loss, and the names of the parameters where the step was not taken eagerly."""
+        if request.guide._first is None:
+            return request.eager(), ()
+        request = replace(request, args=plain(request.args), kwargs=plain(request.kwargs))
+        live = arguments(request.args, request.kwargs)
+        step = self._known(request, live)
+        if step is None:
+            return None, ()
+        step.taken += 1
+        before = random_state(request.device) if step.is_due else None
+        found = step.whole(live)
+        if found is None:  # a parameter has another shape than it had
+            self._forget(step)
+            return request.eager(), ()
+        summary, *rest = found
+        loss, finite, froze, folded = summary.tolist()
+        if not finite:  # there are remedies
+            return request.eager(), ()
+        if before is not None:
+            set_random_state(before, request.device)
+            return self._compared(request, step, loss, rest[_RECORD:]), ()
+        self._note(request.guide, _record(rest), bool(froze or folded))
+        step.give(rest[_RECORD:])
+        return loss, step.names
 
-    def _compared(
-        self,
-        guide: Any,
-        step: _Step,
-        loss: float,
-        grads: list[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        particles: int,
-    ) -> float:
-        """The eager step, from the same random state; the graph is dropped if it gave something else."""
-        names = [step.names[i] for i in step.trained]
-        eager, known = self._eager(guide, args, kwargs, particles, names)
-        gap = max([_gap(torch.tensor(loss), torch.tensor(eager)), *map(_gap, grads, known)])
-        tight, loose = (1e-3, 2e-2) if guide._first.dtype is torch.float32 else (1e-8, 1e-6)
-        if step.rounding is None and gap < loose:
-            step.rounding = gap
-        if not gap <= max(tight, 20 * (step.rounding or 0.0)):
+    def _compared(self, request: Request, step: _Step, loss: float, grads: list[Tensor]) -> float:
+        """The eager step; the graph is dropped if it gave something else."""
+        agrees, eager = step.agrees(request, loss, grads)
+        if not agrees:
             self._forget(step)
         return eager
 
     @staticmethod
-    def _eager(
-        guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], particles: int, names: list[str] | None = None
-    ) -> tuple[float, list[Tensor]]:
-        """The step without graphs, and gradients of parameters by name."""
-        with guide.eagerly():
-            loss = -guide.log_weight(*args, num_particles=particles, **kwargs).mean()
-        store = pyro.get_param_store()._params
-        before = [store[name].grad for name in names or ()]
-        leaves = [store[name] for name in names or ()]
-        for leaf in leaves:
-            leaf.grad = None
-        loss.backward()
-        found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        for leaf, old in zip(leaves, before, strict=True):
-            leaf.grad = leaf.grad if old is None else old if leaf.grad is None else old + leaf.grad
-        return loss.item(), found
+    def _note(guide: Any, info: RunInfo, in_trouble: bool) -> None:
+        guide.info = info
+        guide._calls += 1
+        if in_trouble:
+            guide._watch(info)
+
+    def _known(self, request: Request, live: Live) -> _Step | None:
+        key = request.key(live)
+        step = self._steps.get(key)
+        if step is None:
+            step = self._made(request, live)
+            if step is not None:
+                self._steps[key] = step
+        return step
+
+    def _made(self, request: Request, live: Live) -> _Step | None:
+        if len(self._steps) >= _GRAPHS_AT_MOST:
+            self._give_up(f"shapes or other arguments changed more than {_GRAPHS_AT_MOST} times")
+            return None
+        guide, before, computation = request.guide, random_state(request.device), _Computation(request)
+        info, backend = guide.info, self._backend(guide)
+        assert backend is not None
+        try:
+            with guide.eagerly():  # what is found out once for each structure is not found out in a trace
+                guide.setup(*request.args, **request.kwargs)
+            whole = Whole.of(computation, live, backend)
+        except Exception as reason:  # tracing and compiling raise whatever they meet
+            self._give_up(reason)
+            return None
+        finally:
+            set_random_state(before, request.device)
+            guide.info = info
+        return _Step(whole, computation.names, computation.trained)
+
+    def _backend(self, guide: Any) -> Backend | None:
+        compiler = guide._compiler
+        return self.backend if compiler is None else None if compiler.is_eager else compiler.backend
 
     def _forget(self, step: _Step) -> None:
         self._steps.clear()
@@ -153,27 +231,6 @@ class Training:
             self._give_up("traced, it gives another loss than the eager step")
         elif self._renewals > _RENEWALS_AT_MOST:
             self._give_up("its loss changes with something that is no argument: pass that as a tensor argument")
-
-    def _made(
-        self, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], particles: int, live: Live
-    ) -> _Step | None:
-        if len(self._steps) >= _GRAPHS_AT_MOST:
-            self._give_up(f"shapes or other arguments changed more than {_GRAPHS_AT_MOST} times")
-            return None
-        device = guide._first.device
-        before, info = random_state(device), guide.info
-        computation = _Computation(guide, args, kwargs, particles)
-        try:
-            with guide.eagerly():  # what is found out once for each structure is not found out in a trace
-                guide.setup(*args, **kwargs)
-            whole = Whole.of(computation, live, guide._compiler.backend)
-        except Exception as reason:  # tracing and compiling raise whatever they meet
-            self._give_up(reason)
-            return None
-        finally:
-            set_random_state(before, device)
-            guide.info = info
-        return _Step(whole, computation.names, computation.trained)
 
     def _give_up(self, reason: object) -> None:
         self.given_up = True
@@ -188,22 +245,22 @@ class _Computation:
     """What a step computes: a summary (loss, whether starts are finite, whether some rows froze, whether many took a
     singular step), the run's :class:`RunInfo`, and gradients."""
 
-    def __init__(self, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], particles: int) -> None:
-        self._guide, self._args, self._kwargs, self._particles = guide, args, kwargs, particles
+    def __init__(self, request: Request) -> None:
+        self._request = request
         self.names: tuple[str, ...] = ()
         self.trained: tuple[int, ...] = ()
 
     def __call__(self) -> tuple[Tensor, ...]:
-        guide, capture = self._guide, poutine.trace(param_only=True)
+        request, guide, capture = self._request, self._request.guide, poutine.trace(param_only=True)
         with torch.enable_grad(), capture, guide._pyro_context:
-            call = guide._bind(self._args, self._kwargs, self._particles)
+            call = guide._bind(request.args, request.kwargs, request.particles)
             call = replace(call, density=TracedDensity(call.model))
-            drawn, result = guide._run(call, self._particles, True, Gradients.GUIDE)
+            drawn, result = guide._run(call, request.particles, True, Gradients.GUIDE)
             density = call.density.differentiable(result.end, True)
             log_q = drawn.log_q - result.increment
             loss = -(density - call.density.layout.row_weight * log_q).sum(-1).mean()
         info = result.info
-        flags = drawn.finite.all(), info.frozen.any(), info.singular.to(loss.dtype).mean() > 0.25
+        flags = drawn.finite.all(), info.frozen.any(), info.singular.to(loss.dtype).mean() > MUCH
         summary = torch.stack([loss.detach(), *(flag.to(loss.dtype) for flag in flags)])
         record = (info.log_density, info.grad_norm, info.log_det, info.step_size, info.frozen, info.singular)
         return summary, *record, *self._gradients(loss, capture.trace.nodes)
@@ -219,16 +276,9 @@ class _Computation:
         return [g for _, g in pairs]
 
 
-def _suits(guide: Any) -> bool:
-    """Whether a step of this guide may be one graph: all calls alike, and no handler around that weighs it."""
-    plain_calls = guide.training and guide.tune_every == 1 and not guide.full_gradient and not guide.checkpoint
-    known = guide._binder is not None and not guide._binder.program.hides
-    handlers = all(type(h) is TraceMessenger and h.param_only for h in _PYRO_STACK)
-    return plain_calls and known and handlers and torch.is_grad_enabled() and guide.has_density
-
-
-def _modes(guide: Any) -> Hashable:
-    return guide.model.training if isinstance(guide.model, nn.Module) else None
+def _record(tensors: list[Tensor]) -> RunInfo:
+    info: Any = tensors[:_RECORD]
+    return RunInfo(*info)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

@@ -16,7 +16,7 @@ from ..checks import check_count
 from ..guides.short_run import ShortRunGuide
 from ..mcmc.vectorized import VectorizedMCMC
 from ..tensors import plain
-from .at_draws import Axes, ModelAtDraws, variable
+from .at_draws import Axes, ModelAtDraws, variables
 from .posterior import Draws, grouped, posterior_of
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -39,8 +39,14 @@ def to_arviz(
     Groups: ``posterior`` (with ``pyro.deterministic`` sites), ``sample_stats``, ``log_likelihood`` (one value per
     observation), ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``. Dimensions are named
     after the model's plates, whose indices are their coordinates. Names that ArviZ cannot take are changed: ``a/b`` to
-    ``a.b``, and ``chain``, ``draw``, ``sample`` and the statistics' names get ``_site`` or ``_plate``
-    appended.
+    ``a.b``, and ``chain``, ``draw``, ``sample`` and the statistics' names get ``_site`` or ``_plate`` appended, as does
+    what would then have another site's name.
+
+    Masked observations (``poutine.mask``, ``obs_mask``, a masked distribution, NaN under Pyro's NaN-masked ones) are no
+    data points: the ``log_likelihood`` of a site ``y`` that has some is over those that are there, along
+    ``y_observed``, whose coordinates are the plate's indices, or, of several dimensions, positions in the flattened
+    ``y``. What ``pyro.factor`` adds to the posterior is in neither likelihood nor predictions; a logged warning names
+    it.
 
     A guide's draws are independent runs, exported as ``(chain, draw)``, so that R-hat and everything that wants chains
     works. Its ``sample_stats`` hold ``log_q``, the log density of each draw as its objective accounts for it (given the
@@ -65,17 +71,18 @@ def to_arviz(
     :param posterior_predictive: whether to draw it.
     :param coords: coordinates that replace or add to the plates' own.
     :param dims: names of dimensions of a variable, instead of those from plates.
-    :raises ValueError: for sources that keep no draws.
+    :raises ValueError: for sources that keep no draws, and where ``dims`` names what is not exported.
     """
     if num_prior != 0:
         check_count("num_prior", num_prior)
     posterior = posterior_of(source, plain(args), plain(kwargs), num_samples, num_chains)
     groups: dict[str, Draws] = {"posterior": dict(posterior.draws)}
-    axes = Axes()
-    if posterior.call is not None:
-        model = ModelAtDraws(posterior.call)
-        axes = model.axes()
-        missing = [s.name for s in posterior.call.density.layout.sites if s.name not in posterior.draws]
+    model = None if posterior.call is None else ModelAtDraws(posterior.call)
+    names = variables([*posterior.draws, *(() if model is None else model.sites)])
+    axes, seen = Axes(), {}
+    if model is not None:
+        axes = model.axes(names)
+        missing = [s.name for s in model.call.density.layout.sites if s.name not in posterior.draws]
         if missing:
             _LOGGER.warning("draws of %s were not kept: nothing that needs them is exported.", missing)
             log_likelihood = posterior_predictive = False
@@ -90,12 +97,40 @@ def to_arviz(
             groups["posterior_predictive"] = grouped({k: drawn[k] for k in model.data}, shape)
         groups |= model.prior(num_prior)
         groups["observed_data"] = model.data
+        seen = {names[k]: v.cpu().numpy() for k, v in model.seen.items()}
     axes.dims.update({k: list(v) for k, v in (dims or {}).items()})
     axes.coords.update(coords or {})
-    arrays = {k: {variable(name): _numpy(v) for name, v in group.items()} for k, group in groups.items() if group}
+    arrays = {k: {names[name]: _numpy(v) for name, v in group.items()} for k, group in groups.items() if group}
     if posterior.stats:
         arrays["sample_stats"] = {k: _numpy(v) for k, v in posterior.stats.items()}
-    return _from_dict(arrays, axes)
+    if unknown := sorted(set(dims or {}) - {name for group in arrays.values() for name in group}):
+        raise ValueError(f"dims names '{unknown[0]}', which is not exported; there are {sorted(names.values())}.")
+    if not (seen and "log_likelihood" in arrays):
+        return _from_dict(arrays, axes)
+    terms, own = _only_seen(arrays.pop("log_likelihood"), seen, axes)
+    return _joined(_from_dict(arrays, axes), _from_dict({"log_likelihood": terms}, own) if terms else None)
+
+
+def _only_seen(
+    terms: Mapping[str, np.ndarray], seen: Mapping[str, np.ndarray], axes: Axes
+) -> tuple[dict[str, np.ndarray], Axes]:
+    """Pointwise terms of what is observed alone, in one dimension; and without sites of which nothing is."""
+    own = Axes({**axes.dims}, {**axes.coords})
+    out = dict(terms)
+    for name, keep in seen.items():
+        del out[name]
+        if keep.any():
+            own.dims[name] = [f"{name}_observed"]
+            own.coords[f"{name}_observed"] = _places(keep, axes.dims[name], axes.coords)
+            out[name] = terms[name].reshape(*terms[name].shape[:2], -1)[..., keep.ravel()]
+    return out, own
+
+
+def _places(keep: np.ndarray, dims: list[str], coords: Mapping[str, Any]) -> np.ndarray:
+    """Coordinates of what is observed: the plate's in one dimension, else positions in the flattened array."""
+    if keep.ndim == 1 and dims and dims[0] in coords:
+        return np.asarray(coords[dims[0]])[keep]
+    return np.flatnonzero(keep)
 
 
 def _numpy(value: Tensor) -> np.ndarray:
@@ -117,6 +152,17 @@ def _from_dict(groups: Mapping[str, Mapping[str, np.ndarray]], axes: Axes) -> An
         data[group].attrs.update(
             inference_library="pyro_shortrun", inference_library_version=metadata.version("pyro-shortrun")
         )
+    return data
+
+
+def _joined(data: Any, more: Any | None) -> Any:
+    """The groups of both, of either version of ArviZ."""
+    if more is None:
+        return data
+    if hasattr(data, "extend"):
+        data.extend(more)
+    else:
+        data["log_likelihood"] = more["log_likelihood"].copy()
     return data
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..density.call import Call
-from ..density.pointwise import pointwise
+from ..density.pointwise import pointwise, seen
 from ..density.program import Reading
-from ..density.sites import is_computed, is_data, plates_of
+from ..density.sites import is_computed, is_data, is_factor, plates_of
 from ..density.vectorize import map_chains
+from ..energy.statement import energy_of
 from ..tensors import ordinary_autograd
 from .posterior import Draws, grouped
 
@@ -38,13 +39,23 @@ class ModelAtDraws:
 
     def __init__(self, call: Call) -> None:
         self.call = call
+        self.seen: Draws = {}  # which observations there are, of data sites with some that are masked
         nodes = call.reading.trace.nodes
+        self._factors = [k for k, s in nodes.items() if is_factor(s) and energy_of(s) is None]
         self._observed = {k: s for k, s in nodes.items() if is_data(s)}
         self._computed = {k: s for k, s in nodes.items() if is_computed(s)}
         self.data = {k: _observation(s) for k, s in self._observed.items()}
 
-    def axes(self) -> Axes:
-        """Names of every site's dimensions, and the indices of plates."""
+    @property
+    def sites(self) -> list[str]:
+        """Names of all sites that can be exported."""
+        return [*(s.name for s in self.call.density.layout.sites), *self._computed, *self._observed]
+
+    def axes(self, exported: Mapping[str, str]) -> Axes:
+        """Names of every site's dimensions, and the indices of plates.
+
+        :param exported: names of variables by site.
+        """
         sites = [*self.call.reading.latents, *self._observed.values(), *self._computed.values()]
         indices = self.call.reading.indices
         axes = Axes()
@@ -58,8 +69,8 @@ class ModelAtDraws:
             for i, size in enumerate(shape):
                 plate = plates.get(i - batch) if i < batch else None
                 named = plate is not None and plate.size == size
-                names.append(_plate_name(plate.name) if named else f"{variable(site['name'])}_dim_{i}")  # type: ignore[union-attr]
-            axes.dims[variable(site["name"])] = names
+                names.append(_plate_name(plate.name) if named else f"{exported[site['name']]}_dim_{i}")  # type: ignore[union-attr]
+            axes.dims[exported[site["name"]]] = names
             for plate in plates.values():
                 axes.coords[_plate_name(plate.name)] = indices[plate.name].cpu().numpy()
         return axes
@@ -68,7 +79,8 @@ class ModelAtDraws:
         return self.data[site["name"]].shape if site["name"] in self.data else _shape(site)
 
     def at(self, draws: Draws) -> tuple[Draws, Draws]:
-        """Log-probability of every observation, and deterministic sites, at posterior draws."""
+        """Log-probability of every observation, and deterministic sites, at posterior draws; takes note of what is
+        ``seen``."""
         call, names = self.call, [s.name for s in self.call.density.layout.sites]
         shapes = {k: s["fn"].batch_shape for k, s in self._observed.items()}
 
@@ -78,7 +90,9 @@ class ModelAtDraws:
 
         def flat(*values: Tensor) -> tuple[Tensor, ...]:
             terms, reading = evaluate(*values)
-            return *terms.values(), *(reading.trace.nodes[k]["value"] for k in self._computed)
+            nodes = reading.trace.nodes
+            here = (seen(nodes[k], v.shape) for k, v in terms.items())
+            return *terms.values(), *here, *(nodes[k]["value"] for k in self._computed)
 
         with ordinary_autograd(), torch.no_grad():
             known = list(evaluate(*(draws[k][0] for k in names))[0])
@@ -87,16 +101,26 @@ class ModelAtDraws:
                 "enumerated sites tie the elements of %s together: no pointwise log_likelihood of theirs is exported.",
                 sorted(set(self._observed) - set(known)),
             )
+        if self._factors and known:
+            _LOGGER.warning(
+                "pyro.factor terms %s are in the posterior, but neither in log_likelihood nor in posterior_predictive: "
+                "where they stand for data, az.loo compares wrong models. Write such data as an observed site, with a "
+                "distribution of your own if need be.",
+                self._factors,
+            )
         if not known and not self._computed:
             return {}, {}
         out = self._map(flat, tuple(draws[k] for k in names), "export")
         count = len(known)
-        return dict(zip(known, out[:count], strict=True)), dict(zip(self._computed, out[count:], strict=True))
+        terms = dict(zip(known, out[:count], strict=True))
+        found = {k: v.any(0) for k, v in zip(known, out[count : 2 * count], strict=True)}  # masks may move with latents
+        self.seen = {k: v for k, v in found.items() if not v.all()}
+        return terms, dict(zip(self._computed, out[2 * count :], strict=True))
 
     def simulate(self, draws: Draws, count: int) -> Draws:
         """Every latent, deterministic and data site drawn anew, but for those in ``draws``."""
         latent = [k for k in (s.name for s in self.call.density.layout.sites) if k in draws]
-        names = [*(s.name for s in self.call.density.layout.sites), *self._computed, *self._observed]
+        names = self.sites
 
         def draw(*values: Tensor) -> tuple[Tensor, ...]:
             given = dict(zip(latent, values[1:], strict=True))
@@ -144,6 +168,18 @@ def _plate_name(name: str) -> str:
     return f"{name}_plate" if name in _RESERVED else name.replace("/", ".")
 
 
-def variable(name: str) -> str:
-    """A site's name as xarray and NetCDF allow it; ArviZ has one dict of dims for all groups, statistics included."""
-    return f"{name}_site" if name in _RESERVED | _STATS else name.replace("/", ".")
+def variables(sites: Iterable[str]) -> dict[str, str]:
+    """Names for sites as xarray and NetCDF allow them, no two alike: those that need no change keep theirs.
+
+    ArviZ has one dict of dims for all groups, statistics included.
+    """
+    wanted = {name: f"{name}_site" if name in _RESERVED | _STATS else name.replace("/", ".") for name in sites}
+    out = {name: name for name, new in wanted.items() if new == name}
+    taken = set(out.values())
+    for name, new in wanted.items():
+        if name not in out:
+            while new in taken:
+                new += "_site"
+            taken.add(new)
+            out[name] = new
+    return out

@@ -7,8 +7,10 @@ import glob
 import os
 import secrets
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from pyro.params.param_store import ParamStoreDict
 from torch import Tensor
 
 from ..tensors import random_state, set_random_state
+from .description import described, drift_limit, misfit
 
 FORMAT = 1
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -52,14 +55,20 @@ def save_state(path: str | os.PathLike[str], /, **parts: Any) -> None:
     :raises TypeError: for a part, or something in it, that cannot be loaded without running foreign code
         (``torch.load(..., weights_only=True)``).
     :raises ValueError: for a Pyro optimiser of parameters that Pyro's store has no names for.
+    :raises OSError: where the file cannot be written, such as on a full disk; ``path`` holds what it held.
     """
     content = {
         "format": FORMAT,
+        "version": _version(),
         "random": random_state(),
         "parts": {name: {"type": type(part).__name__, **_saved(name, part)} for name, part in parts.items()},
     }
-    with replacing(Path(path)) as scratch:
-        torch.save(content, scratch)
+    try:
+        with replacing(Path(path)) as scratch:
+            torch.save(content, scratch)
+    except (OSError, RuntimeError) as reason:  # torch's, where the disk is full
+        first = str(reason).splitlines()[0]
+        raise OSError(f"{path} could not be written ({first}); what was there before is there still.") from reason
     remove_leftovers(Path(path).parent, Path(path).name)
 
 
@@ -95,24 +104,39 @@ def load_state(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
     :param path: a file of :func:`save_state`; tensors go to the devices of the parts they belong to.
     :param parts: all objects that were saved, by the same names.
     :returns: the plain values that were saved, by name (tensors on the CPU).
-    :raises ValueError: where the file is no such file, or of a newer version; where parts are missing, unknown, or of
-        another type; where a part's tensors have other names, shapes or dtypes.
+    :raises ValueError: where the file is no such file, damaged (by its checksums), or of a newer version; where parts
+        are missing, unknown, or of another type; where a part's tensors have other names, shapes or dtypes; where a
+        guide has other latents, another number of steps, dynamics, objective or start, or step sizes with another
+        ``max``. (The dynamics' ``max_drift``, which backing off may have set, is restored.)
     """
     content = _read(path)
     saved = content["parts"]
     _check_names(path, saved, parts)
+    for name, part in parts.items():
+        if wrong := misfit(saved[name].get("about", {}), described(part)):
+            raise ValueError(
+                f"{name!r} in {path}, of pyro_shortrun {content.get('version', '0.1.0')}, {wrong}: build it as it was "
+                f"when saved (nothing was changed; this is version {_version()})."
+            )
     with ExitStack() as undo:
+        undo.callback(set_random_state, random_state())
         for name, part in parts.items():
             try:
                 undo.callback(_way_back(part))
                 _restore(part, saved[name]["state"])
+                if (limit := saved[name].get("max_drift")) is not None:
+                    undo.callback(setattr, part.dynamics, "max_drift", part.dynamics.max_drift)
+                    part.dynamics.max_drift = limit
             except Exception as reason:
                 why = " ".join(str(reason).split())
                 raise ValueError(
                     f"{name!r} in {path} does not fit this {type(part).__name__} (nothing was changed): {why} Build it "
                     "as it was when saved, and create lazy parameters first, as with guide.setup(*args)."
                 ) from reason
-        set_random_state(content["random"])
+        try:
+            set_random_state(content["random"])
+        except Exception as reason:
+            raise ValueError(f"{path} has random states that do not fit (nothing was changed): {reason}") from reason
         undo.pop_all()
     return {name: entry["value"] for name, entry in saved.items() if "value" in entry}
 
@@ -127,7 +151,10 @@ def _is_stateful(part: Any) -> bool:
 
 
 def _saved(name: str, part: Any) -> dict[str, Any]:
-    return {"state": _plain(name, _state(part))} if _is_stateful(part) else {"value": _plain(name, part)}
+    if not _is_stateful(part):
+        return {"value": _plain(name, part)}
+    state = _plain(name, _state(part))  # first, since it tells what cannot be saved
+    return {"state": state, "about": described(part), "max_drift": drift_limit(part)}
 
 
 def _state(part: Any) -> Any:
@@ -240,18 +267,33 @@ def _compact(value: Tensor) -> Tensor:
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()  # torch does not look at checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as reason:
         raise ValueError(f"{path} is no file of save_state, or is damaged: {reason}") from reason
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is wrong. Take an earlier file.")
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise ValueError(f"{path} is no file of save_state.")
     if content["format"] > FORMAT:
         raise ValueError(f"{path} has format {content['format']}, this version reads {FORMAT}: update pyro_shortrun.")
+    if content["format"] < 1:
+        raise ValueError(f"{path} has format {content['format']}; the first one is 1.")
     if missing := {"parts", "random"} - set(content):
         raise ValueError(f"{path} is no file of save_state: it has no {sorted(missing)}.")
+    parts = content["parts"]
+    entries = list(parts.values()) if isinstance(parts, dict) else [None]
+    whole = all(isinstance(e, dict) and "type" in e and ("state" in e) != ("value" in e) for e in entries)
+    if not (whole and isinstance(content["random"], dict)):
+        raise ValueError(f"{path} is no file of save_state: its parts are not what save_state writes.")
     return content
+
+
+def _version() -> str:
+    return metadata.version("pyro-shortrun")
 
 
 def _check_names(path: str | os.PathLike[str], saved: dict[str, dict[str, Any]], parts: dict[str, Any]) -> None:

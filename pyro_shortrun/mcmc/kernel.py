@@ -294,7 +294,7 @@ def _sampler(kernel: ShortRunLangevin, target: Target, warmup: int, chain_batch_
             objective=kernel.objective,
             warmup=warmup,
             guess=kernel._is_guess,
-            tune=learnable,
+            tune=learnable and target.has_density,
         )
     return LangevinChain(
         target,

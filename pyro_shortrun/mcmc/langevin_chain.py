@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,10 @@ from ..tensors import moved
 from .sampler import ChainState, Sampler, Stats, draw_stats
 from .target import Target
 
+_LOGGER = logging.getLogger("pyro_shortrun")
 _MUCH_CLIPPED = 0.1  # share of coordinates
+_INFLATION = 0.1  # of a variance, by the noise of mini-batches
+_STARTS, _BATCHES = 4, 16  # by which that noise is estimated
 StepSizeSchedule = Callable[[int], float]
 
 
@@ -53,6 +58,8 @@ class LangevinChain(Sampler):
         like = torch.zeros(layout.rows, layout.size, dtype=structure.dtype, device=structure.device)
         self.adjust, self.restarts, self.schedule, self.limit = adjust, restarts, schedule, limit
         self._set_step_size(like, guess)
+        if guess and target.is_subsampled:
+            calm(dynamics, target)
         self._eta = dynamics.step_size.forward(layout, num_steps).detach()
         self._one = like.new_ones(layout.size)
         restart = 0.5 * max(layout.size, 1) ** (-1 / 3) / self._eta.mean().item()
@@ -65,18 +72,6 @@ class LangevinChain(Sampler):
         start = "from fresh starts" if self.restarts else "in a chain"
         preconditioner = type(self.adaptation.preconditioner).__name__
         return f"{self.num_steps} {name} steps {start}, preconditioner {preconditioner}"
-
-    def fresh(self, chains: int) -> ChainState:
-        """
-        :raises ValueError: where the density has no gradient wherever a chain starts: it would never move.
-        """
-        state = super().fresh(chains)
-        if state.immovable().any():
-            raise ValueError(
-                "the gradient of the log density is not finite at the start of a chain: look for sqrt(0), 0 * inf and "
-                "the like in the model, or pass another start, such as start=Init(init_to_median)."
-            )
-        return state
 
     def step_size(self, k: int) -> Tensor:
         """Step size of the ``k``-th step of a draw, broadcastable to ``(rows, size)``."""
@@ -142,3 +137,27 @@ def _checked(eta: Any, step: int) -> float:
     if not (eta > 0 and eta < float("inf")):
         raise ValueError(f"the step-size schedule gave {eta} at transition {step}; it must give finite numbers > 0.")
     return eta
+
+
+@torch.no_grad()
+def calm(dynamics: Dynamics, target: Target) -> None:
+    r"""Lower a first guess of the step size to where the noise of mini-batches adds little to a chain's variance.
+
+    A step adds :math:`\eta^2 V` to the :math:`2 \eta` of Langevin's own noise, where :math:`V` is the variance of the
+    gradient over mini-batches: the posterior's variance comes out :math:`1 + \eta V / 2` times too large. ``V`` is
+    that of the noisiest coordinate, in the mean over some starts.
+    """
+    u = target.start(_STARTS).state
+    grads = torch.stack([target.current(len(u)).value_and_grad(u)[1] for _ in range(_BATCHES)])
+    noise = grads.var(0).mean(0).max().item()
+    first = dynamics.step_size.value.detach().max().item()
+    if math.isfinite(noise) and first * noise > 2 * _INFLATION:
+        dynamics.step_size.shrink(2 * _INFLATION / (first * noise))
+        _LOGGER.warning(
+            "step_size %.2g is too large for mini-batch gradients as noisy as this model's, which would widen the "
+            "posterior: going on with %.2g, which adds about %d %% to its variance. Pass a StepSize or a schedule to "
+            "insist.",
+            first,
+            2 * _INFLATION / noise,
+            round(100 * _INFLATION),
+        )

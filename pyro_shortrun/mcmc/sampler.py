@@ -90,12 +90,19 @@ class Sampler(ABC):
         return x.split(self._at_once or max(x.shape[axis], 1), axis)
 
     def fresh(self, chains: int) -> ChainState:
-        """States drawn from the start; where the density has no gradient they are drawn again, as Pyro's kernels do."""
+        """States drawn from the start; where the density has no gradient they are drawn again, as Pyro's kernels do.
+
+        :raises ValueError: where it has none wherever a chain starts: it would never move.
+        """
 
         def draw() -> ChainState:
             return self.evaluate(self.target.start(chains).state)
 
-        return redrawn(draw(), ChainState.immovable, lambda state, bad: draw().where(bad, state), _TRIES)
+        state = redrawn(draw(), ChainState.immovable, lambda state, bad: draw().where(bad, state), _TRIES)
+        self.target.require_finite(
+            ~state.immovable(), state.u, "the gradient of the log density is not finite at the start of a chain"
+        )
+        return state
 
     def _set_step_size(self, like: Tensor, guess: bool) -> None:
         """Create the step size, and where it is a first guess, halve it while pilot runs fail."""

@@ -19,7 +19,7 @@ from ..density.interface import Density
 from ..density.potential import PotentialDensity
 from ..density.transforms import same_transform
 from ..density.trust import is_random, row_names, rows_mix
-from ..starts.finite import redrawn, require_finite
+from ..starts.finite import CHECK_GRADIENT, redrawn, require_finite
 from ..starts.start import Start, StartDraw
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -34,6 +34,11 @@ class Target(ABC):
     density: Density
 
     @property
+    def has_density(self) -> bool:
+        """Whether the density of the start is known, so that there is a bound to tune by."""
+        return True
+
+    @property
     def is_subsampled(self) -> bool:
         """Whether the density is that of a random mini-batch."""
         return False
@@ -45,6 +50,11 @@ class Target(ABC):
     @abstractmethod
     def start(self, chains: int) -> StartDraw:
         """Finite start states."""
+
+    def require_finite(self, finite: Tensor, u: Tensor, what: str) -> None:
+        """Refuse states at which something is not ``finite``, ``(chains, rows)``, naming a site if there are any."""
+        if not finite.all():
+            raise ValueError(f"{what}: {CHECK_GRADIENT}.")
 
     @abstractmethod
     def constrain(self, u: Tensor, at_once: int | None = None) -> dict[str, Tensor]:
@@ -114,6 +124,10 @@ class ModelTarget(Target):
         return torch.stack([self.call.model.unconstrain(one) for one in chains])
 
     @property
+    def has_density(self) -> bool:
+        return self._start.has_density
+
+    @property
     def is_subsampled(self) -> bool:
         return bool(self._subsampled)
 
@@ -131,6 +145,9 @@ class ModelTarget(Target):
         require_finite(drawn.finite, self.call.model, drawn.state, what)
         self.density.expect(drawn.state, drawn.log_density)
         return drawn.detached()
+
+    def require_finite(self, finite: Tensor, u: Tensor, what: str) -> None:
+        require_finite(finite, self.call.model, u, what, CHECK_GRADIENT)
 
     def _again(self, drawn: StartDraw, bad: Tensor) -> StartDraw:
         return self._start.draw(self.call, len(bad)).where(bad, drawn)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..checks import check_count, check_kind
 from ..tensors import random_state, set_random_state
 from .chains import Session
+from .convergence import groups_of, worst_nested_rhat
 from .kernel import ShortRunLangevin
 from .target import Target
 
@@ -178,10 +179,19 @@ class VectorizedMCMC:
         return self._opened().target
 
     def summary(self, prob: float = 0.9) -> None:
-        """Print means, deviations, credible intervals, effective sample sizes and split R-hat."""
-        print_summary(self._enough(), prob=prob)
-        bad = int((self.sample_stats["nonfinite"] > 0).sum())
-        print(f"Draws with a non-finite proposal: {bad}")
+        """Print means, deviations, credible intervals, effective sample sizes and split R-hat; the worst nested R-hat
+        of chains in groups that began at one point each (where ``initial_params`` repeats points; else every chain is
+        its own group); and the acceptance, over all draws and from the worst chain to the best."""
+        draws, stats = self._enough(), self.sample_stats
+        print_summary(draws, prob=prob)
+        groups = groups_of(self.initial_params, self.num_chains)
+        worst = worst_nested_rhat(draws, groups)
+        if worst is not None:
+            members = self.num_chains // groups
+            print(f"Nested R-hat of {groups} groups of {members}: at most {worst[0]:.3f} (site '{worst[1]}')")
+        rates = stats["acceptance_rate"].mean(1)
+        print(f"Acceptance: {rates.mean():.3f} (chains {rates.min():.3f} to {rates.max():.3f})")
+        print(f"Draws with a non-finite proposal: {int((stats['nonfinite'] > 0).sum())}")
 
     def diagnostics(self) -> dict[str, Any]:
         """Per site ``n_eff`` and ``r_hat``; per chain ``divergences`` (draws with a non-finite proposal) and

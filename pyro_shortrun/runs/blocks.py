@@ -21,8 +21,8 @@ from ..tensors import keep_rows
 
 
 class Sizes(NamedTuple):
-    """Numbers of tensors in a state, of values and constants that every arrival is given, of shared ones, and of further
-    ones to be differentiated in."""
+    """Numbers of tensors in a state, of values and constants that every arrival is given, of shared ones, and of those
+    besides that are differentiated in."""
 
     state: int
     values: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from ..tensors import keep_rows
 from .blocks import Advance, Carry, Land, Last, Report, Retreat, Sizes
 from .noise import Noise
 from .record import RunInfo, ShortRun
-
 
 _STEPS_AT_LEAST = 8  # in a block
 _NUMBERS_AT_ONCE = 2**20  # of the noise of a block

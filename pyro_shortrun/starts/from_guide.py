@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -16,15 +19,18 @@ from ..density.call import Call
 from ..density.handlers import Hold
 from ..density.rows import sum_to_rows
 from ..density.sites import masked, plates_of
-from ..tensors import isolate
+from ..tensors import isolate, random_state, set_random_state
 from .base import GaussianBase
 from .start import Start, StartDraw
+
+_LOGGER = logging.getLogger("pyro_shortrun")
 
 
 class FromGuide(Start):
     """Adapter that lets any Pyro guide over the same sites be a start (an ``AutoGuide``, an encoder).
 
-    Like any guide, it should mask what the model masks (``poutine.mask``).
+    Like any guide, it should mask what the model masks (``poutine.mask``). One that fixes latents (``AutoDelta``, a
+    ``Delta`` without a density) has none, which is known from the first draw on.
 
     :param guide: a callable with the model's arguments.
     """
@@ -34,13 +40,41 @@ class FromGuide(Start):
     def __init__(self, guide: Callable[..., Any]) -> None:
         self._guide = guide
         self._orders: dict[str, Any] = {}  # of the last layout
+        self._fixes: str | None = None
+        self.is_known = False  # whether the guide has been looked at
+
+    @property
+    def has_density(self) -> bool:  # type: ignore[override]
+        return self._fixes is None
+
+    def look(self, call: Call) -> None:
+        """Find out whether the guide has a density, if that is not known; leaves random numbers as they are."""
+        if not self.is_known:
+            state = random_state()
+            with pyro.validation_enabled(False):
+                self._trace(call)
+            set_random_state(state)
+
+    def require_density(self, what: str) -> None:
+        """Refuse a point mass, after a draw.
+
+        :raises NotImplementedError: naming a latent that is fixed.
+        """
+        if self._fixes is not None:
+            raise NotImplementedError(
+                f"the guide fixes latent site '{self._fixes}' at a point (a Delta, as AutoDelta makes them), which has "
+                f"no density, and so there is no {what}: pass AutoNormal(model), say."
+            )
 
     def draw(self, call: Call, chains: int) -> StartDraw:
+        if chains > 1:  # vmap cannot ask for values
+            self.look(call)
         base = self._gaussian(call)
         if base is None:
             was_real = call.model.structure.is_real
             drawn = self._draw(call, chains)
             return self._draw(call, chains) if was_real and not call.model.structure.is_real else drawn
+        self.is_known = True
         u, terms = base.draw(chains)
         layout = call.density.layout
         log_q = (terms / layout.drift_scale(u) if layout.is_arrow else terms).sum(-1)
@@ -88,6 +122,14 @@ class FromGuide(Start):
                 self._guide(*call.bind.args, **call.bind.kwargs)
         trace = tracer.get_trace()
         _check_sites(call, trace)
+        if not self.is_known:
+            self.is_known, self._fixes = True, _fixed(call, trace)
+            if self._fixes is not None:
+                _LOGGER.warning(
+                    "the start fixes latent site '%s' at a point: there is no density, hence no bound, and nothing "
+                    "moves its parameters.",
+                    self._fixes,
+                )
         return trace
 
     def _draw(self, call: Call, chains: int) -> StartDraw:
@@ -171,6 +213,27 @@ def _check_sites(call: Call, trace: Any) -> None:
                 f"the start guide samples '{name}' in shape {tuple(found)}, the model in shape {tuple(shape)}: build "
                 "it for the same model and data, start=AutoNormal(model)."
             )
+
+
+def _fixed(call: Call, trace: Any) -> str | None:
+    """A latent that the guide fixes at a point, if it does.
+
+    Guides that draw elsewhere and leave a ``Delta`` at the latent (Pyro's AutoGuides, flows by hand) draw at least as
+    many numbers there as the latents have coordinates.
+    """
+    free = call.reading.unconstrained
+    nodes = {k: s for k, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
+    points = [k for k in free if isinstance(_innermost(nodes[k]["fn"]), Delta)]
+    elsewhere = [s for k, s in nodes.items() if k not in free and not s["is_observed"]]
+    drawn = sum(s["value"].numel() for s in elsewhere if not _is_point(s["fn"]))
+    wanted = sum(free[k].numel() for k in points if _is_point(nodes[k]["fn"]))
+    return points[0] if drawn < wanted else None
+
+
+def _is_point(fn: Any) -> bool:
+    """Whether a distribution is a ``Delta`` that nobody gave a density."""
+    fn = _innermost(fn)
+    return isinstance(fn, Delta) and not bool(torch.as_tensor(fn.log_density).any())
 
 
 def _innermost(fn: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from ..checks import check_count
 from ..density.call import Call
 from ..density.interface import Density
+from ..density.rows import sum_to_rows
+from ..density.sites import is_data, plates_of
 from ..density.structure import unscalable
 from .start import Start, StartDraw
 
@@ -19,7 +23,9 @@ class Persistent(nn.Module, Start):
 
     This is alternating back-propagation (Han, Lu, Zhu, Wu, AAAI 2017). The law of such a start is not known, so there
     is no bound: the loss that SVI prints is ``-log p(x, z_K)`` alone, and the step size stays as it is. In ``eval()``
-    mode nothing is stored. States are kept by the indices of the plate that holds the latents.
+    mode nothing is stored. States are kept by the indices of the plate that holds the latents. Where it has none (it is
+    not subsampled), rows are told apart by their position: where their data are then others than before, training
+    warns, and in ``eval()`` mode they start at the prior.
 
     :param refresh: probability with which a row starts at the prior all the same.
     :raises ValueError: where ``refresh`` is not in ``[0, 1]``.
@@ -28,15 +34,20 @@ class Persistent(nn.Module, Start):
     has_density = False
     store: Tensor
     visited: Tensor
+    marks: Tensor  # of each row's data; NaN where they are not known
 
     def __init__(self, refresh: float = 0.0) -> None:
         super().__init__()
+        self._told = False
         if not 0 <= refresh <= 1:
             raise ValueError(f"refresh is a probability, got {refresh!r}.")
         self.refresh = refresh
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in ("store", "visited"):  # before the first call, too
+        if prefix + "visited" in state_dict and prefix + "marks" not in state_dict:  # states of version 0.1.0
+            visited = state_dict[prefix + "visited"]
+            state_dict = {**state_dict, prefix + "marks": torch.full(visited.shape, math.nan, dtype=torch.float64)}
+        for name in ("store", "visited", "marks"):  # before the first call, too
             saved = state_dict.get(prefix + name)
             if saved is not None and name not in self._buffers:
                 self.register_buffer(name, torch.zeros_like(saved))
@@ -55,6 +66,7 @@ class Persistent(nn.Module, Start):
         dtype, device = density.structure.dtype, density.structure.device
         self.register_buffer("store", torch.zeros(count, layout.size, dtype=dtype, device=device))
         self.register_buffer("visited", torch.zeros(count, dtype=torch.bool, device=device))
+        self.register_buffer("marks", torch.full((count,), math.nan, dtype=torch.float64, device=device))
 
     def _index(self, call: Call) -> Tensor:
         layout = call.density.layout
@@ -76,9 +88,27 @@ class Persistent(nn.Module, Start):
         index = self._index(call)
         fresh = call.prior(chains).detach()
         use = self.visited[index] & (torch.rand(chains, len(index), device=fresh.device) >= self.refresh)
+        use = use & ~self._of_others(call, index)
         u = torch.where(use.unsqueeze(-1), self.store[index], fresh)
         value = call.model(u)
         return StartDraw(u, torch.zeros_like(value), value)
+
+    def _of_others(self, call: Call, index: Tensor) -> Tensor:
+        """Which rows are not to go on from their state, since that is the state of other data."""
+        before, now = self.marks[index], _marks(call)
+        changed = self.visited[index] & ~before.isnan() & ~now.isnan() & (before != now)
+        if not (self.training and changed.any()):
+            return changed
+        if not self._told:
+            self._told = True
+            names = ", ".join(f"'{p.name}'" for p in call.density.layout.row_plates)
+            warnings.warn(
+                f"the data of plate {names} are others than before, and Persistent tells its elements apart by "
+                "position alone: they go on from the chains of other data. Make the plate over the whole data set and "
+                "pass it the indices of the batch, pyro.plate(name, size, subsample=index), or use Prior().",
+                stacklevel=2,
+            )
+        return torch.zeros_like(changed)
 
     def finish(self, call: Call, end: Tensor) -> None:
         if end.shape[0] != 1:
@@ -88,6 +118,31 @@ class Persistent(nn.Module, Start):
         index = self._index(call)
         self.store[index] = end[0].detach()
         self.visited[index] = True
+        self.marks[index] = _marks(call)
+
+
+def _marks(call: Call) -> Tensor:
+    """A number for the data of each row, ``(rows,)``; NaN where there are none, or where indices tell rows apart."""
+    layout, nodes = call.density.layout, call.reading.trace.nodes
+    total = torch.full((layout.rows,), math.nan, dtype=torch.float64, device=call.density.structure.device)
+    data = [s for s in nodes.values() if is_data(s)]
+    if not (data and layout.row_plates) or any(_has_indices(call, p.name) for p in layout.row_plates):
+        return total
+    total = torch.zeros_like(total)
+    for site in data:
+        value = torch.as_tensor(site["value"]).detach().to(total)
+        width = site["fn"].event_dim
+        weights = torch.arange(1, value.numel() + 1, device=total.device).to(total).cos().reshape(value.shape)
+        term = (value * weights).flatten(value.dim() - width).sum(-1) if width else value * weights
+        term = term.expand(torch.broadcast_shapes(term.shape, site["fn"].batch_shape))
+        total = total + sum_to_rows(layout, term, plates_of(site))
+    return total
+
+
+def _has_indices(call: Call, plate: str) -> bool:
+    index = call.bind.indices[plate]
+    size = int(call.reading.trace.nodes[plate]["fn"].size)
+    return len(index) < size or not index.equal(torch.arange(size, device=index.device))
 
 
 class Replay(nn.Module, Start):

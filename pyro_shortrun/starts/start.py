@@ -107,6 +107,10 @@ class Start(ABC):
         """Create what the start stores."""
         return None
 
+    def look(self, call: Call) -> None:
+        """Find out what a call alone can tell, before it is drawn from; leaves random numbers as they are."""
+        return None
+
     @abstractmethod
     def draw(self, call: Call, chains: int) -> StartDraw:
         """Draw ``u_0`` for every row of every chain."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
-from pyro_shortrun import Annealed, EnergyELBO, Langevin, Prior, ShortRunGuide, StepSize, energy_prior
+from pyro_shortrun import Annealed, EnergyELBO, Langevin, Persistent, Prior, ShortRunGuide, StepSize, energy_prior
 from pyro_shortrun.compile import Compiler, Untouched, density_of
 from pyro_shortrun.density import Call
+from pyro_shortrun.density.interface import Density
 
 K = 5
 REAL, POSITIVE = dist.Normal(0.3, 1.0), dist.LogNormal(0.3, 1.0)
@@ -71,8 +74,43 @@ def steps(model: Callable, guide: Callable, loss: Any, runs: list[int]) -> int:
 )
 def test_training_step(latent, options, count):
     model, runs = counted(latent)
-    guide = ShortRunGuide(model, num_steps=K, dynamics=Langevin(StepSize(0.05)), **{"start": Prior(), **options})
+    guide = ShortRunGuide(
+        model, num_steps=K, dynamics=Langevin(StepSize(0.05)), **{"start": Prior(), **options}, start=Prior()
+    )
     assert steps(model, guide, Trace_ELBO(), runs) == count
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize(
+    "options,wrap,count",
+    [
+        # The start; a gradient at each state but the last; the last; the ELBO's own trace: neither determinants nor a
+        # way back.
+        ({}, partial(poutine.mask, mask=False), 1 + K + 1 + 1),
+        ({}, partial(poutine.mask, mask=torch.tensor(False)), 1 + K + 1 + 1),
+        (dict(start=encoder(dist.Normal)), partial(poutine.mask, mask=False), 2 + K + 1 + 1),
+        # The shapes, a draw from the prior for rows that are new, and the density where the others were left.
+        (dict(start=Persistent()), lambda guide: guide, 3 + K + 1 + 1),
+    ],
+    ids=["masked", "masked by a tensor", "masked, from a guide", "persistent"],
+)
+def test_no_determinant_that_no_one_reads(monkeypatch, learnable, options, wrap, count):
+    products: list[int] = []
+    monkeypatch.setattr(Density, "hessian_product", lambda *args, **kwargs: products.append(1))
+    model, runs = counted(REAL)
+    guide = ShortRunGuide(
+        model, num_steps=K, dynamics=Langevin(StepSize(0.05, learnable=learnable)), **{"start": Prior(), **options}
+    )
+    assert steps(model, wrap(guide), Trace_ELBO(), runs) == count
+    assert not products and not guide.info.log_det.numel()
+
+
+def test_a_fixed_step_has_no_way_back():
+    """Its bound is in the loss, and so are the determinants."""
+    model, runs = counted(REAL)
+    guide = ShortRunGuide(model, num_steps=K, dynamics=Langevin(StepSize(0.05, learnable=False)), start=Prior())
+    assert steps(model, guide, Trace_ELBO(), runs) == 1 + K + 1 + 1
+    assert guide.info.log_det.shape == (K,)
 
 
 @pytest.mark.parametrize("l2", [0.0, 0.1])

@@ -511,8 +511,8 @@ def test_rows_need_a_guide_that_draws_them_apart():
 
 @pytest.mark.parametrize("make", [AutoDelta, AutoLaplaceApproximation])
 def test_points_have_no_weights(make):
-    with pytest.raises(NotImplementedError, match="a point without a density"):
-        psis(model, make(model), torch.randn(3))
+    with pytest.raises(NotImplementedError, match="a point"):
+        psis(model, make(model), torch.randn(3), num_samples=30)
 
 
 def test_guides_are_set_up_before_they_are_weighed():

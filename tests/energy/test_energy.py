@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer import MCMC, NUTS, SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from tilted import Quadratic, encoder, log_z_grad, one_layer, silent
@@ -432,3 +433,47 @@ def test_refusals():
     broken = one_layer(lambda z: z * torch.nan)
     with pytest.raises(ValueError, match="energies may have diverged"):
         EnergyELBO(Trace_ELBO()).loss_and_grads(broken, guide, x)
+
+
+# ------------------------------------------------------------------------------------------ without EnergyELBO
+
+
+def tilted_by(net: torch.nn.Module) -> Callable[[Tensor], None]:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            energy_prior("ebm", lambda z: net(z.unsqueeze(-1)).squeeze(-1), z)
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    return model
+
+
+def by_svi(model: Callable, guide: Callable, elbo: Any, x: Tensor) -> None:
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo).step(x)
+
+
+@pytest.mark.parametrize("kind", [ShortRunGuide, AutoNormal])
+def test_an_energy_that_is_trained_without_log_z_is_told(kind):
+    model = tilted_by(torch.nn.Linear(1, 1))
+    with pytest.warns(UserWarning, match="energy 'ebm' is trained without its log Z.*EnergyELBO"):
+        by_svi(model, kind(model), Trace_ELBO(), torch.randn(5))
+
+
+def test_so_it_is_with_the_loss_of_short_runs():
+    model = tilted_by(torch.nn.Linear(1, 1))
+    with pytest.warns(UserWarning, match="EnergyELBO"):
+        by_svi(model, ShortRunGuide(model, start=Prior()), ShortRunELBO(), torch.randn(5))
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, ShortRunELBO])
+def test_an_energy_that_is_trained_with_it_is_not(elbo):
+    """Nor one that is frozen, nor where a model is evaluated or its posterior drawn."""
+    net, x = torch.nn.Linear(1, 1), torch.randn(5)
+    model = tilted_by(net)
+    guide = ShortRunGuide(model, num_steps=2, start=Prior())
+    by_svi(model, guide, EnergyELBO(elbo(), num_steps=2), x)
+    elbo().loss(model, guide, x)
+    guide.sample_posterior(x, num_samples=2)
+    MCMC(NUTS(model), num_samples=2, warmup_steps=2, disable_progbar=True).run(x)
+    net.requires_grad_(False)
+    by_svi(model, guide, elbo(), x)

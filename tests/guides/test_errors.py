@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import pickle
 
@@ -12,22 +11,26 @@ import pytest
 import torch
 from programs import latent_regression, local, refuses, regression
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import SVI, JitTrace_ELBO, JitTraceEnum_ELBO, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_median, init_to_value
 from torch import Tensor, nn
 
 from pyro_shortrun import (
+    Annealed,
+    GaussianReverse,
     Init,
     Langevin,
     PathDensity,
     Persistent,
     Prior,
+    SemiImplicitGuide,
     ShortRunGuide,
     ShortRunLangevin,
     StepSize,
     VectorizedMCMC,
     psis,
 )
+from pyro_shortrun.density import Call, Program
 from pyro_shortrun.diagnostics import compare_with_nuts
 from pyro_shortrun.evaluation import importance_log_likelihood
 from pyro_shortrun.objectives import Lanczos
@@ -203,8 +206,8 @@ def test_parts_of_a_list_in_the_wrong_order():
         poutine.trace(guide).get_trace(torch.ones(3), torch.ones(3))
 
 
-def test_list_called_without_a_trace():
-    """The short run finds the other parts' draws in the trace: the error says so also after training."""
+def test_part_of_a_list_called_by_itself():
+    """The short run finds the other parts' draws in a call of the list: the error says so also after training."""
     x, y = torch.ones(3), torch.ones(3)
     guide = AutoGuideList(latent_regression)
     guide.append(AutoNormal(poutine.block(latent_regression, expose=["w"])))
@@ -214,8 +217,8 @@ def test_list_called_without_a_trace():
     for trained in (False, True):
         if trained:
             SVI(latent_regression, guide, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO()).step(x, y)
-        with pytest.raises(ValueError, match="'w' is hidden.*run under poutine.trace"):
-            guide(x, y)
+        with pytest.raises(ValueError, match="'w' is hidden.*call the list, not the part"):
+            guide[1](x, y)
 
 
 def test_create_plates_must_return_plates():
@@ -355,12 +358,9 @@ def test_load_state_dict_before_setup():
         ShortRunGuide(local, step_size=0.01, start=Prior()).load_state_dict(state)
 
 
-@pytest.mark.parametrize(
-    "duplicate", [lambda g: pickle.loads(pickle.dumps(g)), copy.deepcopy], ids=["pickle", "deepcopy"]
-)
-def test_unpickled_guide_needs_its_model(duplicate):
+def test_unpickled_guide_needs_its_model():
     x = torch.ones(3)
-    loaded = duplicate(ShortRunGuide(local, num_steps=2, step_size=0.01, start=Prior()).setup(x))
+    loaded = pickle.loads(pickle.dumps(ShortRunGuide(local, num_steps=2, step_size=0.01, start=Prior()).setup(x)))
     for call in (loaded, loaded.setup, loaded.sample_posterior, loaded.trajectory):
         with pytest.raises(RuntimeError, match=r"guide.attach\(model\)"):
             call(x)
@@ -425,7 +425,7 @@ def test_rows_coupled_by_batch_norm_warn_once():
 )
 def test_classes_and_strings_where_objects_belong(arguments, match):
     with pytest.raises(ValueError, match=match):
-        ShortRunGuide(lambda: None, **{"start": Prior(), **arguments})
+        ShortRunGuide(lambda: None, **{"start": Prior(), **arguments}, start=Prior())
 
 
 @pytest.mark.parametrize("make", [ShortRunGuide, ShortRunLangevin], ids=["guide", "kernel"])
@@ -535,3 +535,72 @@ def test_step_sizes_of_another_guide_are_named():
     ShortRunGuide(local, num_steps=3, step_size=StepSize(0.1, per="step"), start=Prior()).setup(x)
     with pytest.raises(ValueError, match=r"2 step sizes and Pyro's parameter store 3.*clear_param_store"):
         older(x)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_latents_that_come_and_go_are_named(seed):
+    """Whether the site was there when the call was read, or not."""
+
+    def moody() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if x > 0:
+            pyro.sample("y", dist.Normal(x, 1.0))
+        pyro.sample("o", dist.Normal(x, 1.0), obs=torch.tensor(0.0))
+
+    pyro.set_rng_seed(seed)
+    guide = ShortRunGuide(moody, num_steps=2, step_size=StepSize(0.5), start=Prior())
+    with pytest.raises(ValueError, match="'y'"):
+        for _ in range(20):
+            guide()
+    values = {"x": torch.tensor(-1.0), "y": torch.tensor(0.0)}
+    bound = Call.of(lambda: poutine.condition(moody, {"x": torch.tensor(1.0)})(), (), {})
+    with pytest.raises(ValueError, match="latent site 'y' disappeared in the middle of a run"):
+        Program(moody).run(bound.bind, values)
+
+
+# ------------------------------------------------------------------------------------------------ reasons
+
+
+def unsized(x: Tensor) -> None:
+    with pyro.plate("data"):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ShortRunGuide,
+        lambda m: ShortRunGuide(m, start=AutoNormal(m), objective=Annealed()),
+        lambda m: SemiImplicitGuide(m, num_mixtures=2),
+    ],
+)
+def test_a_plate_without_a_size_is_named(make):
+    with pytest.raises(
+        ValueError, match=r"plate 'data' around latent site 'z' has no size.*pyro.plate\('data', size\)"
+    ):
+        Trace_ELBO().loss(unsized, make(unsized), torch.zeros(4))
+
+
+@pytest.mark.parametrize("objective", [Annealed(), GaussianReverse()])
+def test_a_mask_is_given_as_the_reason(objective):
+    def partly(y: Tensor, keep: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y, obs_mask=keep)
+
+    args = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([True, False, True])
+    guide = ShortRunGuide(partly, num_steps=2, objective=objective, start=AutoNormal(partly))
+    with pytest.raises(NotImplementedError, match=r"poutine\.mask .*obs_mask"):
+        Trace_ELBO().loss(partly, guide, *args)
+    pyro.clear_param_store()
+    right = ShortRunGuide(partly, num_steps=2, step_size=StepSize(0.01), objective=Annealed(), start=Prior())
+    assert math.isfinite(Trace_ELBO().loss(partly, right, *args))  # the remedy
+
+
+@pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
+@pytest.mark.parametrize("elbo", [JitTrace_ELBO, JitTraceEnum_ELBO])
+@pytest.mark.parametrize("make", [ShortRunGuide, lambda m: SemiImplicitGuide(m, num_mixtures=2)])
+def test_jit_elbos_are_refused_in_a_sentence(elbo, make):
+    with pytest.raises(NotImplementedError, match=r"torch\.jit .* use the ELBO without Jit.*compile=True"):
+        elbo(ignore_jit_warnings=True).loss_and_grads(local, make(local), torch.zeros(3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from programs import ALL, EXACT, close, contraction, data, frozen, nested
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
-from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal
+from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal, init_to_value
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from pyro_shortrun import Langevin, Prior, ShortRunGuide, StepSize
+from pyro_shortrun import Langevin, Prior, SemiImplicitGuide, ShortRunGuide, StepSize
 
 
 def nested_parts(expose: list[str]) -> Callable:
@@ -153,3 +155,53 @@ def test_blocked_model_is_a_guide_for_the_visible_sites():
         pyro.clear_param_store()
     torch.testing.assert_close(draws[1], draws[0])
     torch.testing.assert_close(draws[2], draws[0])
+
+
+# ------------------------------------------------------------------------------------------ nobody traces the list
+
+
+def levels(x: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+LOCALS = {
+    "run": lambda m: ShortRunGuide(m, num_steps=40, step_size=StepSize(0.2, learnable=False), start=Prior()),
+    "semi-implicit": lambda m: SemiImplicitGuide(m, num_mixtures=2),
+}
+
+
+def listed(kind: str) -> AutoGuideList:
+    """mu near 5, z by ours."""
+    parts = AutoGuideList(levels)
+    fixed = init_to_value(values={"mu": torch.tensor(5.0)})
+    parts.append(AutoNormal(poutine.block(levels, expose=["mu"]), init_loc_fn=fixed, init_scale=0.01))
+    parts.append(LOCALS[kind](poutine.block(levels, expose=["z"])))
+    return parts
+
+
+@pytest.mark.parametrize("kind", LOCALS)
+def test_list_that_is_called_plainly(kind):
+    """The later part finds the values of the call under way, and no others."""
+    x, parts = torch.zeros(3), listed(kind)
+    values = parts(x)
+    assert values["z"].shape == (3,) and abs(values["mu"] - 5) < 0.1
+    with pytest.raises(ValueError, match="call the list, not the part"):
+        parts[1](x)
+    with pytest.raises(TypeError):
+        parts(x, 3)
+    assert not _PYRO_STACK  # nothing is left there
+    pickle.loads(pickle.dumps(parts))
+
+
+def test_medians_and_quantiles_of_a_list():
+    """z | mu = 5, x = 0 is N(2.5, 1 / 2)."""
+    x, parts = torch.zeros(3), listed("run")
+    parts(x)  # as Pyro's own parts want it
+    median, quantiles = parts.median(x), parts.quantiles([0.16, 0.84], x)
+    torch.testing.assert_close(median["z"], torch.full((3,), 2.5), rtol=0, atol=0.3)
+    spread = (quantiles["z"][1] - quantiles["z"][0]) / 2
+    torch.testing.assert_close(spread, torch.full((3,), math.sqrt(0.5)), rtol=0.4, atol=0)
+    assert quantiles["z"].shape == (2, 3) and abs(median["mu"] - 5) < 0.1

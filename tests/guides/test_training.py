@@ -24,6 +24,7 @@ from pyro_shortrun import (
     Linearized,
     Mixture,
     PathDensity,
+    Prior,
     ShortRunELBO,
     ShortRunGuide,
     StepSize,
@@ -45,7 +46,7 @@ def steps(model: Callable[..., Any], args: tuple[Any, ...], compile: bool, count
             options["start"]
         ](model)
     pyro.set_rng_seed(0)
-    guide = ShortRunGuide(model, num_steps=STEPS, compile=compile, **options)
+    guide = ShortRunGuide(model, num_steps=STEPS, compile=compile, **{"start": Prior(), **options})
     if compile:
         guide._compiler = Compiler(Untouched())
     elbo, found = ShortRunELBO(particles), []
@@ -78,7 +79,7 @@ def test_steps_of_every_program_are_the_eager_ones(case: Case, caplog):
     model, args = case.make()
     options = {} if case.create_plates is None else dict(create_plates=case.create_plates)
     found, guide = steps(model, args, True, **options)
-    assert not guide._training.given_up and len(guide._training._steps) == 1, warned(caplog)
+    assert not guide.steps.given_up and len(guide.steps._steps) == 1, warned(caplog)
     assert_same(found, steps(model, args, False, **options)[0])
 
 
@@ -109,7 +110,7 @@ def curved(x: Tensor) -> None:
 def test_every_objective_dynamics_and_start(options, caplog):
     x = torch.randn(4)
     found, guide = steps(curved, (x,), True, count=4, **options)
-    assert len(guide._training._steps) == 1, warned(caplog)
+    assert len(guide.steps._steps) == 1, warned(caplog)
     assert_same(found, steps(curved, (x,), False, count=4, **options)[0])
 
 
@@ -120,7 +121,7 @@ def test_a_full_gaussian_start():
 
     options, x = dict(objective=Annealed, start="full"), torch.randn(3)
     found, guide = steps(model, (x,), True, **options)
-    assert guide._training._steps
+    assert guide.steps._steps
     assert_same(found, steps(model, (x,), False, **options)[0])
 
 
@@ -131,7 +132,9 @@ def test_svi_trains_as_it_does_eagerly(compile):
     for backend in (None, Untouched()):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        guide = ShortRunGuide(curved, num_steps=STEPS, step_size=StepSize(0.05), compile=backend is not None)
+        guide = ShortRunGuide(
+            curved, num_steps=STEPS, step_size=StepSize(0.05), compile=backend is not None, start=Prior()
+        )
         if backend is not None:
             guide._compiler = Compiler(backend)
         svi = SVI(curved, guide, pyro.optim.Adam({"lr": 0.05}), ShortRunELBO())
@@ -142,7 +145,9 @@ def test_svi_trains_as_it_does_eagerly(compile):
 
 
 def guide_of(model: Callable[..., Any], **options: Any) -> ShortRunGuide:
-    guide = ShortRunGuide(model, num_steps=STEPS, step_size=StepSize(0.01), compile=True, **options)
+    guide = ShortRunGuide(
+        model, num_steps=STEPS, step_size=StepSize(0.01), compile=True, **{"start": Prior(), **options}
+    )
     guide._compiler = Compiler(Untouched())
     return guide
 
@@ -155,7 +160,7 @@ def test_other_shapes_are_other_graphs_and_other_values_are_not():
     guide = guide_of(curved)
     for x in (torch.randn(4), torch.randn(4), torch.randn(5), torch.randn(4)):
         losses(guide, x, count=2)
-    assert len(guide._training._steps) == 2
+    assert len(guide.steps._steps) == 2
 
 
 def test_what_a_model_takes_from_outside_is_noticed_at_the_next_comparison(caplog):
@@ -167,14 +172,14 @@ def test_what_a_model_takes_from_outside_is_noticed_at_the_next_comparison(caplo
 
     guide, x = guide_of(model), torch.tensor(0.3)
     losses(guide, x, count=4)
-    first = next(iter(guide._training._steps.values()))
+    first = next(iter(guide.steps._steps.values()))
     outside["scale"] = 3.0
     losses(guide, x, count=1)  # the fourth from the graph, which is compared
-    assert first not in guide._training._steps.values()
+    assert first not in guide.steps._steps.values()
     for scale in (1.0, 2.0, 3.0, 4.0):
         outside["scale"] = scale
         losses(guide, x, count=2)
-    assert any("pass that as a tensor argument" in text for text in warned(caplog)) and guide._training.given_up
+    assert any("pass that as a tensor argument" in text for text in warned(caplog)) and guide.steps.given_up
 
 
 @pytest.mark.parametrize("kind", ["branch", "item", "random"])
@@ -193,7 +198,7 @@ def test_what_cannot_be_traced_is_said_once_and_gives_the_eager_numbers(kind, ca
     for compile in (True, False):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        guide = ShortRunGuide(model, num_steps=STEPS, step_size=StepSize(0.01), compile=compile)
+        guide = ShortRunGuide(model, num_steps=STEPS, step_size=StepSize(0.01), compile=compile, start=Prior())
         if compile:
             guide._compiler = Compiler(Untouched())
         found.append(losses(guide, x, count=3))
@@ -205,7 +210,7 @@ def test_a_trace_that_goes_another_way_is_found_out(caplog):
     """Pyro's ``init_to_median`` catches the error of a trace and goes on with zeros."""
     x, options = torch.randn(4), dict(start=lambda: Init(pyro.infer.autoguide.init_to_median))
     found, guide = steps(curved, (x,), True, **options)
-    assert guide._training.given_up and any("another loss" in text for text in warned(caplog))
+    assert guide.steps.given_up and any("another loss" in text for text in warned(caplog))
     assert_same(found, steps(curved, (x,), False, **options)[0])
 
 
@@ -235,7 +240,7 @@ def test_rows_that_freeze_are_counted_and_warned_of():
 
     x, options = torch.zeros(64), dict(objective=Annealed, start="diagonal", dynamics=lambda: Langevin(StepSize(0.1)))
     found, guide = steps(model, (x,), True, **options)
-    assert guide._training._steps and guide.info.nonfinite > 0 and guide._watch._froze
+    assert guide.steps._steps and guide.info.nonfinite > 0 and guide._watch._froze
     assert_same(found, steps(model, (x,), False, **options)[0])
 
 

@@ -9,7 +9,7 @@ import torch
 from scripted import Scripted
 from torch import Tensor
 
-from pyro_shortrun.guides.fit import verdict
+from pyro_shortrun.guides.verdict import verdict
 
 
 def noise(seed: int, size: int, correlation: float = 0.0) -> Tensor:

@@ -42,7 +42,7 @@ from zoo import (
     subsampled_mixture_plates,
 )
 
-from pyro_shortrun import Langevin, Prior, ShortRunGuide, StepSize, to_arviz
+from pyro_shortrun import Langevin, Prior, ShortRunGuide, StepSize, energy_prior, to_arviz
 
 # ------------------------------------------------------------------------------------------------ densities
 
@@ -216,22 +216,117 @@ def test_independent_sites_beside_tied_ones_are_kept(caplog):
     assert set(out["posterior_predictive"].data_vars) == {"x", "w"}
 
 
-def test_masked_observations_count_nothing():
+def test_masked_observations_are_no_data_points():
     masked, (y,) = make_masked()
     out = export(masked, y)
     level, spread = get(out, "posterior", "level"), get(out, "posterior", "spread")
-    exact = dist.Normal(level, 0.1 + spread).log_prob(y)
-    exact[..., ::3] = 0.0
+    seen = torch.arange(y.numel()).reshape(y.shape) % 3 != 0 if y.dim() > 1 else torch.arange(len(y)) % 3 != 0
+    exact = dist.Normal(level, 0.1 + spread).log_prob(y)[..., seen]
     torch.testing.assert_close(get(out, "log_likelihood", "y"), exact)
+    assert coord(out, "log_likelihood", "y", "y_observed") == seen.nonzero().flatten().tolist()
+    assert out["posterior_predictive"]["y"].shape[2:] == out["observed_data"]["y"].shape == y.shape
 
 
-def test_padding_counts_nothing():
+def by_handler(loc: Tensor, y: Tensor, keep: Tensor) -> None:
+    with poutine.mask(mask=keep):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+def by_distribution(loc: Tensor, y: Tensor, keep: Tensor) -> None:
+    pyro.sample("y", dist.Normal(loc, 1.0).expand(y.shape).mask(keep), obs=y)
+
+
+def by_nan(loc: Tensor, y: Tensor, keep: Tensor) -> None:
+    pyro.sample("y", dist.NanMaskedNormal(loc, 1.0), obs=torch.where(keep, y, torch.tensor(math.nan)))
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+@pytest.mark.parametrize("way", [by_handler, by_distribution, by_nan])
+def test_however_they_are_masked(way):
+    """In two plates, one number for each element that is there, and az.loo counts these."""
+    y = data(6).reshape(3, 2)
+    keep = torch.tensor([[True, False], [True, True], [False, True]])
+
+    def both(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("c", 2, dim=-1), pyro.plate("n", 3, dim=-2):
+            way(loc, y, keep)
+
+    out = to_arviz(short(both), y, num_samples=20, num_chains=2, num_prior=0)
+    exact = dist.Normal(get(out, "posterior", "loc").unsqueeze(-1), 1.0).log_prob(y[keep])
+    torch.testing.assert_close(get(out, "log_likelihood", "y"), exact)
+    assert coord(out, "log_likelihood", "y", "y_observed") == [0, 2, 3, 5]
+    assert az.loo(out).n_data_points == 4
+
+
+def test_vectors_of_which_a_part_is_there_are_one_data_point():
+    y, nan = data(6).reshape(3, 2), math.nan
+    y[0] = nan
+    y[1, 0] = nan
+
+    def vectors(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", 3):
+            pyro.sample("y", dist.NanMaskedMultivariateNormal(loc.expand(2), torch.eye(2)), obs=y)
+
+    out = to_arviz(short(vectors), y, num_samples=5, num_chains=2, num_prior=0, posterior_predictive=False)
+    each = dist.Normal(get(out, "posterior", "loc")[..., None, None], 1.0, validate_args=False).log_prob(y[1:])
+    torch.testing.assert_close(get(out, "log_likelihood", "y"), each.nansum(-1))
+    assert coord(out, "log_likelihood", "y", "y_observed") == [1, 2]
+
+
+def test_a_mask_that_moves_keeps_what_is_ever_observed():
+    def moving(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", len(x)), poutine.mask(mask=loc < torch.tensor([-9.0, 0.0, 9.0])):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    x = data(3)
+    out = to_arviz(short(moving), x, num_samples=20, num_chains=2, num_prior=0)
+    loc = get(out, "posterior", "loc").unsqueeze(-1)
+    exact = torch.where(loc < torch.tensor([0.0, 9.0]), dist.Normal(loc, 1.0).log_prob(x[1:]), torch.zeros(()))
+    torch.testing.assert_close(get(out, "log_likelihood", "x"), exact)
+
+
+def test_padding_is_no_data():
     dmm, (x, lengths) = make_dmm()
     out = export(dmm, x, lengths)
     for t in range(5):
-        values = get(out, "log_likelihood", f"x_{t + 1}")
-        assert (values[..., t >= lengths] == 0).all()
-        assert (values[..., t < lengths] < 0).all()
+        if (t < lengths).any():
+            values = get(out, "log_likelihood", f"x_{t + 1}")
+            assert values.shape[2] == (t < lengths).sum() and (values < 0).all()
+        else:
+            assert f"x_{t + 1}" not in out["log_likelihood"].data_vars
+
+
+def test_factors_are_named(caplog):
+    """A censored likelihood as a factor is in the posterior, and in nothing else."""
+    t, censored = torch.tensor([0.5, 1.2, 3.0]), torch.tensor([False, False, True])
+
+    def survival(t: Tensor) -> None:
+        rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
+        with pyro.plate("n", len(t)):
+            with poutine.mask(mask=~censored):
+                pyro.sample("t", dist.Exponential(rate), obs=t)
+            with poutine.mask(mask=censored):
+                pyro.factor("survived", -rate * t)
+
+    with caplog.at_level(logging.WARNING, "pyro_shortrun"):
+        out = export(survival, t)
+    assert "pyro.factor terms ['survived']" in caplog.text
+    assert out["log_likelihood"]["t"].shape[2:] == (2,)
+
+
+def test_the_energy_of_a_prior_is_no_such_factor(caplog):
+    def tilted(x: Tensor) -> None:
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            energy_prior("ebm", lambda z: 0.1 * z.square(), z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with caplog.at_level(logging.WARNING, "pyro_shortrun"):
+        export(tilted, data(3))
+    assert "pyro.factor" not in caplog.text
 
 
 def test_obs_mask():
@@ -246,7 +341,7 @@ def test_obs_mask():
     x = data()
     out = export(partly, x)
     loc = get(out, "posterior", "loc").unsqueeze(-1)
-    exact = torch.where(keep, dist.Normal(loc, NOISE).log_prob(x), torch.zeros(()))
+    exact = dist.Normal(loc, NOISE).log_prob(x)[..., keep]
     torch.testing.assert_close(get(out, "log_likelihood", "x_observed"), exact)
     filled = torch.where(keep, x, get(out, "posterior", "x_unobserved"))
     torch.testing.assert_close(get(out, "posterior", "x"), filled, rtol=0, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pyro
@@ -11,7 +12,7 @@ import torch
 from targets import COVARIANCE, curved, quiet, scalar, subsampled, walk
 from torch import Tensor
 
-from pyro_shortrun import Langevin, ShortRunLangevin, StepSize
+from pyro_shortrun import Langevin, ShortRunLangevin, StepSize, VectorizedMCMC
 from pyro_shortrun.dynamics import Dense, Diagonal
 from pyro_shortrun.dynamics.metric import CrossMoments, DenseScales, DiagonalScales, Moments
 from pyro_shortrun.mcmc.sampler import ChainState
@@ -219,3 +220,25 @@ def test_sgld_with_a_decaying_schedule_finds_the_posterior():
     assert 0.9 < loc.std() / sd < 1.5  # the noise of the mini-batches comes on top
     stats = mcmc.sample_stats["step_size"]
     torch.testing.assert_close(stats[0, -1], torch.tensor(2e-3 * (1 + 799 / 50) ** -0.33))
+
+
+def test_first_guess_with_mini_batches_hardly_widens_the_posterior(caplog):
+    """The gradient's variance over batches is N^2 s^2 (1 - n / N) / n; its part of the chain's variance a tenth."""
+    pyro.set_rng_seed(0)
+    x, n = 3 + torch.randn(400), 40
+
+    def model(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(x), subsample_size=n) as index:
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x[index])
+
+    kernel = ShortRunLangevin(model, 10, persistent=True)
+    mcmc = VectorizedMCMC(kernel, 40, 60, num_chains=32, disable_progbar=True)
+    with caplog.at_level(logging.WARNING, "pyro_shortrun"):
+        mcmc.run(x)
+    assert "mini-batch gradients" in caplog.text
+    noise = len(x) ** 2 * x.var().item() * (1 - n / len(x)) / n
+    assert mcmc.sample_stats["step_size"].mean().item() == pytest.approx(0.2 / noise, rel=0.4)
+    draws = mcmc.get_samples()["mu"]
+    assert draws.mean().item() == pytest.approx(x.mean().item(), abs=0.02)
+    assert draws.std().item() == pytest.approx(math.sqrt(1.1 / len(x)), rel=0.15)

@@ -13,7 +13,9 @@ from targets import gaussian, quiet
 from torch import Tensor
 
 from pyro_shortrun import Init, ShortRunLangevin, StepSize, VectorizedMCMC, to_arviz
+from pyro_shortrun.diagnostics import nested_rhat
 from pyro_shortrun.dynamics import Dense, Diagonal
+from pyro_shortrun.mcmc.convergence import groups_of
 
 
 def schools(y: Tensor) -> None:
@@ -254,6 +256,49 @@ def test_constructor_refuses(options, message):
     samples = options.pop("num_samples", 5)
     with pytest.raises(ValueError, match=message):
         VectorizedMCMC(kernel, samples, **options)
+
+
+def told(mcmc: VectorizedMCMC, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    mcmc.summary()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("repeats, groups, members", [(1, 6, 1), (2, 3, 2), (6, 1, 6)])
+def test_summary_tells_nested_r_hat_of_chains_that_began_together(capsys, repeats, groups, members):
+    starts = torch.randn(6 // repeats, 3).repeat_interleave(repeats, 0)
+    mcmc = quiet(ShortRunLangevin(gaussian, 1, adjust=True), 5, 0, 6, initial_params={"z": starts})
+    mcmc.run()
+    out = told(mcmc, capsys)
+    if groups == 1:  # nothing to compare with
+        assert "Nested" not in out
+        return
+    worst = nested_rhat(mcmc, groups)["z"].max()
+    assert f"Nested R-hat of {groups} groups of {members}: at most {worst:.3f} (site 'z')" in out
+
+
+def test_summary_tells_the_acceptance(capsys):
+    mcmc = quiet(ShortRunLangevin(gaussian, 1, adjust=True), 5, 3, 4)
+    mcmc.run()
+    rates = mcmc.sample_stats["acceptance_rate"].mean(1)
+    out = told(mcmc, capsys)
+    assert f"Acceptance: {rates.mean():.3f} (chains {rates.min():.3f} to {rates.max():.3f})" in out
+    assert "Nested R-hat of 4 groups of 1" in out  # each from a draw of its own
+
+
+def test_summary_of_one_chain_compares_nothing(capsys):
+    mcmc = quiet(ShortRunLangevin(gaussian, 1, adjust=True), 5, 0, 1)
+    mcmc.run()
+    assert "Nested" not in told(mcmc, capsys)
+
+
+@pytest.mark.parametrize(
+    "points, groups", [([0, 0, 1, 1], 2), ([0, 1, 1, 0], 4), ([0, 0, 0, 1], 4), ([0, 1, 0, 1], 4), ([0, 0, 0, 0], 1)]
+)
+def test_groups_are_neighbours_of_equal_number(points, groups):
+    """Otherwise every chain counts for itself."""
+    assert groups_of({"a": torch.tensor(points), "b": torch.zeros(4, 2)}, 4) == groups
+    assert groups_of(None, 4) == 4
 
 
 def test_few_draws_have_no_diagnostics():

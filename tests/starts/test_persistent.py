@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -90,3 +91,73 @@ def test_persistent_loss_is_the_log_joint_and_trains_the_model():
     (eta,) = [v for k, v in pyro.get_param_store().items() if k != "theta"]
     assert eta.item() == pytest.approx(0.05)
     assert theta().item() != pytest.approx(0.3)
+
+
+# ------------------------------------------------------------------------------------------ whose chain it is
+
+
+def kept(model: Callable, x: Tensor) -> ShortRunGuide:
+    """A guide that has been at ``x``, and stays where it starts."""
+    guide = ShortRunGuide(model, num_steps=1, dynamics=frozen(), start=Persistent())
+    guide(x)
+    return guide
+
+
+def pairs(x: Tensor) -> None:
+    """Arrowhead, and vectors as data."""
+    top = pyro.sample("top", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(top, 1.0))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1), torch.ones(2)).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("model, x", [(local, data()), (pairs, data().unsqueeze(-1).repeat(1, 2))])
+def test_other_data_in_the_same_rows_are_told_once_and_start_at_the_prior_in_eval(model, x):
+    guide = kept(model, x)
+    first = guide(x)["z"]
+    with pytest.warns(UserWarning, match=r"data of plate 'data' are others.*subsample=index"):
+        again = guide(x + 1)["z"]
+    torch.testing.assert_close(again, first, rtol=0, atol=1e-4)
+    guide(x)  # neither the same data nor a second change are told
+    guide(x + 1)
+    guide.eval()
+    torch.testing.assert_close(guide(x + 1)["z"], first, rtol=0, atol=1e-4)
+    moved = x.clone()
+    moved[0] += 2
+    fresh = guide(moved)["z"]
+    assert (fresh - first).abs().min() > 1e-3
+
+
+def test_rows_of_data_that_have_not_changed_keep_their_chain():
+    x = data()
+    guide = kept(local, x)
+    first = guide(x)["z"]
+    guide.eval()
+    other = torch.cat([x[:2], x[2:] + 1])
+    same = (guide(other)["z"] - first).abs() < 1e-4
+    assert same.tolist() == [True, True] + [False] * (len(x) - 2)
+
+
+def test_indices_tell_rows_apart_whatever_their_data():
+    """Such as data that are augmented anew in every epoch."""
+
+    def model(x: Tensor, index: Tensor) -> None:
+        with pyro.plate("data", 4, subsample=index):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = ShortRunGuide(model, num_steps=1, dynamics=frozen(), start=Persistent())
+    index = torch.tensor([2, 0])
+    first = guide(torch.zeros(2), index)["z"]
+    torch.testing.assert_close(guide(torch.ones(2), index)["z"], first, rtol=0, atol=1e-4)
+    guide.eval()
+    torch.testing.assert_close(guide(torch.ones(2), index)["z"], first, rtol=0, atol=1e-4)
+
+
+def test_states_of_the_first_version_load():
+    x = data()
+    guide = kept(local, x)
+    state = {k: v for k, v in guide.state_dict().items() if not k.endswith("marks")}
+    again = ShortRunGuide(local, num_steps=1, dynamics=frozen(), start=Persistent()).setup(x)
+    again.load_state_dict(state)
+    torch.testing.assert_close(again(x + 1)["z"], guide.eval()(x)["z"], rtol=0, atol=1e-4)
