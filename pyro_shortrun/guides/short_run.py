@@ -26,7 +26,7 @@ from ..objectives.path import PathDensity
 from ..runs.pilot import back_off
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients
-from ..starts.finite import require_gradient
+from ..starts.finite import require_movable
 from ..starts.from_guide import FromGuide
 from ..starts.prior import Prior
 from ..starts.start import Start, StartDraw, check_start
@@ -348,9 +348,8 @@ class ShortRunGuide(DensityGuide):
         return drawn, result
 
     def _heed(self, call: Call, result: ShortRun) -> None:
-        """Tell what is wrong with a run, and refuse one in which nothing could move."""
-        if result.info.frozen.all() and result.end.equal(result.start):
-            require_gradient(call.model, result.start, self._start.draw(replace(call, spare=[]), 8).state.detach())
+        """Refuse a run in which nothing could move, and tell what else is wrong with it."""
+        require_movable(call, self._start, result.start, result.end, result.info.frozen)
         self._watch(result.info)
 
     def __getstate__(self) -> dict[str, Any]:
