@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..checks import check_count, check_kind, check_unused
 from ..density.call import Call
-from ..density.handlers import init_uniform
 from ..density.program import Reading
 from ..density.sites import is_masked_out, is_weighted_from_outside
 from ..density.structure import Structure, check_latents, check_proper
@@ -28,7 +27,7 @@ from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients
 from ..starts.finite import require_movable
 from ..starts.from_guide import FromGuide
-from ..starts.prior import Prior
+from ..starts.prior import Prior, read_prior
 from ..starts.start import Start, StartDraw, check_start
 from ..tensors import ordinary_autograd
 from .base import DensityGuide
@@ -298,13 +297,7 @@ class ShortRunGuide(DensityGuide):
     def _read(self, draw: Callable[..., Reading]) -> Reading:
         """One run of the model, its latents drawn from the prior where the start is that."""
         with torch.set_grad_enabled(self.full_gradient):  # the start of a run is a draw, unless all is differentiated
-            if not self._reads_prior:  # improper priors cannot be drawn from
-                return super()._read(draw)
-            try:
-                return draw()
-            except NotImplementedError:
-                check_proper(draw(init_uniform))
-                raise
+            return read_prior(draw) if self._reads_prior else super()._read(draw)
 
     def _admit(self, structure: Structure) -> None:
         check_latents(self._first, structure, self._start.has_density)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..density.call import Call
+from ..density.handlers import init_uniform
+from ..density.program import Reading
 from ..density.rows import joint_and_prior
+from ..density.structure import check_proper
 from ..tensors import keep_rows
 from .base import PriorBase
 from .finite import redrawn
@@ -67,3 +71,15 @@ def _again(call: Call, drawn: StartDraw, bad: Tensor) -> StartDraw:
     u = keep_rows(bad, again, drawn.state)
     value, prior = call.model.with_start(u)
     return StartDraw(u, prior, value, drawn.base)
+
+
+def read_prior(draw: Callable[..., Reading]) -> Reading:
+    """A run of the model from its prior, ``draw(init)``.
+
+    :raises ValueError: naming a latent whose prior cannot be drawn from.
+    """
+    try:
+        return draw()
+    except NotImplementedError:
+        check_proper(draw(init_uniform))
+        raise
