@@ -39,7 +39,7 @@ def prepare(simulation: Simulation, call: Call, chooses_step: bool, backs_off: b
         fit_start(simulation, call, chooses_step)
     if created and backs_off and dynamics.step_size.is_at_init:  # a param store may know better
         pilot = replace(call, spare=[])  # the call's own draw is kept for its run
-        back_off(dynamics, lambda: simulation.pilot_fails(pilot))
+        back_off(dynamics, lambda: simulation.pilot_fails(pilot), lambda: simulation.require_movable(pilot))
 
 
 def fit_start(simulation: Simulation, call: Call, chooses_step: bool) -> None:

@@ -23,7 +23,7 @@ from ..dynamics.step_size import StepSize
 from ..objectives.objective import Objective
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients
-from ..starts.finite import require_gradient
+from ..starts.finite import require_movable
 from ..starts.fitted import Gaussian
 from ..starts.from_guide import FromGuide
 from ..starts.prior import Prior
@@ -175,7 +175,7 @@ class ShortRunGuide(DensityGuide):
         full = self.full_gradient and training
         gradients = Gradients.FULL if full else Gradients.GUIDE if tune else Gradients.NONE
         drawn, result = self._run(call, chains, account, gradients)
-        self._watch(result.info)
+        self._heed(call, result)
         if self.training and training:
             self._start.finish(call, result.end)
         increment = result.increment
@@ -227,7 +227,7 @@ class ShortRunGuide(DensityGuide):
         parts, at_once = [], self._simulation.chains_at_once(call.density.layout)
         while count:
             drawn, result = self._run(call, min(count, at_once), account, Gradients.NONE)
-            self._watch(result.info)
+            self._heed(call, result)
             parts.append(weigh(call, drawn, result, account))
             count -= min(count, at_once)
         return WeightedDraws.join(parts)
@@ -238,6 +238,7 @@ class ShortRunGuide(DensityGuide):
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
             _, result = self._run(call, num_chains, False, Gradients.NONE, keep_states=True)
+            self._heed(call, result)
             assert result.states is not None
             values, _ = call.model.constrain(result.states.flatten(0, 1))
         return {k: v.detach().unflatten(0, result.states.shape[:2]) for k, v in values.items()}
@@ -330,14 +331,17 @@ class ShortRunGuide(DensityGuide):
             simulation, learns = self._simulation, self.training and gradients is not Gradients.NONE
             objective = simulation.informed(call, step_size, learns) if account else self.objective
             drawn, result = simulation.run(call, chains, step_size, objective, account, gradients, keep_states)
-            if result.info.frozen.all() and result.end.equal(result.start):
-                require_gradient(call.model, result.start, self._start.draw(replace(call, spare=[]), 8).state)
         self.info = result.info
         return drawn, result
 
     def __repr__(self) -> str:
         """K, dynamics, start and objective, and the step sizes once there are some."""
         return described(self, None if self._first is None else self.step_sizes())
+
+    def _heed(self, call: Call, result: ShortRun) -> None:
+        """Refuse a run in which nothing could move, and tell what else is wrong with it."""
+        require_movable(call, self._start, result.start, result.end, result.info.frozen)
+        self._watch(result.info)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "info": None, "_adapter": ()}

@@ -18,7 +18,7 @@ from ..objectives.objective import Objective
 from ..runs.pilot import pilot_chains, pilot_fails
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients, run
-from ..starts.finite import require_finite
+from ..starts.finite import require_finite, require_movable
 from ..starts.start import Start, StartDraw
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -98,6 +98,12 @@ class Simulation:
         what = "the model's log density is not finite at the start of the run"
         require_finite(drawn.finite, call.model, drawn.state, what)
         return drawn if attached else drawn.detached()
+
+    @torch.no_grad()
+    def require_movable(self, call: Call) -> None:
+        """Refuse a model whose log density has no gradient where runs begin."""
+        begin = self.draw_start(call, 1, Gradients.NONE).state
+        require_movable(call, self.start, begin, begin, torch.ones_like(begin[..., 0], dtype=torch.bool))
 
     @torch.no_grad()
     def pilot_fails(self, call: Call) -> bool:

@@ -23,14 +23,16 @@ _PILOT_ROWS = 16
 _FAILURES = 0.25  # share of rows
 
 
-def back_off(dynamics: Dynamics, fails: Callable[[], bool]) -> None:
+def back_off(dynamics: Dynamics, fails: Callable[[], bool], blame: Callable[[], None] = lambda: None) -> None:
     """Halve a step size that was a first guess while pilot runs fail, with the drift clipped more tightly.
 
+    :param blame: raises where something else than the step size is to blame.
     :raises ValueError: where they fail at its floor, a millionth of the first guess, too.
     """
     first, halvings = dynamics.step_size.init, 0
     while fails():
         if halvings == _MAX_HALVINGS:
+            blame()
             raise ValueError(
                 f"step_size {first:g} was halved {halvings} times, and pilot runs still meet eta * curvature > 1 or "
                 "are not finite: the start is far from the posterior, or scales differ by orders of magnitude. Use "

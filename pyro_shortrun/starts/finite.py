@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from ..density.call import Call
 from ..density.model import LogDensity
 from ..density.trust import offender
+from ..tensors import random_state, set_random_state
+from .start import Start
 
 Drawn = TypeVar("Drawn")
+_OTHERS = 8  # starts
 CHECK_MODEL = (
     "check the data for NaN, the observation's support, and the priors, or pass another start, such as "
     "start=Init(init_to_median)"
@@ -47,16 +53,21 @@ def require_finite(finite: Tensor, model: LogDensity, state: Tensor, what: str, 
         raise ValueError(f"{what}, first at {offender(model, state[chain].detach())}: {remedy}.")
 
 
-def require_gradient(model: LogDensity, state: Tensor, others: Tensor) -> None:
+def require_movable(call: Call, start: Start, begin: Tensor, end: Tensor, frozen: Tensor) -> None:
     """Refuse a model whose log density has no gradient wherever runs begin: they would all stay there.
 
-    :param state: where the runs of a call began, ``(chains, rows, size)``.
-    :param others: further starts.
+    :param begin: where the runs of a call began, and ``end``, where they are, ``(chains, rows, size)``.
+    :param frozen: rows that met something that is not finite, ``(chains, rows)``.
     :raises ValueError: naming the first site that is to blame.
     """
-    for u in (others, state):
-        found = model.value_and_grad(u.detach())[1].isfinite().all(-1)
-        if found.any():
+    if not (frozen.all() and end.equal(begin)):
+        return
+    random = random_state(begin.device)
+    others = [start.draw(replace(call, spare=[]), 1).state for _ in range(_OTHERS)]  # the run may have been unlucky
+    set_random_state(random, begin.device)
+    for u in (begin, *others):
+        if call.model.value_and_grad(u.detach())[1].isfinite().all(-1).any():
             return
     what = "the gradient of the log density is not finite at any start of a run"
-    require_finite(found, model, state, what, CHECK_GRADIENT)
+    nowhere = torch.zeros(begin.shape[:-1], dtype=torch.bool)
+    require_finite(nowhere, call.model, begin, what, CHECK_GRADIENT)

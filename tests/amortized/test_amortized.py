@@ -433,7 +433,7 @@ def test_other_bad_input():
         LangevinEncoderGuide(conjugate(), 3)
     with pytest.raises(ValueError, match="is not finite at the encoding.*site 'x'"):
         LangevinEncoderGuide(conjugate(), lambda x: net()(x.nan_to_num()))(torch.full((4, 2), torch.nan))
-    with pytest.raises(ValueError, match="gradient of the log density"):
+    with pytest.raises(ValueError, match="or its gradient, is not finite at the encoding.*first at site"):
         LangevinEncoderGuide(corner, net())(torch.randn(4, 2))
     guide = LangevinEncoderGuide(conjugate(), waves)
     for _ in range(2):  # a refused first call leaves nothing half set up

@@ -41,7 +41,7 @@ def guide(model: Callable = local, **options: Any) -> ShortRunGuide:
     pyro.clear_param_store()
     if "dynamics" not in options:
         options.setdefault("step_size", StepSize(0.3))
-    return ShortRunGuide(model, **{"num_steps": 2, **options}, start=Prior()).setup(data())
+    return ShortRunGuide(model, **{"num_steps": 2, "start": Prior(), **options}).setup(data())
 
 
 PAIRS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
