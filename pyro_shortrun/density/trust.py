@@ -94,7 +94,8 @@ def offender(density: LogDensity, u: Tensor) -> str:
 def _slope(term: Tensor, leaf: Tensor) -> Tensor:
     if not term.requires_grad:
         return torch.zeros(())
-    return torch.autograd.grad(term.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
+    with torch.enable_grad():
+        return torch.autograd.grad(term.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
 
 
 def _named(site: Site) -> str:

@@ -25,9 +25,7 @@ from pyro_shortrun.runs import Gradients
 
 def short(model: Callable, compile: bool, **options) -> ShortRunGuide:
     dynamics = Langevin(StepSize(0.01, learnable=False))
-    guide = ShortRunGuide(
-        model, num_steps=3, dynamics=dynamics, compile=compile, **{"start": Prior(), **options}, start=Prior()
-    )
+    guide = ShortRunGuide(model, num_steps=3, dynamics=dynamics, compile=compile, **{"start": Prior(), **options})
     if compile:
         guide._compiler = Compiler(Untouched())
     return guide

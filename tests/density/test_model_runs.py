@@ -74,9 +74,7 @@ def steps(model: Callable, guide: Callable, loss: Any, runs: list[int]) -> int:
 )
 def test_training_step(latent, options, count):
     model, runs = counted(latent)
-    guide = ShortRunGuide(
-        model, num_steps=K, dynamics=Langevin(StepSize(0.05)), **{"start": Prior(), **options}, start=Prior()
-    )
+    guide = ShortRunGuide(model, num_steps=K, dynamics=Langevin(StepSize(0.05)), **{"start": Prior(), **options})
     assert steps(model, guide, Trace_ELBO(), runs) == count
 
 

@@ -425,7 +425,7 @@ def test_rows_coupled_by_batch_norm_warn_once():
 )
 def test_classes_and_strings_where_objects_belong(arguments, match):
     with pytest.raises(ValueError, match=match):
-        ShortRunGuide(lambda: None, **{"start": Prior(), **arguments}, start=Prior())
+        ShortRunGuide(lambda: None, **{"start": Prior(), **arguments})
 
 
 @pytest.mark.parametrize("make", [ShortRunGuide, ShortRunLangevin], ids=["guide", "kernel"])

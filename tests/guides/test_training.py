@@ -90,23 +90,22 @@ def curved(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z.sin().sum(-1), scale), obs=x)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(objective=PathDensity),
-        dict(objective=Annealed),
-        dict(objective=Annealed, dynamics=lambda: Hamiltonian(0.01)),
-        dict(objective=Annealed, start="diagonal"),
-        dict(objective=Annealed, start="normal", num_particles=3),
-        dict(objective=Linearized, start="diagonal"),
-        dict(objective=Mixture),
-        dict(objective=lambda: GaussianReverse(fresh=8)),
-        dict(objective=PathDensity, dynamics=lambda: Langevin(StepSize(0.01, per="dim"), noise=False)),
-        dict(objective=PathDensity, start=lambda: Init(pyro.infer.autoguide.init_to_sample)),
-        dict(objective=PathDensity, num_particles=4),
-    ],
-    ids=str,
-)
+ROWS: dict[str, dict[str, Any]] = {
+    "path": dict(objective=PathDensity),
+    "annealed": dict(objective=Annealed),
+    "hamiltonian": dict(objective=Annealed, dynamics=lambda: Hamiltonian(0.01)),
+    "annealed_diagonal": dict(objective=Annealed, start="diagonal"),
+    "annealed_normal_3": dict(objective=Annealed, start="normal", num_particles=3),
+    "linearized": dict(objective=Linearized, start="diagonal"),
+    "mixture": dict(objective=Mixture),
+    "reverse": dict(objective=lambda: GaussianReverse(fresh=8)),
+    "noise_free": dict(objective=PathDensity, dynamics=lambda: Langevin(StepSize(0.01, per="dim"), noise=False)),
+    "init": dict(objective=PathDensity, start=lambda: Init(pyro.infer.autoguide.init_to_sample)),
+    "path_4": dict(objective=PathDensity, num_particles=4),
+}
+
+
+@pytest.mark.parametrize("options", ROWS.values(), ids=ROWS)
 def test_every_objective_dynamics_and_start(options, caplog):
     x = torch.randn(4)
     found, guide = steps(curved, (x,), True, count=4, **options)
