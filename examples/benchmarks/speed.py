@@ -14,8 +14,9 @@ process; JAX in a child process, in turn with the others, which then wait. A rat
 each step, `PyTorch` a loop over a log density written by hand, `+compile` the same with its step under
 `torch.compile`, `JAX` the same chain under `jax.jit` as one `lax.scan`. All gradients are compared before. The last
 columns are seconds of the first call, compilation included, with cold caches.
-`svi`: a step of SVI that tunes the step size and what else the guide has, against an update of NumPyro's `AutoDAIS`
-with as many steps; then training steps, tuned in every tenth, against training steps that are never tuned.
+`svi`: a step of SVI that tunes the step size and what else the guide has, of Pyro's own guides, and an update of
+NumPyro's `AutoDAIS` with as many steps; the last column is the CPU seconds of the first three steps, the C++ compiler's
+included, from a cold cache; then training steps, tuned in every tenth, against training steps that are never tuned.
 `memory`: the peak during a run, or a step of SVI that tunes, above what was resident before (to about 1 MB).
 `growth`: milliseconds of a run as rows, columns and steps grow, and the ratio to the line above.
 """
@@ -28,6 +29,7 @@ import gc
 import math
 import multiprocessing
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -42,7 +44,7 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer import ELBO, SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuide, AutoMultivariateNormal, AutoNormal
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
 from record import Table, record
@@ -62,7 +64,9 @@ from speed_models import (
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_shortrun import Annealed, Langevin, PathDensity, ShortRunELBO, ShortRunGuide, StepSize
+from pyro_shortrun import Annealed, Langevin, PathDensity, Prior, ShortRunELBO, ShortRunGuide, ShortRunSVI, StepSize
+
+_WARM = 20  # steps before any is timed: among the first, several are compared with eager ones
 
 Make = Callable[[str], Case]  # from a device
 Timed = Callable[[int], float]  # seconds of so many calls
@@ -90,19 +94,36 @@ def short_run(
     model: Callable, steps: int, eta: float, compile: bool = False, **options: Any
 ) -> tuple[ShortRunGuide, ELBO]:
     """As a user makes it, with a step size that is tuned."""
-    return ShortRunGuide(model, num_steps=steps, step_size=StepSize(eta), compile=compile, **options), Trace_ELBO()
+    options = {"start": Prior(), "objective": PathDensity(), **options}
+    return ShortRunGuide(model, num_steps=steps, step_size=StepSize(eta), compile=compile, **options), ShortRunELBO()
 
 
-def annealed(model: Callable, steps: int, eta: float, compile: bool, start: Any) -> tuple[ShortRunGuide, ELBO]:
-    """The bound and the start that AutoDAIS has, without tracing guide and model."""
-    return short_run(model, steps, eta, compile, objective=Annealed(), start=start)[0], ShortRunELBO()
+def annealed(
+    model: Callable, steps: int, eta: float, compile: bool, start: Any, particles: int = 1
+) -> tuple[ShortRunGuide, ELBO]:
+    """The bound and the start that AutoDAIS has."""
+    return short_run(model, steps, eta, compile, objective=Annealed(), start=start)[0], ShortRunELBO(particles)
 
 
-# Ours that are compared with AutoDAIS: from a model, a number of steps, a step size and `compile`.
-Factory = Callable[[Callable, int, float, bool], tuple[ShortRunGuide, ELBO]]
+def diagonal(model: Callable, *numbers: Any, particles: int = 1) -> tuple[ShortRunGuide, ELBO]:
+    return annealed(model, *numbers, start=AutoDiagonalNormal(model), particles=particles)
+
+
+def auto(kind: type[AutoGuide]) -> Factory:
+    """One of Pyro's own guides, with its own loss."""
+    return lambda model, *numbers: (kind(model), Trace_ELBO())
+
+
+# What is compared with AutoDAIS: from a model, a number of steps, a step size and `compile`.
+Factory = Callable[..., tuple[Any, ELBO]]
 CONFIGURATIONS: dict[str, Factory] = {
+    "annealed": diagonal,
+    "annealed, 16 particles": partial(diagonal, particles=16),
+    "annealed, eager": lambda model, steps, eta, compile: diagonal(model, steps, eta, False),
     "path density": short_run,
-    "annealed": lambda model, *numbers: annealed(model, *numbers, start=AutoDiagonalNormal(model)),
+    "AutoNormal": auto(AutoNormal),
+    "AutoDiagonalNormal": auto(AutoDiagonalNormal),
+    "AutoMultivariateNormal": auto(AutoMultivariateNormal),
 }
 
 
@@ -226,7 +247,7 @@ COMPILED = ("ours", "+compile", "JAX")
 
 def ours(case: Case, steps: int, compile: bool) -> Callable[[], Any]:
     dynamics = Langevin(StepSize(case.step_size, learnable=False))
-    guide = ShortRunGuide(case.model, num_steps=steps, dynamics=dynamics, compile=compile)
+    guide = ShortRunGuide(case.model, num_steps=steps, dynamics=dynamics, start=Prior(), compile=compile)
     return lambda: guide.sample_posterior(*case.args, num_samples=1)
 
 
@@ -294,9 +315,10 @@ def runs_table(budget: Budget, device: str, jax: Jax | None) -> list[Table]:
 # ---------------------------------------------------------------- SVI
 
 
-def training(case: Case, guide: ShortRunGuide, elbo: ELBO, consecutive: int, device: str) -> Timed:
+def training(case: Case, guide: Any, elbo: ELBO, consecutive: int, device: str) -> Timed:
     """Steps of SVI, ``consecutive`` in each call, with a parameter store of their own: names would clash."""
-    svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    kind = ShortRunSVI if isinstance(guide, ShortRunGuide) else SVI
+    svi = kind(case.model, guide, pyro.optim.Adam({"lr": 0.001}), elbo)
     store = pyro.get_param_store()
     state: dict = {"params": {}, "constraints": {}}
 
@@ -313,21 +335,31 @@ def training(case: Case, guide: ShortRunGuide, elbo: ELBO, consecutive: int, dev
     return seconds
 
 
-def svi_row(name: str, case: Case, budget: Budget, device: str, jax: Jax | None) -> list[str]:
+def svi_rows(name: str, case: Case, budget: Budget, device: str, jax: Jax | None) -> list[list[str]]:
+    """A row for each contender."""
     contenders: dict[str, Timed] = {}
     first: dict[str, str] = {}
     for label, factory in CONFIGURATIONS.items():
+        pyro.clear_param_store()
         guide, elbo = factory(case.model, budget.steps, case.step_size, budget.compile)
         contenders[label] = training(case, guide, elbo, 1, device)
-        first[label] = f"{contenders[label](1):.1f}"
+        begin = time.process_time() + time_of_children()
+        contenders[label](3)  # the first is eager
+        first[label] = f"{time.process_time() + time_of_children() - begin:.1f}"
+        contenders[label](_WARM)
     if jax is not None:
         state = case.draw()
         seconds = attempt(f"{name}: AutoDAIS", partial(jax.prepare, "svi", case, state, steps=budget.steps))
         if seconds is not None:
-            contenders["JAX"], first["JAX"] = jax.seconds, f"{seconds:.1f}"
+            contenders["AutoDAIS (NumPyro)"], first["AutoDAIS (NumPyro)"] = jax.seconds, f"{seconds:.1f}"
     rounds = interleave(contenders, budget)
-    cells = [[milliseconds(rounds, c), ratio(rounds, c, "JAX"), first[c]] for c in CONFIGURATIONS]
-    return [name, milliseconds(rounds, "JAX"), first.get("JAX", "-"), *(cell for three in cells for cell in three)]
+    return [[name, c, milliseconds(rounds, c), ratio(rounds, c, "AutoDAIS (NumPyro)"), first[c]] for c in contenders]
+
+
+def time_of_children() -> float:
+    """CPU seconds of what this process had others do: the C++ compiler."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def training_row(name: str, case: Case, budget: Budget, device: str) -> list[str]:
@@ -349,14 +381,9 @@ def training_row(name: str, case: Case, budget: Budget, device: str) -> list[str
 
 def svi_tables(budget: Budget, device: str, jax: Jax | None) -> list[Table]:
     tuned = rows_of(TUNED, budget.tuned, device, "SVI")
-    rows = [svi_row(name, case, budget, device, jax) for name, case in tuned]
-    head = [
-        "model",
-        "AutoDAIS ms",
-        "1st s",
-        *(h for c in CONFIGURATIONS for h in (f"{c} ms", f"{c} /AutoDAIS", f"{c} 1st s")),
-    ]
-    first = aligned(f"SVI steps that tune (K = {budget.steps}): ours over AutoDAIS", head, rows)
+    rows = [row for name, case in tuned for row in svi_rows(name, case, budget, device, jax)]
+    head = ["model", "step", "ms", "/AutoDAIS", "1st CPU s"]
+    first = aligned(f"SVI steps that tune (K = {budget.steps}) beside AutoDAIS and Pyro's guides", head, rows)
     trained = rows_of(TRAINED, budget.trained, device, "training")
     rows = [training_row(name, case, budget, device) for name, case in trained]
     head = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -49,8 +48,7 @@ class Compiler:
             return None
         if key not in self._graphs:
             try:
-                with warnings.catch_warnings(), torch.no_grad():
-                    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # inductor's own
+                with torch.no_grad():
                     module, constants = trace(fn, inputs, live)
                     values = [*inputs, *bound(constants, live)]
                     self._graphs[key] = Graph.of(self.backend.build(module, values), constants, live)

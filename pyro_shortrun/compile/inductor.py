@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from abc import ABC, abstractmethod
 
 import torch
@@ -41,6 +42,11 @@ class Inductor(Backend):
     """torch's inductor, or the graph as traced where that is faster (large factorisations)."""
 
     def build(self, module: GraphModule, inputs: list[Tensor]) -> Function:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # inductor's own
+            return self._build(module, inputs)
+
+    def _build(self, module: GraphModule, inputs: list[Tensor]) -> Function:
         if inputs[0].is_cuda:
             return _cuda_graphs(module)
         loops = [n for n in module.graph.nodes if n.target is scan_op]
