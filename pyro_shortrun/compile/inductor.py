@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._higher_order_ops.scan import scan_op
-from torch._inductor import config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .graph import Function
 
@@ -70,6 +68,10 @@ def _loops(module: GraphModule, inputs: list[Tensor]) -> Function:
 def _compiled(module: GraphModule, inputs: list[Tensor], cpp_wrapper: bool) -> Function:
     """Kept on disk (``TORCHINDUCTOR_CACHE_DIR``) for later processes: the operator has no state that inductor's hash of
     the graph would miss."""
+    # Slow to load, and sympy brings a warnings filter.
+    from torch._inductor import config
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     # Loops have indices that are numbers at run time.
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     cacheable = {f"{scan_op.__module__}.{scan_op.__name__}": "1"}

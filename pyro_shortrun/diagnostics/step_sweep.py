@@ -120,10 +120,11 @@ def step_sweep(
     prefers steps that are too small, and longer runs loosen it.
 
     >>> import pyro, pyro.distributions as dist
+    >>> from pyro_shortrun import Prior
     >>> def model(x):
     ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     ...     pyro.sample("x", dist.Normal(loc, 0.5), obs=x)
-    >>> guide = ShortRunGuide(model, num_steps=8, step_size=0.01)
+    >>> guide = ShortRunGuide(model, num_steps=8, step_size=0.01, start=Prior())
     >>> step_sweep(guide, torch.tensor(1.0), num_steps=(4, 8, 16), factors=(1.0, 2.0)).bound.shape
     torch.Size([3, 2])
 

@@ -108,7 +108,7 @@ class Sampler(ABC):
         """Create the step size, and where it is a first guess, halve it while pilot runs fail."""
         self.dynamics.step_size.setup(self.target.density.layout, self.num_steps, like)
         if guess:
-            back_off(self.dynamics, self._pilot_fails)
+            back_off(self.dynamics, self._pilot_fails, lambda: self.fresh(pilot_chains(self.target.density.layout)))
 
     def _pilot_fails(self) -> bool:
         layout = self.target.density.layout

@@ -23,7 +23,7 @@ _PILOT_ROWS = 16
 _FAILURES = 0.25  # share of rows
 
 
-def back_off(dynamics: Dynamics, fails: Callable[[], bool], blame: Callable[[], None] = lambda: None) -> None:
+def back_off(dynamics: Dynamics, fails: Callable[[], bool], blame: Callable[[], object] = lambda: None) -> None:
     """Halve a step size that was a first guess while pilot runs fail, with the drift clipped more tightly.
 
     :param blame: raises where something else than the step size is to blame.

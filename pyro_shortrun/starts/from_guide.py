@@ -45,6 +45,7 @@ class FromGuide(Start):
 
     @property
     def has_density(self) -> bool:  # type: ignore[override]
+        """Whether the guide fixes no latent at a point, as far as is known."""
         return self._fixes is None
 
     def look(self, call: Call) -> None:

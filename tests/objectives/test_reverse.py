@@ -82,12 +82,15 @@ def test_persistent_starts_have_no_reverse():
         ShortRunGuide(model, objective=GaussianReverse(), start=Persistent()).log_weight(3)
 
 
-def test_an_objective_for_two_models():
-    objective = GaussianReverse(pilots=64)
+def test_an_objective_is_of_one_guide():
+    """It holds the temperatures of that one."""
+    objective, guides = GaussianReverse(pilots=64), []
     for precisions in ([4.0], [4.0, 9.0]):
         model, _ = posterior(precisions)
-        guide = ShortRunGuide(model, num_steps=3 + len(precisions), step_size=0.01, objective=objective, start=Prior())
-        assert math.isfinite(guide.log_weight().item())
+        guides.append(lambda model=model: ShortRunGuide(model, num_steps=3, objective=objective, start=Prior()))
+    assert math.isfinite(guides[0]().log_weight().item())
+    with pytest.raises(ValueError, match="make a GaussianReverse for each guide"):
+        guides[1]()
 
 
 def test_calls_between_tunings_make_no_pilots():

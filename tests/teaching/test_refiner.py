@@ -33,7 +33,7 @@ def test_contexts_and_parameters_reach_the_runs(compile):
         x, c = torch.randn(5, 2), torch.randn(5, 2)
         torch.testing.assert_close(refiner(x, c).end, c + (1 - 0.1 * scale) ** 4 * (x - c))
     if compile:
-        assert not refiner._prior._compiler._eager
+        assert not refiner._prior._compiler.is_eager
 
 
 def test_conditional_teaching():
