@@ -29,6 +29,7 @@ class Live:
 
     tensors: Mapping[Role, Tensor]
     key: Hashable
+    is_opaque: bool = False  # whether some argument is neither a tensor nor a number
 
 
 def roles(bind: Binding, batches: Mapping[str, Tensor]) -> Live:
@@ -47,21 +48,22 @@ def _live(sources: tuple[Any, ...], *more: Hashable) -> Live:
     literals = tuple(_literal(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
     shapes = tuple((role, *spec(t)) for role, t in given.items())
     tensors: dict[Role, Tensor] = dict(pyro.get_param_store()._params.items())
-    return Live(tensors | given, (shapes, literals, structure, *more))
+    is_opaque = any(isinstance(literal, Same) for literal in literals)
+    return Live(tensors | given, (shapes, literals, structure, *more), is_opaque)
 
 
 def _literal(leaf: Any) -> Hashable:
-    return (type(leaf), leaf) if isinstance(leaf, (int, float, str, bool, type(None))) else _Same(leaf)
+    return (type(leaf), leaf) if isinstance(leaf, (int, float, str, bool, type(None))) else Same(leaf)
 
 
 @dataclass(frozen=True, eq=False)
-class _Same:
-    """An argument that is no tensor and no number: known by its identity, and kept, so that this is not used again."""
+class Same:
+    """An object that is no tensor and no number: known by its identity, and kept, so that this is not used again."""
 
     value: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, Same) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph as Nodes
 from torch.fx import GraphModule, Node
 
@@ -86,6 +87,7 @@ class Whole:
         :raises Exception: whatever tracing and compiling meet.
         """
         module, constants = trace(compute, (), live)
+        _check(module, constants)
         inputs = Inputs(constants, live)
         values = inputs.of(live)
         assert values is not None
@@ -102,6 +104,25 @@ class Whole:
             return None
         with torch.no_grad():
             return self.run(*self.draw(values), *[values[i] for i in self.kept])
+
+
+def _check(module: GraphModule, constants: Constants) -> None:
+    """Refuse what a graph would get wrong without a word."""
+    if any(isinstance(c, Tensor) and c.requires_grad for c in constants):
+        raise NotImplementedError("it has parameters that Pyro does not know: name them, pyro.module(name, module)")
+    for part in module.modules():
+        nodes = part.graph.nodes if isinstance(part, GraphModule) else ()
+        if any(_changes_in_place(node) for node in nodes):
+            raise NotImplementedError("it changes a tensor in place, as a BatchNorm in training mode does")
+
+
+def _changes_in_place(node: Node) -> bool:
+    """Whether a node writes into an input of the graph."""
+    target: Any = node.target
+    if not isinstance(target, OpOverload) or not target._schema.is_mutable:
+        return False
+    changed = [a for a, argument in zip(node.args, target._schema.arguments, strict=False) if argument.is_write]
+    return any(isinstance(a, Node) and a.op == "placeholder" for a in changed)
 
 
 def _split(module: GraphModule) -> tuple[GraphModule, GraphModule, list[int], list[int]]:

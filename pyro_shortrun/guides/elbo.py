@@ -8,6 +8,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
+from ..checks import check_count
 from .short_run import ShortRunGuide
 from .training import Request
 
@@ -39,6 +40,7 @@ class ShortRunELBO(ELBO):
     """
 
     def __init__(self, num_particles: int = 1) -> None:
+        check_count("num_particles", num_particles)
         super().__init__(num_particles=num_particles)
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -20,6 +20,7 @@ class Together:
         self._params: set[Tensor] = set()
         self._joint: Optimizer | None = None
         self._own: list[Optimizer] = []
+        self._options: dict[str, Any] = {}
 
     def __call__(self, params: set[Tensor]) -> None:
         """A step of these parameters, by their gradients."""
@@ -35,10 +36,10 @@ class Together:
         """Whether no scheduler has changed an option since, and no state was loaded."""
         if self._joint is None:
             return True
-        group: Any = self._joint.param_groups[0]
+        order = self._joint.param_groups[0]["params"]
         return all(
-            own.param_groups[0]["lr"] == group["lr"] and own.state[p] is self._joint.state[p]
-            for own, p in zip(self._own, group["params"], strict=True)
+            _options(own) == self._options and own.state[p] is self._joint.state[p]
+            for own, p in zip(self._own, order, strict=True)
         )
 
     def _joined(self, params: set[Tensor]) -> Optimizer | None:
@@ -48,17 +49,23 @@ class Together:
             return None
         order = list(params)
         self._own = [getattr(optim.optim_objs[p], "optimizer", optim.optim_objs[p]) for p in order]
-        options = [{k: v for k, v in own.param_groups[0].items() if k != "params"} for own in self._own]
+        options = [_options(own) for own in self._own]
         kind: Any = type(self._own[0]) if self._own else None
         alike = all(type(own) is kind and o == options[0] for own, o in zip(self._own, options, strict=True))
         if kind is None or not alike or "fused" not in options[0] or not _can_fuse(order):
             return None
         joint: Optimizer = kind(order)
+        self._options = options[0]
         joint.param_groups[0].update(options[0], fused=True, foreach=False)
         for own, p in zip(self._own, order, strict=True):
             joint.state[p] = own.state[p]
         return joint
 
 
+def _options(own: Optimizer) -> dict[str, Any]:
+    return {k: v for k, v in own.param_groups[0].items() if k != "params"}
+
+
 def _can_fuse(params: list[Tensor]) -> bool:
-    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
+    """On a GPU, the number of steps that an optimiser of its own keeps is where a fused one cannot read it."""
+    return all(p.is_floating_point() and p.device.type == "cpu" for p in params)

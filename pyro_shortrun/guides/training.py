@@ -14,10 +14,12 @@ from pyro import poutine
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from ..compile.graph import Live, arguments
+from ..compile.graph import Live, Same, arguments
 from ..compile.inductor import Backend, Inductor
 from ..compile.whole import TracedDensity, Whole
+from ..objectives.transition import settings
 from ..runs.record import RunInfo
 from ..runs.run import Gradients
 from ..tensors import plain, random_state, set_random_state
@@ -26,6 +28,7 @@ from .simulation import MUCH
 _LOGGER = logging.getLogger("pyro_shortrun")
 _GRAPHS_AT_MOST = 16
 _RENEWALS_AT_MOST = 2
+_LOOKED_AT_LEAST = 1024  # steps
 _RECORD = 6  # tensors of a RunInfo
 
 
@@ -43,10 +46,21 @@ class Request:
         return self.guide._first.device
 
     def key(self, live: Live) -> Hashable:
-        """What decides the graph: shapes and other values of the arguments, what is conditioned on, training modes."""
+        """What decides the graph: shapes and other values of the arguments, what is conditioned on, training modes, and
+        the parts of the guide with their settings."""
         guide = self.guide
         model_trains = guide.model.training if isinstance(guide.model, nn.Module) else None
-        return live.key, self.particles, id(guide._conditioned), guide.training, model_trains
+        parts = Same(guide.start), *((Same(part), settings(part)) for part in (guide.dynamics, guide.objective))
+        call = live.key, self.particles, guide.num_steps, Same(guide._conditioned)
+        return *call, *parts, guide.training, model_trains
+
+    def aliased(self) -> Request:
+        """With other tensor objects as arguments, so that a trace tells them from each other and from what else the
+        model reaches."""
+        args, kwargs = pytree.tree_map(
+            lambda t: t.detach() if isinstance(t, Tensor) and not t.requires_grad else t, (self.args, self.kwargs)
+        )
+        return replace(self, args=args, kwargs=kwargs)
 
     @property
     def suits(self) -> bool:
@@ -71,10 +85,12 @@ class Request:
         before = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.grad = None
-        loss = self.eager()
-        found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        for leaf, old, new in zip(leaves, before, found, strict=True):
-            leaf.grad = leaf.grad if old is None else old + new
+        try:
+            loss = self.eager()
+        finally:
+            found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+            for leaf, old, new in zip(leaves, before, found, strict=True):
+                leaf.grad = leaf.grad if old is None else old + new
         return loss, found
 
 
@@ -85,13 +101,19 @@ class _Step:
     whole: Whole
     names: tuple[str, ...]  # of parameters, all that show
     trained: tuple[int, ...]  # which of them have gradients
+    marks: Hashable  # of the parameters, as they were
     taken: int = 0
     rounding: float | None = None  # of the first comparison
 
     @property
     def is_due(self) -> bool:
-        """Whether to look if it still is the model's: at calls 1, 2, 4, 8, ..."""
-        return self.taken & (self.taken - 1) == 0
+        """Whether to look if it still is the model's: at calls 1, 2, 4, 8, ..., and every 1024th."""
+        return self.taken & (self.taken - 1) == 0 or self.taken % _LOOKED_AT_LEAST == 0
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the same parameters are there, to be trained or not as they were."""
+        return _marks(self.names) == self.marks
 
     def agrees(self, request: Request, loss: float, grads: list[Tensor]) -> tuple[bool, float]:
         """Whether the eager step, from the same random state, gives the same; and its loss."""
@@ -116,7 +138,7 @@ class Training:
 
     Graphs are known by the shapes, dtypes and devices of the arguments, their other values, the number of particles,
     and whether guide and model are in training mode, which is looked at in every call; that they still give what the
-    eager step gives from the same random state, loss and gradients, in calls 1, 2, 4, 8, ... of each.
+    eager step gives from the same random state, loss and gradients, in calls 1, 2, 4, 8, ... and every 1024th of each.
     """
 
     def __init__(self, compile: bool | None) -> None:
@@ -195,7 +217,7 @@ class Training:
     def _known(self, request: Request, live: Live) -> _Step | None:
         key = request.key(live)
         step = self._steps.get(key)
-        if step is None:
+        if step is None or not step.is_current:
             step = self._made(request, live)
             if step is not None:
                 self._steps[key] = step
@@ -205,6 +227,11 @@ class Training:
         if len(self._steps) >= _GRAPHS_AT_MOST:
             self._give_up(f"shapes or other arguments changed more than {_GRAPHS_AT_MOST} times")
             return None
+        if live.is_opaque:
+            self._give_up("an argument is neither a tensor nor a number")
+            return None
+        request = request.aliased()
+        live = arguments(request.args, request.kwargs)
         guide, before, computation = request.guide, random_state(request.device), _Computation(request)
         info, backend = guide.info, self._backend(guide)
         assert backend is not None
@@ -218,7 +245,7 @@ class Training:
         finally:
             set_random_state(before, request.device)
             guide.info = info
-        return _Step(whole, computation.names, computation.trained)
+        return _Step(whole, computation.names, computation.trained, _marks(computation.names))
 
     def _backend(self, guide: Any) -> Backend | None:
         compiler = guide._compiler
@@ -274,6 +301,13 @@ class _Computation:
         pairs = [(i, g) for i, g in zip(wanted, found, strict=True) if g is not None]
         self.names, self.trained = tuple(names), tuple(i for i, _ in pairs)
         return [g for _, g in pairs]
+
+
+def _marks(names: tuple[str, ...]) -> Hashable:
+    """Of parameters: whether they are trained, and their constraints; None for those that are gone."""
+    store = pyro.get_param_store()
+    found = ((store._params.get(name), store._constraints.get(name)) for name in names)
+    return tuple(None if leaf is None else (leaf.requires_grad, Same(constraint)) for leaf, constraint in found)
 
 
 def _record(tensors: list[Tensor]) -> RunInfo:

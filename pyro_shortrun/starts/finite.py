@@ -53,6 +53,17 @@ def require_finite(finite: Tensor, model: LogDensity, state: Tensor, what: str, 
         raise ValueError(f"{what}, first at {offender(model, state[chain].detach())}: {remedy}.")
 
 
+def require_gradient(model: LogDensity, states: Tensor) -> None:
+    """Refuse a model whose log density has no gradient at any of these states, ``(chains, rows, size)``.
+
+    :raises ValueError: naming the first site that is to blame.
+    """
+    if not model.value_and_grad(states.detach())[1].isfinite().all(-1).any():
+        what = "the gradient of the log density is not finite at any start of a run"
+        nowhere = torch.zeros(states.shape[:-1], dtype=torch.bool)
+        require_finite(nowhere, model, states, what, CHECK_GRADIENT)
+
+
 def require_movable(call: Call, start: Start, begin: Tensor, end: Tensor, frozen: Tensor) -> None:
     """Refuse a model whose log density has no gradient wherever runs begin: they would all stay there.
 
@@ -65,9 +76,4 @@ def require_movable(call: Call, start: Start, begin: Tensor, end: Tensor, frozen
     random = random_state(begin.device)
     others = [start.draw(replace(call, spare=[]), 1).state for _ in range(_OTHERS)]  # the run may have been unlucky
     set_random_state(random, begin.device)
-    for u in (begin, *others):
-        if call.model.value_and_grad(u.detach())[1].isfinite().all(-1).any():
-            return
-    what = "the gradient of the log density is not finite at any start of a run"
-    nowhere = torch.zeros(begin.shape[:-1], dtype=torch.bool)
-    require_finite(nowhere, call.model, begin, what, CHECK_GRADIENT)
+    require_gradient(call.model, torch.cat([begin, *others]))

@@ -18,6 +18,7 @@ from ..density.interface import Density
 from ..density.layout import Layout, require_full_plates
 from ..density.structure import Structure
 from .base import GaussianBase
+from .finite import require_gradient
 from .fitting import Fit, fit_normal
 from .normal import Normal
 from .start import Framed, Start, StartDraw
@@ -134,7 +135,9 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
         target = Target(call.model)  # of states of many shapes, for each of which there would be a graph
         first = Normal(self.loc.double(), self.scale_tril.double()) if self.fitted else None
         with poutine.block():
-            fit = fit_normal(target, _places(call), first)
+            places = _places(call)
+            require_gradient(call.model, places.to(self.center).unsqueeze(1))
+            fit = fit_normal(target, places, first)
         normal = fit.normal
         self.center.copy_(normal.loc)
         self.factor.copy_(normal.factor)

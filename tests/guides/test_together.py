@@ -21,6 +21,9 @@ OPTIMISERS: dict[str, Callable[[], Any]] = {
     "clipped": lambda: pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 0.5}),
     "RMSprop": lambda: pyro.optim.RMSprop({"lr": 0.1}),
     "by name": lambda: pyro.optim.Adam(lambda name: {"lr": 0.1 if name == "a" else 0.01}),
+    "momentum in cycles": lambda: pyro.optim.OneCycleLR(
+        {"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.1, "momentum": 0.9}, "max_lr": 0.3, "total_steps": 20}
+    ),
     "schedule": lambda: pyro.optim.ExponentialLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5}
     ),
@@ -40,7 +43,7 @@ def moved(make: Callable[[], Any], together: bool, renewed: bool = False) -> tup
         for p in shown:
             p.grad = (p.detach() + 0.1 * i).sin()
         step(set(shown))
-        if i == 5 and hasattr(optim, "step"):
+        if i >= 5 and hasattr(optim, "step"):
             optim.step()
         if i == 6 and renewed:
             state, optim = optim.get_state(), make()
@@ -52,7 +55,7 @@ def moved(make: Callable[[], Any], together: bool, renewed: bool = False) -> tup
 @pytest.mark.parametrize("name", OPTIMISERS)
 @pytest.mark.parametrize("renewed", [False, True], ids=["one", "renewed"])
 def test_parameters_and_state_are_those_of_pyro(name, renewed):
-    if renewed and name == "schedule":
+    if renewed and name in ("schedule", "momentum in cycles"):
         pytest.skip("a schedule's state is not that of its optimiser alone")
     (found, ours), (known, theirs) = (moved(OPTIMISERS[name], t, renewed) for t in (True, False))
     for a, b in zip(found, known, strict=True):

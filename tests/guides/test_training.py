@@ -257,3 +257,106 @@ def test_weights_of_a_network_get_their_gradients():
     found, _ = steps(model, (x,), True)
     assert "net$$$weight" in found[-1][1]
     assert_same(found, steps(model, (x,), False)[0])
+
+
+# ---------------------------------------------------------------- what is noticed in every call
+
+
+def gradients(guide: ShortRunGuide, *args: Any) -> dict[str, Tensor | None]:
+    """Of one step, from the same seed each time."""
+    pyro.set_rng_seed(3)
+    store = pyro.get_param_store()._params
+    for p in store.values():
+        p.grad = None
+    losses(guide, *args, count=1)
+    return {k: None if p.grad is None else p.grad.clone() for k, p in store.items()}
+
+
+def test_parameters_that_are_frozen_and_thawed(recwarn):
+    guide, x = guide_of(curved), torch.randn(4)
+    losses(guide, x, count=5)
+    scale = pyro.get_param_store()._params["scale"]
+    assert gradients(guide, x)["scale"] is not None
+    scale.requires_grad_(False)
+    assert gradients(guide, x)["scale"] is None
+    scale.requires_grad_(True)
+    assert gradients(guide, x)["scale"] is not None
+
+
+def test_a_parameter_with_another_constraint():
+    def model(x: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(1.5), constraint=dist.constraints.positive)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    guide, x = guide_of(model), torch.tensor(2.0)
+    losses(guide, x, count=5)
+    del pyro.get_param_store()["scale"]
+    pyro.param("scale", torch.tensor(1.5), constraint=dist.constraints.greater_than(1.0))
+    found = gradients(guide, x)
+    guide.steps.given_up = True
+    with guide.eagerly():
+        known = gradients(guide, x)
+    torch.testing.assert_close(found["scale"], known["scale"], rtol=1e-4, atol=1e-6)
+
+
+def test_one_tensor_as_two_arguments_and_in_a_closure():
+    x, y = torch.randn(3), torch.randn(3)
+
+    def model(a: Tensor, b: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("a", dist.Normal(z + x, 1.0).to_event(1), obs=a)
+        pyro.sample("b", dist.Normal(2 * z, 1.0).to_event(1), obs=b)
+
+    pairs = [(x, x)] * 3 + [(x, y), (y, x), (y, y)]
+    found = []
+    for compile in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = ShortRunGuide(model, num_steps=STEPS, dynamics=Langevin(StepSize(0.01)), start=Prior(), compile=compile)
+        if compile:
+            guide._compiler = Compiler(Untouched())
+        found.append([losses(guide, *pair, count=1)[0] for pair in pairs])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["weights of its own", "an object", "a changing buffer"])
+def test_what_a_graph_would_get_wrong_is_eager(kind, caplog):
+    net = nn.BatchNorm1d(2) if kind == "a changing buffer" else nn.Linear(2, 2)
+
+    def model(x: Any) -> None:
+        data = x.data if isinstance(x, Batch) else x
+        if kind == "a changing buffer":
+            pyro.module("net", net)
+        with pyro.plate("data", len(data)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z if kind == "an object" else net(z), 1.0).to_event(1), obs=data)
+
+    class Batch:
+        data = torch.randn(4, 2)
+
+    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.01), start=Prior(), compile=True)
+    guide._compiler = Compiler(Untouched())
+    losses(guide, Batch() if kind == "an object" else torch.randn(4, 2), count=4)
+    assert guide.steps.given_up and sum("not one graph" in text for text in warned(caplog)) == 1
+    if kind == "weights of its own":
+        assert net.weight.grad is not None
+
+
+def test_settings_of_the_guide():
+    guide, x = guide_of(curved), torch.randn(4)
+    losses(guide, x, count=3)
+    guide.num_steps = 5
+    losses(guide, x, count=2)
+    assert len(guide.info.grad_norm) == 5 and len(guide.steps._steps) == 2
+
+
+def test_an_interrupt_of_a_comparison_keeps_gradients(monkeypatch):
+    guide, x = guide_of(curved), torch.randn(4)
+    losses(guide, x, count=2)
+    scale = pyro.get_param_store()._params["scale"]
+    scale.grad = torch.tensor(100.0)
+    monkeypatch.setattr(guide, "log_weight", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        losses(guide, x, count=1)
+    assert scale.grad == 100.0
