@@ -1,14 +1,17 @@
 """A Pyro program as an unconstrained log density over rows."""
 
+from .affine import Affine
 from .call import Binder, Call
 from .interface import Block, Density
 from .layout import Arrow, Layout
 from .model import LogDensity
 from .potential import PotentialDensity
 from .program import Program
+from .recurrence import Recurrence
 from .shapes import LatentSite, Plate
 
 __all__ = [
+    "Affine",
     "Arrow",
     "Binder",
     "Block",
@@ -20,4 +23,5 @@ __all__ = [
     "Plate",
     "PotentialDensity",
     "Program",
+    "Recurrence",
 ]

@@ -19,7 +19,7 @@ class Block(Protocol):
 
     One whose outputs tell ``log pi`` of a state among its inputs may have a method
     ``witness(inputs, outputs) -> (u, log pi(u))``, by which a compiled density checks itself; one that is the same step
-    several times may have a :class:`~pyro_shortrun.density.recurrence.Recurrence`, ``recurrence``, so that a single
+    several times may have a :class:`~pyro_shortrun.density.Recurrence`, ``recurrence``, so that a single
     step is compiled.
     """
 

@@ -1,6 +1,7 @@
 """Short runs as Pyro guides, their loss and fit, and the tuning of their steps."""
 
 from .base import DensityGuide
+from .choice import default_start
 from .elbo import ShortRunELBO
 from .fit import ShortRunSVI
 from .short_run import ShortRunGuide
@@ -14,5 +15,6 @@ __all__ = [
     "ShortRunELBO",
     "ShortRunGuide",
     "ShortRunSVI",
+    "default_start",
     "tune_on_grid",
 ]

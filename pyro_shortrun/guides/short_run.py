@@ -84,7 +84,7 @@ class ShortRunGuide(DensityGuide):
     :param dynamics: a :class:`~pyro_shortrun.Dynamics` instead of ``step_size``; default ``Langevin``.
     :param start: :class:`Gaussian`, :class:`Prior`, :class:`Persistent`, :class:`Init` or any Pyro guide over the same
         sites (an ``AutoGuide``, an encoder), which is then trained too. By default
-        :func:`~pyro_shortrun.guides.choice.default_start` chooses: a Gaussian where all latents are one small row, the
+        :func:`~pyro_shortrun.guides.default_start` chooses: a Gaussian where all latents are one small row, the
         prior for latents of data.
     :param objective: how log q is accounted: :class:`Annealed` (default from a :class:`Gaussian`),
         :class:`PathDensity` (default otherwise), :class:`GaussianReverse`, :class:`Mixture` or :class:`Linearized`.

@@ -2,6 +2,7 @@
 
 from .base import Base, GaussianBase, PriorBase
 from .fitted import Gaussian
+from .fitting import Fit
 from .from_guide import FromGuide
 from .gaussian import Init
 from .kept import Persistent, Replay
@@ -10,6 +11,7 @@ from .start import Start, StartDraw
 
 __all__ = [
     "Base",
+    "Fit",
     "FromGuide",
     "Gaussian",
     "GaussianBase",

@@ -53,7 +53,7 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
     Khan, Lin: Conjugate-computation variational inference, AISTATS 2017; Zhang, Carpenter, Gelman, Vehtari: Pathfinder,
     JMLR 2022.
 
-    :ivar fit: the last :class:`~pyro_shortrun.starts.fitting.Fit`, or None.
+    :ivar fit: the last :class:`~pyro_shortrun.starts.Fit`, or None.
     :raises ValueError: at set-up, for more than 300 latents or subsampled ones.
     """
 
