@@ -6,6 +6,7 @@ from .fitting import Fit
 from .from_guide import FromGuide
 from .gaussian import Init
 from .kept import Persistent, Replay
+from .normal import Normal
 from .prior import Prior
 from .start import Start, StartDraw
 
@@ -16,6 +17,7 @@ __all__ = [
     "Gaussian",
     "GaussianBase",
     "Init",
+    "Normal",
     "Persistent",
     "Prior",
     "PriorBase",
