@@ -188,7 +188,11 @@ def auto(problem: Problem, budget: Budget, kind: Any) -> Found:
     sample = Predictive(problem.model, guide=guide, num_samples=budget.draws)
     sites = {k: v for k, v in sample(*problem.args).items() if k in guide(*problem.args)}
     seconds = time.process_time() - began
-    bound, k_hat = -float(np.mean(losses[-len(losses) // 10 :])), psis(problem.model, guide, *problem.args).k.item()
+    bound = -float(np.mean(losses[-len(losses) // 10 :]))
+    try:
+        k_hat = psis(problem.model, guide, *problem.args).k.item()
+    except RuntimeError:  # a model that cannot be vectorised over draws
+        k_hat = math.nan
     return Found({k: v.unsqueeze(0) for k, v in sites.items()}, k_hat, bound, seconds)
 
 
