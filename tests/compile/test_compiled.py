@@ -218,7 +218,7 @@ def test_ever_changing_shapes_end_in_eager_runs(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("case", CASES + EXTRA, ids=lambda c: c.name)
-def test_tuned_runs_give_the_eager_bound_and_gradient(case: Case, caplog, monkeypatch):
+def test_tuned_runs_give_the_eager_bound_and_gradient(case: Case, caplog):
     """Increments, step-size gradient and every statistic of a taped run, per-dimension steps, several chains."""
     model, args = case.make()
     call = Call.of(model, args, {})

@@ -272,7 +272,7 @@ def gradients(guide: ShortRunGuide, *args: Any) -> dict[str, Tensor | None]:
     return {k: None if p.grad is None else p.grad.clone() for k, p in store.items()}
 
 
-def test_parameters_that_are_frozen_and_thawed(recwarn):
+def test_parameters_that_are_frozen_and_thawed():
     guide, x = guide_of(curved), torch.randn(4)
     losses(guide, x, count=5)
     scale = pyro.get_param_store()._params["scale"]

@@ -20,11 +20,6 @@ from pyro_shortrun.starts import PriorBase
 every_row = pytest.mark.parametrize("name", ROWS)
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiled run is of several blocks, of one step or two."""
-
-
 def trial(row: Row, clip: float = math.inf) -> tuple[Trial, Objective]:
     """On ``curved``, at random, of as many chains as two draws take."""
     dynamics = row.dynamics(max_drift=clip)

@@ -42,6 +42,6 @@ def test_eager_runs(key):
 
 
 @pytest.mark.parametrize("kind", COMPILED)
-def test_compiled_runs(kind, monkeypatch):
-    """Their graphs are run as they are traced, and are of few steps, which is quick to make."""
+def test_compiled_runs(kind):
+    """Their graphs are run as they are traced, which is quick to make."""
     assert_same(of_guide("eight_schools", kind, True, Untouched()), f"eight_schools: {kind}")
