@@ -15,6 +15,7 @@ from typing import Any
 
 import pyro
 from pyro import poutine
+from pyro.infer import config_enumerate
 from pyro.infer.discrete import infer_discrete
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -115,11 +116,14 @@ class Program:
     """A Pyro model, looked at through its ``poutine.block`` wrappers.
 
     :param model: any callable with Pyro primitives.
+    :param enumerates: whether discrete latents are summed out without having been told to.
     """
 
-    def __init__(self, model: Callable[..., Any]) -> None:
+    def __init__(self, model: Callable[..., Any], enumerates: bool = False) -> None:
         check_model(model)
         self._model, self._hidden = look_through_blocks(model)
+        if enumerates:
+            self._model = config_enumerate(self._model)
         self._shows = False
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The default rule: where runs start and how they are weighed, if nobody says."""
+"""What a ShortRunGuide is made of: its parts checked, those that nobody gave, and how it is described."""
 
 from __future__ import annotations
 
@@ -10,31 +10,13 @@ from torch import Tensor
 from ..checks import check_kind, check_unused
 from ..density.handlers import init_uniform
 from ..density.program import Reading
-from ..density.structure import Structure, check_proper
+from ..density.structure import check_proper
 from ..dynamics.dynamics import Dynamics
 from ..objectives.annealed import Annealed
 from ..objectives.objective import Objective
 from ..objectives.path import PathDensity
-from ..starts.fitted import MAX_SIZE, Gaussian
-from ..starts.prior import Prior
-from ..starts.start import Start, check_start
-
-
-def default_start(structure: Structure, subsamples: bool, partial: bool) -> Start:
-    """Where runs start.
-
-    * ``Gaussian()``, fitted at set-up: where all latents together are one row of at most 300 values, that is, where
-      some latent lies in no plate, or something couples the plates' elements; with all data at every call.
-    * ``Prior()``, as in the papers: where every latent lies in a plate whose elements are independent (a generator:
-      rows of data), where a plate is subsampled or the guide is a part of an ``AutoGuideList`` (what a Gaussian is
-      fitted to would change from call to call), and for more latents.
-
-    :param subsamples: whether the model draws a subsample in some plate.
-    :param partial: whether other sites of the model are inferred by other guides.
-    """
-    layout = structure.layout
-    small = layout.rows == 1 and layout.size <= MAX_SIZE and (layout.is_arrow or not layout.row_plates)
-    return Gaussian() if small and not (subsamples or partial) else Prior()
+from ..starts.fitted import Gaussian
+from ..starts.start import check_start
 
 
 def check_parts(step_size: Any, dynamics: Any, start: Any, objective: Any) -> None:

@@ -27,10 +27,11 @@ from ..starts.finite import require_movable
 from ..starts.fitted import Gaussian
 from ..starts.from_guide import FromGuide
 from ..starts.prior import Prior
+from ..starts.rule import default_start
 from ..starts.start import Start, StartDraw
 from ..tensors import ordinary_autograd
 from .base import DensityGuide
-from .choice import check_parts, default_objective, default_start, described, read_from_prior
+from .choice import check_parts, default_objective, described, read_from_prior
 from .draws import WeightedDraws, weigh
 from .emit import emit, outer_shape
 from .preparation import fit_start, prepare

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..density.affine import Affine
 from ..tensors import moved, ordinary_autograd
 from .sampler import ChainState, Sampler, Stats
 from .target import Target
@@ -112,22 +113,25 @@ class Session:
         """Values of all chains."""
         return {k: v.clone() for k, v in self.target.params(self.state.u).items()}
 
-    def draw(self) -> None:
-        """One draw of every chain."""
+    def draw(self, most: int = 1) -> list[Tensor]:
+        """At least one and at most so many draws of every chain, all of the warm-up or none: their states."""
         warming = self.done < self.warmup_steps
         with ordinary_autograd():
-            self.state, stats = self.sampler.draw(self.state, warming)
-        self.done += 1
-        self._warn_once(stats, warming)
-        self.record.add(stats, kept=not warming)
+            drawn = self.sampler.draws(self.state, most, warming)
+        for state, stats in drawn:
+            self._warn_once(state, stats, warming)
+            self.record.add(stats, kept=not warming)
+        self.state = drawn[-1][0]
+        self.done += len(drawn)
+        return [state.u for state, _ in drawn]
 
     def forget_after(self, kept: int) -> None:
         """Drop what was noted of draws beyond so many kept ones: an interrupt may come before a draw is kept."""
         self.record.forget_after(kept)
         self.done = min(self.done, self.warmup_steps + kept)
 
-    def _warn_once(self, stats: Stats, warming: bool) -> None:
-        fault = None if self._warned else self.sampler.fault(self.state, stats, warming)
+    def _warn_once(self, state: ChainState, stats: Stats, warming: bool) -> None:
+        fault = None if self._warned else self.sampler.fault(state, stats, warming)
         if fault is not None:
             self._warned = True
             warnings.warn(
@@ -140,11 +144,12 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continued run needs: tensors, numbers, lists and dicts."""
-        state = {k: getattr(self.state, k).clone() for k in ("u", "log_density", "grad")}
+        state = {k: v.clone() for k, v in self.state.tensors().items()}
         return {
             "kind": self.sampler.kind,
             "done": self.done,
             "state": state,
+            "frame": None if self.target.frame is None else vars(self.target.frame),
             "stats": self.stats(),
             "sampler": self.sampler.state_dict(),
         }
@@ -166,7 +171,10 @@ class Session:
                 f"the saved chains are {saved['state']['u'].dtype}, this model's latents {self.state.u.dtype}: resume "
                 "with the same dtype."
             )
-        device = self.state.u.device
+        device, frame = self.state.u.device, saved.get("frame")
+        if frame is None and self.target.frame is not None:
+            raise ValueError("the saved chains did not begin at a fitted Gaussian: use the same kernel, and start=.")
+        self.target.move_in(None if frame is None else Affine(**moved(frame, device)))
         state = ChainState(**moved(saved["state"], device))
         here = self.sampler.evaluate(state.u).log_density
         if not (self.target.is_subsampled or torch.allclose(here, state.log_density, rtol=1e-3, atol=1e-3)):

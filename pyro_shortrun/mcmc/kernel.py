@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..checks import check_count, check_kind, check_model
 from ..compile.compiler import Compiler
-from ..density.call import Call
 from ..density.handlers import init_uniform
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
 from ..dynamics.metric import Diagonal, Identity, Preconditioner
 from ..dynamics.metropolis import BEST_ACCEPTANCE
 from ..dynamics.step_size import StepSize
+from ..objectives.annealed import Annealed
 from ..objectives.objective import Objective
 from ..objectives.path import PathDensity
 from ..starts.from_guide import as_start
@@ -31,6 +31,7 @@ from .chains import DrawStats, Session
 from .langevin_chain import LangevinChain, StepSizeSchedule
 from .sampler import Sampler
 from .short_runs import ShortRuns
+from .starting import Starting
 from .target import ModelTarget, PotentialTarget, Target
 
 
@@ -132,9 +133,11 @@ class ShortRunLangevin(MCMCKernel):
         self.target_accept_prob = BEST_ACCEPTANCE if target_accept_prob is None else target_accept_prob
         self._schedule = step_size if callable(step_size) and not isinstance(step_size, StepSize) else None
         self._is_guess = dynamics is None and not isinstance(step_size, StepSize)
+        # Steps that stay as they are belong to the latents' own units, not to those of a fitted Gaussian.
+        self._has_steps_of_its_own = self.persistent and not adjust and not (dynamics is None and step_size is None)
         guess: Any = 0.1 if step_size is None or self._schedule is not None else step_size
         self.dynamics = Langevin(guess) if dynamics is None else dynamics
-        self.objective = PathDensity() if objective is None else objective
+        self.objective = objective
         default: Preconditioner = Diagonal() if adjust else Identity()
         self.preconditioner = default if preconditioner is None else preconditioner
         self._start = start
@@ -229,8 +232,9 @@ class ShortRunLangevin(MCMCKernel):
 
 
 def _check_combination(kernel: ShortRunLangevin, objective: Objective | None, target_accept_prob: float | None) -> None:
-    if objective is not None and not isinstance(objective, PathDensity):
-        raise NotImplementedError(f"{type(objective).__name__} tunes a ShortRunGuide, not a kernel: use PathDensity().")
+    if objective is not None and not isinstance(objective, (PathDensity, Annealed)):
+        kind = type(objective).__name__
+        raise NotImplementedError(f"{kind} tunes a ShortRunGuide, not a kernel: use PathDensity() or Annealed().")
     if kernel.dynamics.has_momentum:
         raise NotImplementedError(
             f"{type(kernel.dynamics).__name__} is for a ShortRunGuide with objective=Annealed(): use Langevin(...)."
@@ -263,10 +267,10 @@ def _target(
         return PotentialTarget(kernel.potential_fn, initial, kernel._given_transforms)  # type: ignore[arg-type]
     if initial is not None and not kernel.persistent:
         raise ValueError("initial_params have no use where every draw restarts; pass start= to the kernel.")
-    start = _starting(kernel)
-    # Improper priors cannot be drawn from; a start that does not draw from the prior need not.
-    init = None if isinstance(start, Prior) else init_uniform
-    target = ModelTarget(Call.of(kernel.model, args, kwargs, init), start, kernel._compiler)
+    fits = initial is None and not kernel._has_steps_of_its_own
+    given = None if kernel._start is None else as_start(kernel._start)
+    starting = Starting(given, Init(init_uniform) if kernel.persistent else Prior(), fits)
+    target = ModelTarget(*starting(kernel.model, args, kwargs), kernel._compiler)
     if kernel.adjust and target.is_subsampled:
         name = next(iter(target.call.reading.subsampled))
         raise ValueError(
@@ -274,12 +278,6 @@ def _target(
             "or persistent=True, adjust=False with a decaying step size (SGLD)."
         )
     return target
-
-
-def _starting(kernel: ShortRunLangevin) -> Start:
-    if kernel._start is None:
-        return Init(init_uniform) if kernel.persistent else Prior()
-    return as_start(kernel._start)
 
 
 def _sampler(kernel: ShortRunLangevin, target: Target, warmup: int, chain_batch_size: int | None) -> Sampler:
@@ -291,7 +289,7 @@ def _sampler(kernel: ShortRunLangevin, target: Target, warmup: int, chain_batch_
             dynamics,
             kernel.num_steps,
             chain_batch_size,
-            objective=kernel.objective,
+            objective=copy.deepcopy(kernel.objective) or _objective(target),
             warmup=warmup,
             guess=kernel._is_guess,
             tune=learnable and target.has_density,
@@ -301,6 +299,7 @@ def _sampler(kernel: ShortRunLangevin, target: Target, warmup: int, chain_batch_
         dynamics,
         kernel.num_steps,
         chain_batch_size,
+        known_by=kernel.dynamics,
         adjust=kernel.adjust,
         restarts=not kernel.persistent,
         schedule=kernel._schedule,
@@ -310,3 +309,8 @@ def _sampler(kernel: ShortRunLangevin, target: Target, warmup: int, chain_batch_
         guess=kernel._is_guess and kernel._schedule is None and not kernel.adjust and kernel.model is not None,
         limit=float("inf") if kernel._is_guess else dynamics.step_size.max,
     )
+
+
+def _objective(target: Target) -> Objective:
+    """Of short runs where nobody says: as that of guides from the same start."""
+    return PathDensity() if target.frame is None else Annealed(learnable=False)

@@ -128,17 +128,19 @@ class VectorizedMCMC:
                     self._rng = random_state(session.state.u.device)
 
     def _advance(self, session: Session, bar: Any) -> None:
+        """One draw where somebody looks at each, or as many as the sampler makes in one go."""
         warming = session.done < self.warmup_steps
         bar.set_description("Warmup" if warming else "Sample", refresh=False)
         index = session.done - (0 if warming else self.warmup_steps)
-        session.draw()
+        left = (self.warmup_steps if warming else self.num_samples) - index
+        states = session.draw(left if self.hook_fn is None else 1)
         if not warming:
-            self._states.append(session.state.u)
+            self._states += states
         if self.hook_fn is not None:
             self.hook_fn(self.kernel, session.all_params(), "Warmup" if warming else "Sample", index)
         if not self.disable_progbar:
             bar.set_postfix(session.record.short(), refresh=False)
-        bar.update()
+        bar.update(len(states))
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
         """Draws by site, as in :meth:`pyro.infer.MCMC.get_samples`.
@@ -150,13 +152,17 @@ class VectorizedMCMC:
 
     def _grouped(self) -> dict[str, Tensor]:
         if self._samples is None:
-            states = self.unconstrained()
+            states = self._kept()
             values = self._opened().target.constrain(states.flatten(0, 1), self.chain_batch_size)
             self._samples = {k: v.unflatten(0, states.shape[:2]) for k, v in values.items()}
         return self._samples
 
     def unconstrained(self) -> Tensor:
         """The kept states in unconstrained space, ``(num_chains, draws, rows, size)``."""
+        return self.target.outward(self._kept())
+
+    def _kept(self) -> Tensor:
+        """The same in the coordinates of the chains."""
         self._opened()
         if not self._states:
             raise RuntimeError("no draws have been kept yet; call run(*args) to its end, or past its warm-up.")
