@@ -87,7 +87,8 @@ class Compiler:
             self.is_eager = True
             _LOGGER.log(
                 self._level,
-                "compile=True has no effect: the model runs eagerly, as it cannot be traced or compiled (%s).", text
+                "compile=True has no effect: the model runs eagerly, as it cannot be traced or compiled (%s).",
+                text,
             )
         else:
             self._given_up.add(what)

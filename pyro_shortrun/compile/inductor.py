@@ -50,8 +50,8 @@ class Scripted(Backend):
     def build(self, module: GraphModule, inputs: list[Tensor]) -> Function:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of numbers that become constants, and of its age
-            script = torch.jit.trace(module, tuple(inputs), check_trace=False)  # type: ignore[no-untyped-call]
-        return script  # type: ignore[no-any-return]
+            script = torch.jit.trace(module, tuple(inputs), check_trace=False)
+        return script
 
 
 class Inductor(Backend):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from ..density.affine import Affine
 from ..tensors import moved, ordinary_autograd
+from .pace import Pace, Stage
 from .sampler import ChainState, Sampler, Stats
-from .target import Target
+from .target import ModelTarget, Target
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,16 @@ class StatsRecord:
 
 
 class Session:
-    """Chains under way: a sampler, its state, and the statistics of every kept draw."""
+    """Chains under way: a sampler, its state, and the statistics of every kept draw.
 
-    def __init__(self, sampler: Sampler, warmup_steps: int) -> None:
+    :param stages: graphs that may be taken up on the way.
+    """
+
+    def __init__(self, sampler: Sampler, warmup_steps: int, stages: Sequence[Stage] = ()) -> None:
         self.sampler, self.warmup_steps = sampler, warmup_steps
+        self.total: int | None = None  # draws that are wanted, warm-up included, where that is known
+        target = sampler.target
+        self._pace = Pace(target, stages, self._expect) if isinstance(target, ModelTarget) and stages else None
         self.done = 0  # draws, warm-up included
         self.record = StatsRecord()
         self._warned = False
@@ -115,7 +123,7 @@ class Session:
 
     def draw(self, most: int = 1) -> list[Tensor]:
         """At least one and at most so many draws of every chain, all of the warm-up or none: their states."""
-        warming = self.done < self.warmup_steps
+        warming, began = self.done < self.warmup_steps, time.perf_counter()
         with ordinary_autograd():
             drawn = self.sampler.draws(self.state, most, warming)
         for state, stats in drawn:
@@ -123,7 +131,13 @@ class Session:
             self.record.add(stats, kept=not warming)
         self.state = drawn[-1][0]
         self.done += len(drawn)
+        if self._pace is not None:
+            left = None if self.total is None else self.total - self.done
+            self._pace(time.perf_counter() - began, len(drawn), left)
         return [state.u for state, _ in drawn]
+
+    def _expect(self) -> None:
+        self.target.density.expect(self.state.u, self.state.log_density)
 
     def forget_after(self, kept: int) -> None:
         """Drop what was noted of draws beyond so many kept ones: an interrupt may come before a draw is kept."""

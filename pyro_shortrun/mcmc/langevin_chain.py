@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..density.interface import Block
-
 from ..dynamics.adaptation import Adaptation
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.metric import Preconditioner
@@ -107,10 +106,10 @@ class LangevinChain(Sampler):
         first, total = 0, count * self.num_steps
         while first < total:
             ahead = self.adaptation.ahead or total
-            last = min(total, first + ahead, first + self._length(state))
-            here, passed = self._pass(here, given.part(first, last), first, warming)
+            until = min(total, first + ahead, first + self._length(state))
+            here, passed = self._pass(here, given.part(first, until), first, warming)
             found.append(passed)
-            first = last
+            first = until
         passed = Passed(*(torch.cat(parts) for parts in zip(*found, strict=True)))
         ends = [self._drawn(passed, given.eta, i) for i in range(count)]
         # Not a part of what was passed: products of matrices are rounded by where in memory they lie.
@@ -177,9 +176,7 @@ class LangevinChain(Sampler):
         part, last = passed.part(i * self.num_steps, (i + 1) * self.num_steps), (i + 1) * self.num_steps - 1
         state = ChainState(part.u[-1], part.log_density[-1], part.grad[-1])
         self._last_eta = (part.log_factor[-1].exp().unsqueeze(-1) * eta[last]).clamp(max=self._block.limit)
-        stats = draw_stats(
-            state, part.acceptance.mean(0), (~part.finite).sum(0), self._last_eta, self.target.log_scale
-        )
+        stats = draw_stats(state, part.acceptance.mean(0), (~part.finite).sum(0), self._last_eta, self.target.log_scale)
         return state, stats
 
     def _place(self, state: ChainState) -> Place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch.nn import Parameter
 from ..dynamics.dynamics import Dynamics
 from ..objectives.objective import Objective
 from ..runs.run import Gradients, run
-from ..starts.start import StartDraw
 from .sampler import ChainState, Sampler, Stats, draw_stats
 from .target import Target
 
@@ -60,7 +60,10 @@ class ShortRuns(Sampler):
             *map(self._split, (drawn.state, drawn.log_q, drawn.log_density)), self._split(noise, 1), strict=True
         )
         for *start, part in parts:
-            begin, density = StartDraw(*start, drawn.base), self.target.current(len(start[0]))
+            begin, density = (
+                replace(drawn, state=start[0], log_q=start[1], log_density=start[2]),
+                self.target.current(len(start[0])),
+            )
             eta = self.dynamics.step_size.forward(density.layout, self.num_steps)
             gradients = Gradients.GUIDE if tunes else Gradients.NONE
             result = run(density, self.dynamics, self._objective, begin, eta, part, account=tunes, gradients=gradients)

@@ -137,6 +137,16 @@ class ModelTarget(Target):
         compiler = self._compiler
         return compiler is not None and compiler.backend.takes_loops and not (self._subsampled or compiler.is_eager)
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether there is a compiler."""
+        return self._compiler is not None
+
+    @property
+    def is_untraceable(self) -> bool:
+        """Whether a compiler has given up."""
+        return self._compiler is not None and self._compiler.is_eager
+
     def move_in(self, frame: Affine | None) -> None:
         known = frame is self.frame or (frame is not None and frame.is_equal(self.frame))
         if not known and frame is not None and isinstance(self._start, Gaussian):
@@ -202,7 +212,7 @@ class ModelTarget(Target):
         """The draw in the coordinates that the chains move in."""
         if self.frame is None:
             return drawn
-        base, scale = first.framed and first.framed.base, self.frame.log_scale
+        base, scale = None if first.framed is None else first.framed.base, self.frame.log_scale
         return StartDraw(self.inward(drawn.state), drawn.log_q + scale, drawn.log_density + scale, base)
 
     def require_finite(self, finite: Tensor, u: Tensor, what: str) -> None:
@@ -213,7 +223,9 @@ class ModelTarget(Target):
 
     def constrain(self, u: Tensor, at_once: int | None = None) -> dict[str, Tensor]:
         with torch.no_grad():
-            parts = [self.call.model.constrain(part)[0] for part in self.outward(u).split(at_once or _CONSTRAIN_AT_ONCE)]
+            parts = [
+                self.call.model.constrain(part)[0] for part in self.outward(u).split(at_once or _CONSTRAIN_AT_ONCE)
+            ]
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 

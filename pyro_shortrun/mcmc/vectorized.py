@@ -53,7 +53,8 @@ class VectorizedMCMC:
 
     :param kernel: a :class:`ShortRunLangevin`.
     :param num_samples: kept draws per chain.
-    :param warmup_steps: draws before them, in which the kernel tunes; default ``num_samples``, as in Pyro.
+    :param warmup_steps: draws before them, in which the kernel tunes; default ``num_samples``, as in Pyro, but no more
+        than make 500 transitions from a fitted Gaussian, where there is little left to learn.
     :param num_chains: number of chains.
     :param initial_params: ``{site: (num_chains, *shape)}`` in unconstrained space, instead of the kernel's start.
     :param hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after each draw, ``params`` being the states of all
@@ -81,6 +82,7 @@ class VectorizedMCMC:
         check_kind("kernel", kernel, ShortRunLangevin, "ShortRunLangevin(model)")
         check_count("num_samples", num_samples)
         check_count("num_chains", num_chains)
+        self._chooses_warmup = warmup_steps is None
         self.warmup_steps = num_samples if warmup_steps is None else warmup_steps
         if self.warmup_steps != 0:
             check_count("warmup_steps", self.warmup_steps)
@@ -112,13 +114,14 @@ class VectorizedMCMC:
         self._args, self._kwargs = args, kwargs
         self._samples = None
         with pyro.validation_enabled(False):
+            shortens = self._chooses_warmup and self._saved is None
             session = self.kernel.open(
-                self.num_chains, self.warmup_steps, args, kwargs, self.initial_params, self.chain_batch_size
+                self.num_chains, self.warmup_steps, args, kwargs, self.initial_params, self.chain_batch_size, shortens
             )
-            self._session, self._states = session, []
+            self._session, self._states, self.warmup_steps = session, [], session.warmup_steps
             if self._saved is not None:
                 self._restore(session, self._saved)
-            total = self.warmup_steps + self.num_samples
+            total = session.total = self.warmup_steps + self.num_samples
             with tqdm(total=total, initial=session.done, disable=self.disable_progbar, mininterval=0.5) as bar:
                 try:
                     while session.done < total:
@@ -240,6 +243,8 @@ class VectorizedMCMC:
 
         :raises ValueError: where the number of chains or warm-up steps differs, or more draws are saved than wanted.
         """
+        if self._chooses_warmup:
+            self.warmup_steps = state["warmup_steps"]
         for name in ("num_chains", "warmup_steps"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"the saved run has {name}={state[name]}, this one {getattr(self, name)}.")

@@ -58,8 +58,8 @@ class Given(NamedTuple):
         if not missing:
             return self
         stays = self.gains[-1:] * self.gains.new_tensor([0.0, 0.0, 1.0, 0.0]) + self.gains.new_tensor([1.0, 0, 0, 0])
-        ends = (torch.zeros_like(self.noise[:1]), torch.full_like(self.log_uniform[:1], torch.inf))
-        ends = (*ends, torch.zeros_like(self.eta[:1]), stays)
+        never = torch.full_like(self.log_uniform[:1], torch.inf)
+        ends = torch.zeros_like(self.noise[:1]), never, torch.zeros_like(self.eta[:1]), stays
         return Given(*(torch.cat([t, e.expand(missing, *e.shape[1:])]) for t, e in zip(self, ends, strict=True)))
 
 
@@ -115,7 +115,14 @@ class Transitions:
         return end.u, end.log_density
 
     def run(
-        self, density: Any, here: Place, following: Following, given: Given, center: Tensor, pooled: bool, factor: Tensor
+        self,
+        density: Any,
+        here: Place,
+        following: Following,
+        given: Given,
+        center: Tensor,
+        pooled: bool,
+        factor: Tensor,
     ) -> tuple[Place, Following, Passed]:
         """The block, by the density's graphs where it has some.
 
