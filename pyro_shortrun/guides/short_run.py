@@ -93,9 +93,8 @@ class ShortRunGuide(DensityGuide):
         ELBO's ``num_particles`` are as many calls if they are not vectorised. In the calls between, the
         log-determinants in log q are those of the last tuned run; ``guide.eval()`` makes every log q exact.
     :param checkpoint: whether a tuned run keeps ``2 sqrt(K)`` states for its way back, and recomputes the others.
-    :param compile: whether runs, and with :class:`ShortRunELBO` whole training steps, are compiled (some seconds per
-        new shape); what cannot be is eager, with a logged warning. By default (None), :meth:`ShortRunSVI.run` compiles
-        the training step where the steps that are left take longer than that, and nothing else is compiled.
+    :param compile: whether runs, and with :class:`ShortRunELBO` whole training steps, are compiled; what cannot be is
+        eager, with a logged warning. By default (None), :meth:`ShortRunSVI.run` compiles its steps where that pays.
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
     :raises ValueError: for arguments out of range, and at the first call for models that it cannot infer.
     """
@@ -170,6 +169,7 @@ class ShortRunGuide(DensityGuide):
         masked = is_masked_out()
         training = grad_enabled and not masked
         call = self._bind(args, kwargs, chains)
+        self._memory.note(call.bind, training and self.training)
         tune = self._tunes(training)
         carry = self.training and training and not tune and self._calls > 1 and self.objective.carries
         account = not (masked or carry) and self._start.has_density
@@ -203,19 +203,21 @@ class ShortRunGuide(DensityGuide):
         :param adjust: how many Metropolis-adjusted steps follow each run and take away what is left of its bias
             (``guide.info.acceptance``); by default 20 from a :class:`Gaussian` start, and none from others.
         :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7).
-        :return: dict from site to ``(num_chains, num_samples, *site shape)``.
+        :return: dict from site to ``(num_chains, num_samples, *site shape)``, ``pyro.deterministic`` ones too.
         """
         check_count("num_samples", num_samples)
         check_count("num_chains", num_chains)
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
+            self._memory.note(call.bind, training=False)
             drawn = self._repeat(call, num_samples * num_chains, account=resample and self._start.has_density)
             adjust = (_ADJUST if isinstance(self.start, Gaussian) else 0) if adjust is None else adjust
             if adjust or resample:
                 step_size = self.dynamics.step_size(call.density.layout, self.num_steps).mean(0)
                 drawn, acceptance, k_hat = refine(call, drawn, adjust, resample, self._start.frame, step_size)
                 self.info = self.info and replace(self.info, acceptance=acceptance, k_hat=k_hat)
-        return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in drawn.values.items()}
+        found = drawn.values_and_computed(call)
+        return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in found.items()}
 
     @torch.no_grad()
     def weighted_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Call, WeightedDraws]:
