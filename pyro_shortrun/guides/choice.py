@@ -12,6 +12,7 @@ from ..density.handlers import init_uniform
 from ..density.program import Reading
 from ..density.structure import check_proper
 from ..dynamics.dynamics import Dynamics
+from ..dynamics.metric import Preconditioner
 from ..objectives.annealed import Annealed
 from ..objectives.objective import Objective
 from ..objectives.path import PathDensity
@@ -19,12 +20,13 @@ from ..starts.fitted import Gaussian
 from ..starts.start import check_start
 
 
-def check_parts(step_size: Any, dynamics: Any, start: Any, objective: Any) -> None:
+def check_parts(step_size: Any, dynamics: Any, start: Any, objective: Any, metric: Any) -> None:
     """Refuse what is not a part of a run, or does not go together."""
     if dynamics is not None and step_size is not None:
         raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
     check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
     check_kind("objective", objective, Objective, "PathDensity()")
+    check_kind("metric", metric, Preconditioner, "Diagonal()")
     check_start(start)
     check_unused(step_size=step_size, dynamics=dynamics, objective=objective)
 

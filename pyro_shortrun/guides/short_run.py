@@ -19,6 +19,7 @@ from ..density.sites import is_masked_out, is_weighted_from_outside
 from ..density.structure import Structure, check_latents, check_proper
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
+from ..dynamics.metric import Preconditioner
 from ..dynamics.step_size import StepSize
 from ..objectives.objective import Objective
 from ..runs.record import RunInfo, ShortRun
@@ -34,7 +35,8 @@ from .base import DensityGuide
 from .choice import check_parts, default_objective, described, read_from_prior
 from .draws import WeightedDraws, weigh
 from .emit import emit, outer_shape
-from .preparation import fit_start, prepare
+from .metric import Metric, arrange
+from .preparation import prepare, pretrain
 from .refinement import refine
 from .simulation import Simulation, Watch
 from .training import Training
@@ -89,6 +91,8 @@ class ShortRunGuide(DensityGuide):
         prior for latents of data.
     :param objective: how log q is accounted: :class:`Annealed` (default from a :class:`Gaussian`),
         :class:`PathDensity` (default otherwise), :class:`GaussianReverse`, :class:`Mixture` or :class:`Linearized`.
+    :param metric: :class:`~pyro_shortrun.dynamics.Diagonal` or :class:`~pyro_shortrun.dynamics.Dense` scales of every
+        row in which runs move (and ``step_size`` is), found by pilot chains from a start that has none of its own.
     :param tune_every: step sizes (and a learned start) get gradients in every ``tune_every``-th training call; an
         ELBO's ``num_particles`` are as many calls if they are not vectorised. In the calls between, the
         log-determinants in log q are those of the last tuned run; ``guide.eval()`` makes every log q exact.
@@ -108,6 +112,7 @@ class ShortRunGuide(DensityGuide):
         dynamics: Dynamics | None = None,
         start: Start | Callable[..., Any] | None = None,
         objective: Objective | None = None,
+        metric: Preconditioner | None = None,
         tune_every: int = 1,
         full_gradient: bool = False,
         checkpoint: bool = False,
@@ -117,9 +122,9 @@ class ShortRunGuide(DensityGuide):
         super().__init__(model, compile=bool(compile), create_plates=create_plates)
         check_count("num_steps", num_steps)
         check_count("tune_every", tune_every)
-        check_parts(step_size, dynamics, start, objective)
-        self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
-        self.checkpoint = checkpoint
+        check_parts(step_size, dynamics, start, objective, metric)
+        self.num_steps, self.tune_every, self.checkpoint = num_steps, tune_every, checkpoint
+        self.full_gradient, self.metric = full_gradient, None if metric is None else Metric(metric)
         self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
         self.objective = default_objective(start, self.dynamics) if objective is None else objective
         if isinstance(start, AutoGuide) and start.create_plates is not None:  # plates are the outer guide's business
@@ -214,7 +219,7 @@ class ShortRunGuide(DensityGuide):
             adjust = (_ADJUST if isinstance(self.start, Gaussian) else 0) if adjust is None else adjust
             if adjust or resample:
                 step_size = self.dynamics.step_size(call.density.layout, self.num_steps).mean(0)
-                drawn, acceptance, k_hat = refine(call, drawn, adjust, resample, self._start.frame, step_size)
+                drawn, acceptance, k_hat = refine(call, drawn, adjust, resample, self._simulation.frame, step_size)
                 self.info = self.info and replace(self.info, acceptance=acceptance, k_hat=k_hat)
         found = drawn.values_and_computed(call)
         return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in found.items()}
@@ -249,13 +254,7 @@ class ShortRunGuide(DensityGuide):
     def pretrain(self, *args: Any, **kwargs: Any) -> ShortRunGuide:
         """Fit the :class:`Gaussian` start, and choose the step size if nobody has given one, at the model's parameters
         as they are. The first use does it by itself; a later call fits again, from where the start is."""
-        before = self._first
-        self.setup(*args, **kwargs)
-        if not isinstance(self.start, Gaussian):
-            raise ValueError(f"pretrain is for start=Gaussian(), and this guide has {type(self.start).__name__}.")
-        if before is not None:
-            with ordinary_autograd(), poutine.block(), self._pyro_context:
-                fit_start(self._simulation, self._bind(args, kwargs), self._chooses_step)
+        pretrain(self, args, kwargs)
         return self
 
     @property
@@ -281,7 +280,7 @@ class ShortRunGuide(DensityGuide):
 
     @property
     def _simulation(self) -> Simulation:
-        return Simulation(self.num_steps, self.dynamics, self.objective, self._start, self.checkpoint)
+        return Simulation(self.num_steps, self.dynamics, self.objective, self._start, self.checkpoint, self.metric)
 
     @property
     def _reads_prior(self) -> bool:
@@ -301,7 +300,7 @@ class ShortRunGuide(DensityGuide):
             self.start = default_start(structure, self._subsamples, bool(self._binder and self._binder.program.hides))
             self.objective = default_objective(self.start, self.dynamics) if self._chooses[1] else self.objective
             self.objective.check(self.dynamics)
-        structure = self._start.arrange(structure)
+        structure = arrange(structure, self._start, self.metric)
         check_latents(self._first, structure, self._start.has_density)
         return structure
 

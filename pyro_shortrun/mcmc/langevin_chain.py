@@ -136,16 +136,8 @@ class LangevinChain(Sampler):
 
     def _pass(self, here: Place, given: Given, first: int, warming: bool) -> tuple[Place, Passed]:
         """Through transitions with nothing to be fitted before the end; the first is the ``first``-th of some draws."""
-        adaptation, chains, count = self.adaptation, len(here.u), len(given.eta)
-        gains = given.gains.new_tensor(adaptation.gains(count))
-        given = given._replace(gains=gains)
-        if self.target.has_loops:
-            given = given.padded(self._length(here))
-        center = adaptation.center.expand(chains, -1).contiguous()
-        here, following, passed = self._block.run(
-            self._density, here, adaptation.following(chains), given, center, adaptation.is_pooled, adaptation.factor
-        )
-        passed = passed.part(0, count)
+        adaptation, count, length = self.adaptation, len(given.eta), self._length(here) if self.target.has_loops else 0
+        here, following, passed = self._block.follow(self._density, adaptation, here, given, length)
         if warming:
             # Draw by draw, so that sums are rounded alike however many are made in one call.
             ends = [*range(-first % self.num_steps or self.num_steps, count, self.num_steps), count]

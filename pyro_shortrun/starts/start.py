@@ -24,7 +24,7 @@ class Framed:
 
     frame: Affine
     state: Tensor
-    base: Base
+    base: Base | None
 
 
 @dataclass(frozen=True)
