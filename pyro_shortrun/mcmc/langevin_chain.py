@@ -119,7 +119,7 @@ class LangevinChain(Sampler):
     def _draws_at_once(self, state: ChainState | Place) -> int:
         """In one block."""
         numbers = self.num_steps * max(state.u.numel(), 1)
-        return max(1, min(-(-_TOGETHER // self.num_steps), _NUMBERS_AT_ONCE // numbers))
+        return 1 if self.one_by_one else max(1, min(-(-_TOGETHER // self.num_steps), _NUMBERS_AT_ONCE // numbers))
 
     def _length(self, state: ChainState | Place) -> int:
         """Transitions in a block: those of some draws, or a divisor of those of one."""
