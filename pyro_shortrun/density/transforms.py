@@ -25,7 +25,7 @@ def log_jacobians(
             value = nodes[name]["value"]
             if value.dim() - transforms[name].codomain.event_dim > u.dim() - transforms[name].domain.event_dim:
                 raise NotImplementedError(
-                    f"the support of latent site {name!r} depends on a site that is enumerated: let it have one that does "
+                    f"the support of latent site {name!r} depends on a site that is enumerated: give it one that does "
                     "not, such as a fixed interval that the model scales."
                 )
             term = transforms[name].log_abs_det_jacobian(u, value)
