@@ -27,6 +27,7 @@ from .objectives.annealed import Annealed
 from .objectives.linearized import Linearized
 from .objectives.mixture import Mixture
 from .objectives.path import PathDensity
+from .objectives.refine import Refine
 from .objectives.reverse import GaussianReverse
 from .semi_implicit.elbo import SemiImplicit_ELBO
 from .semi_implicit.guide import SemiImplicitGuide
@@ -55,6 +56,7 @@ __all__ = [
     "PathDensity",
     "Persistent",
     "Prior",
+    "Refine",
     "Refiner",
     "SemiImplicitGuide",
     "SemiImplicit_ELBO",

@@ -1,5 +1,6 @@
 """How a state moves: steps, their sizes, the coordinates they are taken in."""
 
+from .acceptance import Acceptance
 from .dynamics import Dynamics, Jacobian
 from .hamiltonian import Hamiltonian
 from .langevin import Langevin
@@ -8,6 +9,7 @@ from .momentum import Arrived, Leap, MomentumDynamics
 from .step_size import StepSize
 
 __all__ = [
+    "Acceptance",
     "Arrived",
     "Dense",
     "Diagonal",

@@ -26,6 +26,7 @@ class Objective:
     weighs = True  # whether E[exp(log w)] = p(x), so that log q makes importance weights
     takes_masks = True  # whether latents that poutine.mask takes out of the density may be there
     carries = True  # whether increments cost so much that calls between tunings take those of the last tuned one
+    tunes_steps = True  # whether step sizes are tuned by the weight of the run
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

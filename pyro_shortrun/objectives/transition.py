@@ -51,13 +51,15 @@ class Transition(ABC):
 
     ``offset`` is how many steps' noise :meth:`begin` takes; ``ends_at_arrival`` tells whether the end of the last
     step is an arrival too, so that there are ``K + 1``, and not ``K``; ``looks_back`` whether :meth:`move` reads
-    ``state[0]``; ``pays_ahead`` whether :meth:`departure` depends on the state and the values.
+    ``state[0]``; ``pays_ahead`` whether :meth:`departure` depends on the state and the values; ``detaches`` whether
+    no gradient goes through the steps, so that there are only those which :meth:`finish` gives.
     """
 
     offset = 0
     ends_at_arrival = False
     looks_back = False
     pays_ahead = False
+    detaches = False
 
     @property
     @abstractmethod
@@ -116,6 +118,11 @@ class Transition(ABC):
         then has a graph to ``u``, and ``create_graph`` tells whether the result needs one.
         """
         return None
+
+    def land(self, others: State, value: Tensor, arrived: Tensor) -> State:
+        """What else the run carries once the last proposal has been judged: its log density, ``(chains, rows)``, and
+        the rows that have it as their end. Not asked where the run ends at an arrival."""
+        return others
 
     def finish(self, first: State, last: State, step_size: Tensor, log_q: Tensor | None) -> Tensor | None:
         """What first and last state add to the log weight, ``(chains, rows)``, if anything.
