@@ -11,6 +11,7 @@ from .diagnostics.psis import psis
 from .dynamics.dynamics import Dynamics
 from .dynamics.hamiltonian import Hamiltonian
 from .dynamics.langevin import Langevin
+from .dynamics.nesterov import Nesterov
 from .dynamics.step_size import StepSize
 from .energy.elbo import EnergyELBO
 from .energy.predictive import sample_prior
@@ -53,6 +54,7 @@ __all__ = [
     "Linearized",
     "MCMCTeaching",
     "Mixture",
+    "Nesterov",
     "PathDensity",
     "Persistent",
     "Prior",

@@ -6,6 +6,7 @@ from .hamiltonian import Hamiltonian
 from .langevin import Langevin
 from .metric import Dense, Diagonal, Identity, Preconditioner
 from .momentum import Arrived, Leap, MomentumDynamics
+from .nesterov import Nesterov
 from .step_size import StepSize
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Langevin",
     "Leap",
     "MomentumDynamics",
+    "Nesterov",
     "Preconditioner",
     "StepSize",
 ]

@@ -36,7 +36,7 @@ from .emit import emit, outer_shape
 from .posterior import posterior_draws, repeated, trajectories
 from .preparation import fit_start, prepare, require_gaussian
 from .reading import read_from_prior, reading_ahead, recalled
-from .simulation import Simulation, Watch, hidden
+from .simulation import Simulation, Watch
 from .training import Training
 
 
@@ -199,6 +199,7 @@ class ShortRunGuide(DensityGuide):
         *args: Any,
         num_samples: int = 1000,
         num_chains: int = 1,
+        num_steps: int | None = None,
         adjust: int | None = None,
         resample: bool = False,
         **kwargs: Any,
@@ -206,6 +207,8 @@ class ShortRunGuide(DensityGuide):
         """Independent runs, vectorised.
 
         :param num_samples: draws per chain (the leading dimension, for ArviZ); every draw is a run of its own.
+        :param num_steps: steps of these runs, the guide's by default; with a :class:`Persistent` start they begin at
+            the prior, for data that were never seen.
         :param adjust: how many Metropolis-adjusted steps follow each run and take away what is left of its bias
             (``guide.info.acceptance``); by default 20 from a :class:`Gaussian` start, and none from others.
         :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7).
@@ -214,7 +217,9 @@ class ShortRunGuide(DensityGuide):
         check_count("num_samples", num_samples)
         check_count("num_chains", num_chains)
         with ordinary_autograd(), poutine.block():
-            values = posterior_draws(self, self._bind(args, kwargs), num_samples * num_chains, adjust, resample)
+            values = posterior_draws(
+                self, self._bind(args, kwargs), num_samples * num_chains, num_steps, adjust, resample
+            )
         return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in values.items()}
 
     @torch.no_grad()
@@ -322,15 +327,7 @@ class ShortRunGuide(DensityGuide):
     def _run(
         self, call: Call, chains: int, account: bool, gradients: Gradients, keep_states: bool = False
     ) -> tuple[StartDraw, ShortRun]:
-        # What is not differentiated must not show: SVI's optimiser moves every parameter it sees, by momentum, even if
-        # its gradient is zero.
-        silent = gradients is Gradients.NONE
-        with hidden(silent or not self.objective.tunes_steps):
-            step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
-        with hidden(silent):
-            simulation, learns = self._simulation, self.training and gradients is not Gradients.NONE
-            objective = simulation.informed(call, step_size, learns) if account else self.objective
-            drawn, result = simulation.run(call, chains, step_size, objective, account, gradients, keep_states)
+        drawn, result = self._simulation.make(call, chains, account, gradients, self.training, keep_states)
         self.info = result.info
         return drawn, result
 

@@ -63,6 +63,27 @@ class Simulation:
                 missing -= chains
         return pilots.objective()
 
+    def make(
+        self,
+        call: Call,
+        chains: int,
+        account: bool,
+        gradients: Gradients,
+        training: bool = False,
+        keep_states: bool = False,
+    ) -> tuple[StartDraw, ShortRun]:
+        """``chains`` draws, with the step sizes as they are and what the objective learns from pilots.
+
+        What is not differentiated does not show: SVI's optimiser moves every parameter it sees, by momentum, even if
+        its gradient is zero.
+        """
+        silent = gradients is Gradients.NONE
+        with _hidden(silent or not self.objective.tunes_steps):
+            step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
+        with _hidden(silent):
+            objective = self.informed(call, step_size, training and not silent) if account else self.objective
+            return self.run(call, chains, step_size, objective, account, gradients, keep_states)
+
     def run(
         self,
         call: Call,
@@ -141,7 +162,7 @@ class Simulation:
             return pilot_fails(density, self.dynamics, start.state, step_size)
 
 
-def hidden(yes: bool) -> AbstractContextManager[Any]:
+def _hidden(yes: bool) -> AbstractContextManager[Any]:
     """Whether statements inside show to no handler outside."""
     return poutine.block() if yes else nullcontext()
 

@@ -50,6 +50,7 @@ class Objective:
         """Refuse a dynamics that does not go with this objective."""
         if dynamics.has_momentum:
             raise ValueError(f"{type(dynamics).__name__} is for objective=Annealed(), not {type(self).__name__}.")
+        check_inertia(self, dynamics)
 
     def pilots(self, layout: Layout, step_size: Tensor, training: bool) -> Pilots | None:
         """What is to be found out by other runs before each run that is weighed, if anything."""
@@ -68,6 +69,13 @@ class Pilots(Objective):
     def objective(self) -> Objective:
         """How to weigh a run, from what was learned."""
         raise NotImplementedError
+
+
+def check_inertia(objective: Objective, dynamics: Dynamics) -> None:
+    """Refuse steps that depend on the one before, where log q is made of steps of positions alone."""
+    if dynamics.inertia:
+        kind, name = type(dynamics).__name__, type(objective).__name__
+        raise ValueError(f"there is no log q of {kind} steps, which {name} needs: use objective=Refine().")
 
 
 def check_jacobian(objective: Objective, dynamics: Dynamics) -> None:

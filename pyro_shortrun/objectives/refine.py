@@ -29,12 +29,13 @@ class RefineTransition(Plain):
     def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
         check_whole(density, "Refine")
         rows = start.new_zeros(start.shape[:2])
-        return start, start, torch.zeros_like(start), rows, rows
+        first, proposal, *kept = super().begin(density, start, step_size, noise)
+        return first, proposal, torch.zeros_like(start), rows, rows, *kept
 
     def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
         is_first = torch.zeros(len(step_size), 1, dtype=torch.bool, device=step_size.device)
         is_first[0] = True
-        return (is_first,)
+        return is_first, *super().constants(step_size)
 
     def evaluate(
         self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
@@ -46,19 +47,19 @@ class RefineTransition(Plain):
     def move(
         self, density: Density, state: State, found: Sequence[Tensor], column: Column
     ) -> tuple[State, Tensor | None]:
-        _, _, pull, value, _ = state
+        pull, value = state[2:4]
         grad, own, here = found
-        (u, proposal), _ = super().move(density, state, (grad,), column)
+        (u, proposal, *kept), _ = super().move(density, state, (grad,), column)
         is_first = column.constants[0]
-        return (u, proposal, torch.where(is_first, own, pull), torch.where(is_first, here, value), here), None
+        return (u, proposal, torch.where(is_first, own, pull), torch.where(is_first, here, value), here, *kept), None
 
     def land(self, others: State, value: Tensor, arrived: Tensor) -> State:
-        pull, first, last = others
-        return pull, first, torch.where(arrived, value, last)
+        pull, first, last, *kept = others
+        return pull, first, torch.where(arrived, value, last), *kept
 
     def finish(self, first: State, last: State, step_size: Tensor, log_q: Tensor | None) -> Tensor | None:
         """What the run gained is taken off again; of the start, the gradient that is known."""
-        start, (pull, before, after) = first[0], last[2:]
+        start, (pull, before, after) = first[0], last[2:5]
         return before - after + (pull * (start - start.detach())).sum(-1)
 
 
@@ -100,6 +101,10 @@ class Refine(Objective):
         if accept is not None:
             check_between("accept", accept, 0, 1, "0.75")
         self.accept = accept
+
+    def check(self, dynamics: Dynamics) -> None:
+        if dynamics.has_momentum:
+            super().check(dynamics)
 
     def transition(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition:
         return RefineTransition(dynamics) if account else Plain(dynamics)

@@ -139,7 +139,11 @@ class Transition(ABC):
 
 @dataclass(frozen=True)
 class Plain(Transition):
-    """Steps of the dynamics as they are, which add nothing."""
+    """Steps of the dynamics as they are, which add nothing.
+
+    Where the dynamics has inertia, the last of the state is the position before the proposal, which lies beyond the
+    next one; the end of a run does not.
+    """
 
     dynamics: Dynamics
 
@@ -147,8 +151,18 @@ class Plain(Transition):
     def key(self) -> tuple[Any, ...]:
         return type(self), self.dynamics, settings(self.dynamics)
 
+    def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
+        return (start, start, start) if self.dynamics.inertia else (start, start)
+
     def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
         return (step_size,)
+
+    def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
+        if not self.dynamics.inertia:
+            return ()
+        beyond = step_size.new_full((len(step_size), 1), self.dynamics.inertia)
+        beyond[-1] = 0
+        return (beyond,)
 
     def evaluate(
         self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
@@ -159,7 +173,10 @@ class Plain(Transition):
         self, density: Density, state: State, found: Sequence[Tensor], column: Column
     ) -> tuple[State, Tensor | None]:
         u, (eta,) = state[1], column.values
-        return (u, self.dynamics.step(u, found[0], eta, column.noise, column.scale)), None
+        moved = self.dynamics.step(u, found[0], eta, column.noise, column.scale)
+        if not self.dynamics.inertia:
+            return (u, moved), None
+        return (u, moved + column.constants[-1] * (moved - state[-1]), moved), None
 
 
 def check_whole(density: Density, objective: str) -> None:
