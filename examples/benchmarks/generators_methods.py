@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,14 +16,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyro_shortrun import (
+    Annealed,
+    Langevin,
+    Nesterov,
+    PathDensity,
+    Persistent,
+    Prior,
     Refine,
     ShortRunELBO,
     ShortRunGuide,
     ShortRunSVI,
+    StepSize,
 )
 
 SIGMA = 0.1  # noise of a pixel, where pixels are not binary
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
+RATE = 2e-3  # of methods that have one
 LATENT, HIDDEN, BATCH = 16, 128, 100
 
 
@@ -41,6 +49,8 @@ def gaussian(out: Tensor) -> tuple[Tensor, Tensor]:
 
 class Generator:
     """The decoder as a Pyro program, ``z ~ N(0, I)``, one layer."""
+
+    latent = LATENT
 
     def __init__(self, data: Images) -> None:
         self.binary, self.size = data.binary, len(data.train)
@@ -68,15 +78,21 @@ class Generator:
         return found.sample() if self.binary else found.mean
 
 
+def cpu_seconds() -> float:
+    """Of this process and those that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
 class Method:
     """A way to train a generator, in a parameter store of its own.
 
     :ivar seconds: CPU seconds of all steps so far, set-up and compilation included.
     """
 
-    def __init__(self, name: str, data: Images, seed: int) -> None:
+    def __init__(self, name: str, data: Images, seed: int, rate: float) -> None:
         torch.manual_seed(seed)
-        self.name, self.data, self.generator = name, data, Generator(data)
+        self.name, self.data, self.rate, self.generator = name, data, rate, Generator(data)
         self.seconds, self.updates = 0.0, 0
         self._state: Any = {"params": {}, "constraints": {}}
         self._batches = self._order(seed)
@@ -97,12 +113,17 @@ class Method:
 
     def train(self, updates: int) -> None:
         with self.store():
-            began = time.process_time()
+            began = cpu_seconds()
             for _ in range(updates):
                 index = next(self._batches)
                 self.step(self.data.train[index], index)
-            self.seconds += time.process_time() - began
+            self.seconds += cpu_seconds() - began
         self.updates += updates
+
+    @property
+    def step_size(self) -> float | None:
+        """Of its runs, where it makes some."""
+        return None
 
     def step(self, x: Tensor, index: Tensor) -> None:
         raise NotImplementedError
@@ -115,8 +136,8 @@ class Method:
 class Encoded(Method):
     """With an encoder, of which a :class:`Method` makes what it likes."""
 
-    def __init__(self, name: str, data: Images, seed: int) -> None:
-        super().__init__(name, data, seed)
+    def __init__(self, name: str, data: Images, seed: int, rate: float) -> None:
+        super().__init__(name, data, seed, rate)
         self.encoder = network(data.pixels, HIDDEN, HIDDEN, 2 * LATENT)
 
     def guide(self, x: Tensor) -> None:
@@ -133,7 +154,7 @@ class PyroVAE(Encoded):
     """Pyro's SVI with Trace_ELBO."""
 
     def __init__(self, name: str, data: Images, seed: int, rate: float) -> None:
-        super().__init__(name, data, seed)
+        super().__init__(name, data, seed, rate)
         self._svi = SVI(self.generator.model, self.guide, pyro.optim.Adam({"lr": rate}), Trace_ELBO())
 
     def step(self, x: Tensor, index: Tensor) -> None:
@@ -144,7 +165,7 @@ class TorchVAE(Encoded):
     """The same by hand in PyTorch."""
 
     def __init__(self, name: str, data: Images, seed: int, rate: float) -> None:
-        super().__init__(name, data, seed)
+        super().__init__(name, data, seed, rate)
         parameters = [*self.generator.decoder.parameters(), *self.encoder.parameters()]
         self._optimiser = torch.optim.Adam(parameters, lr=rate)
 
@@ -174,7 +195,7 @@ class ShortRun(Encoded):
 
     :param options: of the guide, given this method.
     :param rate: learning rate of the networks; step sizes have fifty times as much.
-    :param bounded: whether ShortRunELBO takes it.
+    :param indexed: whether the guide is to know which images it has.
     """
 
     def __init__(
@@ -182,12 +203,12 @@ class ShortRun(Encoded):
         name: str,
         data: Images,
         seed: int,
-        options: Callable[[Any], dict[str, Any]],
+        options: Options,
         *,
-        rate: float = 1e-3,
+        rate: float = RATE,
         indexed: bool = False,
     ) -> None:
-        super().__init__(name, data, seed)
+        super().__init__(name, data, seed, rate)
         self._indexed = indexed
         self.guide_of_runs = ShortRunGuide(self.generator.model, **options(self))
         optimiser = pyro.optim.Adam(lambda n: {"lr": 50 * rate if "step_size" in n else rate})
@@ -198,9 +219,43 @@ class ShortRun(Encoded):
         self._svi.step(*((x, index) if self._indexed else (x,)))
 
     def draw(self, x: Tensor) -> Tensor:
+        """From the prior by 40 steps where the method's chains belong to training images."""
         with self.store():
-            return self.guide_of_runs.sample_posterior(x, num_samples=1)["z"][0, 0]
+            longer = 40 if self._indexed else None
+            return self.guide_of_runs.sample_posterior(x, num_samples=1, num_steps=longer)["z"][0, 0]
+
+    @property
+    def step_size(self) -> float | None:
+        return float(self.guide_of_runs.step_sizes())
 
 
-def refined(steps: int, compile: bool = True) -> Callable[[Any], dict[str, Any]]:
+Options = Callable[[ShortRun], dict[str, Any]]
+
+
+def refined(steps: int, compile: bool = True) -> Options:
     return lambda m: dict(num_steps=steps, start=m.guide, objective=Refine(), compile=compile)
+
+
+def persistent(steps: int) -> Options:
+    return lambda m: dict(num_steps=steps, start=Persistent())
+
+
+def gradient(steps: int) -> Options:
+    def options(m: ShortRun) -> dict[str, Any]:
+        dynamics = Langevin(StepSize(0.02, max=0.1), noise=False)
+        return dict(num_steps=steps, start=Prior(), dynamics=dynamics, objective=PathDensity())
+
+    return options
+
+
+def annealed(steps: int) -> Options:
+    def options(m: ShortRun) -> dict[str, Any]:
+        dynamics = Langevin(StepSize(0.02, max=0.1))
+        return dict(num_steps=steps, start=Prior(), dynamics=dynamics, objective=Annealed())
+
+    return options
+
+
+def nesterov(steps: int) -> Options:
+    """Its step by the acceptance of a Langevin step."""
+    return lambda m: dict(num_steps=steps, start=Prior(), dynamics=Nesterov(0.02), objective=Refine())
