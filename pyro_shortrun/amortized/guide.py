@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import check_between, check_count
 from ..density.call import Call
 from ..density.layout import Layout
-from ..density.program import Reading
+from ..density.program import Invocation, Reading
 from ..density.sites import is_masked_out
 from ..density.structure import Structure
 from ..guides.base import DensityGuide
@@ -264,7 +264,7 @@ class LangevinEncoderGuide(DensityGuide):
     # ---------------------------------------------------------------- one call
 
     @torch.no_grad()
-    def _read(self, draw: Callable[..., Reading]) -> Reading:
+    def _read(self, draw: Invocation) -> Reading:
         return super()._read(draw)
 
     def _admit(self, structure: Structure) -> Structure:

@@ -38,6 +38,7 @@ class Dynamics(PyroModule):
 
     has_momentum = False
     has_noise = True  # whether a step adds noise
+    inertia = 0.0  # the share of the last step that is taken again before the gradient is found
 
     def __init__(self, step_size: StepSize | float, max_drift: float = 10.0) -> None:
         super().__init__()

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import pyro
@@ -20,7 +19,8 @@ from ..compile.compiler import Compiler
 from ..compile.executor import density_of
 from ..density.call import Binder, Call
 from ..density.handlers import init_uniform
-from ..density.program import Program, Reading
+from ..density.interface import Density
+from ..density.program import Invocation, Program, Reading
 from ..density.structure import Structure, check_data, check_latents, check_shapes
 from ..density.trust import warn_if_rows_mix
 from ..tensors import ordinary_autograd, plain
@@ -65,9 +65,13 @@ class DensityGuide(AutoGuide):
         """Whether :meth:`_read` draws from the model's prior."""
         return False
 
-    def _read(self, draw: Callable[..., Reading]) -> Reading:
+    def _read(self, draw: Invocation) -> Reading:
         """One run of the model, ``draw(init)``, from which a call's shapes, plates and subsamples are read."""
         return draw(init_uniform)
+
+    def _density(self, call: Call) -> Density:
+        """What runs evaluate."""
+        return density_of(call.model, self._compiler)
 
     def _admit(self, structure: Structure) -> Structure:
         """Refuse latents that this guide cannot draw; otherwise the structure with the rows that it wants."""
@@ -181,7 +185,7 @@ class DensityGuide(AutoGuide):
             args, kwargs = _instead(self._conditioned, program, args, kwargs)
         indices = {name: plate.indices for name, plate in self.plates.items() if plate.size is not None}
         given = values_of_other_parts() if program.hides else {}
-        reading = self._read(partial(program.draw, args, kwargs, indices, given))
+        reading = self._read(Invocation(program, args, kwargs, indices, given))
         if chains > 1 and any(name in reading.trace.nodes for name in given):
             raise NotImplementedError(
                 f"{type(self).__name__} as a part of an AutoGuideList needs the other parts' values and takes one set "
@@ -190,8 +194,8 @@ class DensityGuide(AutoGuide):
         if self._first is not None:
             check_data(self._first, reading)
         call = self._binder(reading, args, kwargs, given, self._admit)
-        spare = call.spare if self._reads_prior else []  # another reading is no draw from the prior
-        call = replace(call, density=density_of(call.model, self._compiler), spare=spare)
+        is_draw = self._reads_prior or reading.origin is not None  # from the start
+        call = replace(call, density=self._density(call), spare=call.spare if is_draw else [])
         create_missing(self.plates, reading, latents_only=self.master is not None)
         if self._first is None:
             warn_if_stored(self)

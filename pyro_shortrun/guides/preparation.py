@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ..density.call import Call
+from ..dynamics.acceptance import Acceptance
 from ..runs.pilot import back_off
 from ..runs.run import Gradients
 from ..starts.fitted import Gaussian
@@ -24,11 +25,14 @@ _MORE = 0.01  # nats by which another step is to be better
 _FROZEN = 0.05  # share of rows
 
 
-def prepare(simulation: Simulation, call: Call, chooses_step: bool, backs_off: bool) -> None:
+def prepare(
+    simulation: Simulation, call: Call, chooses_step: bool, backs_off: bool, acceptance: Acceptance | None
+) -> None:
     """Create what is missing, before a call's run.
 
     :param chooses_step: whether the step size is found by :func:`best_step`, after a fit.
     :param backs_off: whether it is lowered while pilot runs fail, as long as it is the first guess.
+    :param acceptance: by which it is lowered instead, and tuned later.
     """
     layout, like = call.density.layout, next(iter(call.reading.unconstrained.values())).detach()
     dynamics, start = simulation.dynamics, simulation.start
@@ -39,7 +43,16 @@ def prepare(simulation: Simulation, call: Call, chooses_step: bool, backs_off: b
         fit_start(simulation, call, chooses_step)
     if created and backs_off and dynamics.step_size.is_at_init:  # a param store may know better
         pilot = replace(call, spare=[])  # the call's own draw is kept for its run
+        if acceptance is not None:
+            simulation.search(acceptance, pilot)
+            return
         back_off(dynamics, lambda: simulation.pilot_fails(pilot), lambda: simulation.require_movable(pilot))
+
+
+def require_gaussian(start: object) -> None:
+    """Refuse to fit what is not fitted."""
+    if not isinstance(start, Gaussian):
+        raise ValueError(f"pretrain is for start=Gaussian(), and this guide has {type(start).__name__}.")
 
 
 def fit_start(simulation: Simulation, call: Call, chooses_step: bool) -> None:

@@ -17,7 +17,7 @@ from ..density.layout import Layout
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.momentum import Leap, MomentumDynamics, leapfrog
 from ..starts.base import Base
-from .objective import Objective
+from .objective import Objective, check_inertia
 from .reverse_kernels import Mirror, Reverse
 from .transition import Column, Departure, State, Transition, settings
 
@@ -243,6 +243,7 @@ class Annealed(PyroModule, Objective):
         return beta / beta[-1]
 
     def check(self, dynamics: Dynamics) -> None:
+        check_inertia(self, dynamics)
         if not (dynamics.has_transition_density or dynamics.has_momentum):
             name = type(self).__name__
             raise ValueError(f"{name} needs dynamics with noise, such as Langevin(0.1): its weights are those of it.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import pyro
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..density.call import Call
 from ..density.handlers import Hold
+from ..density.program import Invocation, Reading
 from ..density.rows import sum_to_rows
 from ..density.sites import masked, plates_of
 from ..tensors import isolate, random_state, set_random_state
@@ -41,6 +43,7 @@ class FromGuide(Start):
         self._guide = guide
         self._orders: dict[str, Any] = {}  # of the last layout
         self._fixes: str | None = None
+        self._scored: str | None = None  # a site without a pathwise derivative
         self.is_known = False  # whether the guide has been looked at
 
     @property
@@ -67,6 +70,28 @@ class FromGuide(Start):
                 f"no density, and so there is no {what}: pass AutoNormal(model), say."
             )
 
+    def require_pathwise(self, what: str) -> None:
+        """Refuse a guide whose draws are no differentiable function of its parameters, after a draw.
+
+        :raises NotImplementedError: naming a site.
+        """
+        if self._scored is not None:
+            raise NotImplementedError(
+                f"the start guide's site '{self._scored}' is not reparametrised (its distribution has no rsample), and "
+                f"{what} trains a start by the pathwise derivative: use Normal or another distribution with rsample."
+            )
+
+    def ahead(self, call: Invocation) -> Reading | None:
+        """The call's first run of the model, at a draw from the guide, which :meth:`draw` then takes; None for guides
+        whose density is known everywhere, and before the guide is known."""
+        if not self.is_known or self._is_gaussian:
+            return None
+        trace = self._traced(call.args, call.kwargs, call.indices)
+        sites = {k: s["value"] for k, s in trace.nodes.items() if s["type"] == "sample"}
+        indices = {k: v for k, v in sites.items() if site_is_subsample(trace.nodes[k])}
+        reading = call.program.at(call.args, call.kwargs, {**indices, **call.indices}, call.given, sites)
+        return replace(reading, origin=trace)
+
     def draw(self, call: Call, chains: int) -> StartDraw:
         if chains > 1:  # vmap cannot ask for values
             self.look(call)
@@ -81,11 +106,14 @@ class FromGuide(Start):
         log_q = (terms / layout.drift_scale(u) if layout.is_arrow else terms).sum(-1)
         return StartDraw(u, log_q, call.model(u.detach()), base)
 
+    @property
+    def _is_gaussian(self) -> bool:
+        return isinstance(self._guide, (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal))
+
     def _gaussian(self, call: Call) -> GaussianBase | None:
         """The guide's density in unconstrained space, where it is one of Pyro's Gaussian AutoGuides."""
         guide: Any = self._guide
-        known = isinstance(guide, (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal))
-        if not known or any(s["mask"] is not None for s in call.reading.latents):
+        if not self._is_gaussian or any(s["mask"] is not None for s in call.reading.latents):
             return None
         layout = call.density.layout
         if isinstance(guide, AutoNormal):
@@ -116,15 +144,18 @@ class FromGuide(Start):
             self._orders.update(layout=layout, order=(rows.long(), is_in_order))
         return self._orders["order"]
 
-    def _trace(self, call: Call) -> Any:
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: Mapping[str, Tensor]) -> Any:
         tracer = poutine.trace()
         with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), tracer:
-            with Hold(call.bind.indices), _told_divergence(self._guide):
-                self._guide(*call.bind.args, **call.bind.kwargs)
-        trace = tracer.get_trace()
+            with Hold(indices), _told_divergence(self._guide):
+                self._guide(*args, **kwargs)
+        return tracer.get_trace()
+
+    def _trace(self, call: Call) -> Any:
+        trace = self._traced(call.bind.args, call.bind.kwargs, call.bind.indices)
         _check_sites(call, trace)
         if not self.is_known:
-            self.is_known, self._fixes = True, _fixed(call, trace)
+            self.is_known, self._fixes, self._scored = True, _fixed(call, trace), _scored(trace)
             if self._fixes is not None:
                 _LOGGER.warning(
                     "the start fixes latent site '%s' at a point: there is no density, hence no bound, and nothing "
@@ -134,11 +165,16 @@ class FromGuide(Start):
         return trace
 
     def _draw(self, call: Call, chains: int) -> StartDraw:
-        u, log_q = call.replicate(lambda: self._draw_one(call), chains, "start")
-        return StartDraw(u, log_q, call.model(u.detach()))  # which notices a support that is not real after all
+        if chains == 1 and call.spare:
+            trace = call.spare.pop().origin
+            _check_sites(call, trace)
+            u, log_q = (t.unsqueeze(0) for t in self._weighed(call, trace))
+        else:
+            u, log_q = call.replicate(lambda: self._weighed(call, self._trace(call)), chains, "start")
+        return StartDraw(u, log_q, call.value(u.detach()))  # which notices a support that is not real after all
 
-    def _draw_one(self, call: Call) -> tuple[Tensor, Tensor]:
-        trace = self._trace(call)
+    def _weighed(self, call: Call, trace: Any) -> tuple[Tensor, Tensor]:
+        """The draw of a trace in unconstrained space, ``(rows, size)``, and its log density, ``(rows,)``."""
         layout = call.density.layout
         names = [s.name for s in layout.sites]
         trace.compute_log_prob()
@@ -229,6 +265,12 @@ def _fixed(call: Call, trace: Any) -> str | None:
     drawn = sum(s["value"].numel() for s in elsewhere if not _is_point(s["fn"]))
     wanted = sum(free[k].numel() for k in points if _is_point(nodes[k]["fn"]))
     return points[0] if drawn < wanted else None
+
+
+def _scored(trace: Any) -> str | None:
+    """A site that is drawn without a pathwise derivative, if there is one."""
+    nodes = [(k, s) for k, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
+    return next((k for k, s in nodes if not (s["is_observed"] or getattr(s["fn"], "has_rsample", True))), None)
 
 
 def _is_point(fn: Any) -> bool:

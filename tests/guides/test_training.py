@@ -25,6 +25,7 @@ from pyro_shortrun import (
     Mixture,
     PathDensity,
     Prior,
+    Refine,
     ShortRunELBO,
     ShortRunGuide,
     StepSize,
@@ -90,6 +91,12 @@ def curved(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z.sin().sum(-1), scale), obs=x)
 
 
+def encoder(x: Tensor) -> None:
+    weight = pyro.param("weight", torch.tensor([0.3, -0.2]))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x.unsqueeze(-1) * weight, 0.5).to_event(1))
+
+
 ROWS: dict[str, dict[str, Any]] = {
     "path": dict(objective=PathDensity),
     "annealed": dict(objective=Annealed),
@@ -102,6 +109,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "noise_free": dict(objective=PathDensity, dynamics=lambda: Langevin(StepSize(0.01, per="dim"), noise=False)),
     "init": dict(objective=PathDensity, start=lambda: Init(pyro.infer.autoguide.init_to_sample)),
     "path_4": dict(objective=PathDensity, num_particles=4),
+    "refine": dict(objective=Refine, start="diagonal"),
+    "refine_encoder": dict(objective=Refine, start=lambda: encoder),
 }
 
 

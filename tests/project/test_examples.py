@@ -42,6 +42,7 @@ EXPECTED = {
     "plain_swap": ("right in all three", {"table.txt", "results.json"}),
     "posteriors": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
     "scaling": ("SIMULATED", {"scaling.txt", "results.json"}),
+    "generators": ("CPU seconds each", {"generators.txt", "results.json"}),
     "soak": ("drift of frozen", {"soak.txt", "results.json", "soak.png"}),
     "speed": ("Peak memory", {"speed.txt", "results.json"}),
     "walk": ("changes of module", {"walk.txt", "results.json"}),
@@ -49,7 +50,7 @@ EXPECTED = {
 }
 # Imported by an example.
 MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "record", "speed_models", "speed_jax"}
-MODULES |= {"teaching_images"}
+MODULES |= {"teaching_images", "generators_data", "generators_methods"}
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in MODULES], ids=lambda p: p.stem)
