@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from ..checks import check_count, check_kind
 from ..density.call import Call
 from ..density.sites import Site, is_weighted_from_outside
 from ..dynamics.dynamics import Dynamics
+from ..runs.course import astray
 from ..runs.record import RunInfo, ShortRun
 from ..starts.start import Start
 from ..tensors import keep_rows, ordinary_autograd, plain
@@ -24,6 +26,8 @@ from .negative import Landing, Negative, Term, mean_energy
 from .prior import TiltedPrior
 from .runs import PriorRuns
 from .statement import KnowsLogZ, energy_of
+
+_LOGGER = logging.getLogger("pyro_shortrun")
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class EnergyELBO(ELBO):
         self.info: EnergyInfo | None = None
         self._compile = compile
         self._prior: TiltedPrior | None = None
-        self._warned = False
+        self._warned = self._strayed = False
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The base's loss: there is no negative phase, which would not change the value."""
@@ -208,6 +212,10 @@ class EnergyELBO(ELBO):
         return negative.surrogate + self.l2 * (watch.squares / self.num_particles + negative.squares)
 
     def _warn_once(self, info: RunInfo) -> None:
+        reason = None if self._strayed else astray(info)
+        if reason is not None:
+            self._strayed = True
+            _LOGGER.warning("in the prior, %s (EnergyELBO.info.run.log_density; told once.)", reason)
         if info.frozen.all():
             raise ValueError(
                 "every run in the prior met a non-finite density or gradient: the energies may have diverged. Lower "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,11 +17,13 @@ from ..checks import check_count
 from ..density.program import Binding, Program, Reading
 from ..density.vectorize import map_chains
 from ..dynamics.dynamics import Dynamics
+from ..runs.course import astray
 from ..starts.start import Start
 from ..tensors import ordinary_autograd, plain
 from .prior import TiltedPrior
 from .runs import PriorRuns
 
+_LOGGER = logging.getLogger("pyro_shortrun")
 _NUMBERS_AT_ONCE = 2**20  # coordinates of states
 
 
@@ -99,7 +102,10 @@ def draw_sites(
         layout = call.density.layout
         parts = max(1, math.ceil(count * layout.rows * layout.size / _NUMBERS_AT_ONCE))
         chains = math.ceil(count / parts)  # of equal size: every other one would be compiled anew
-        latents = [call.model.constrain(runs.make(call, chains).end)[0] for _ in range(parts)]
+        done = [runs.make(call, chains) for _ in range(parts)]
+        if reason := astray(done[0].info):
+            _LOGGER.warning("in the prior, %s", reason)
+        latents = [call.model.constrain(part.end)[0] for part in done]
         values = {k: torch.cat([part[k] for part in latents])[:count] for k in latents[0]}
         values |= prior.discrete(call, values)
         held = {**prior.conditions, **given}

@@ -341,7 +341,7 @@ class ShortRunGuide(DensityGuide):
     def _heed(self, call: Call, result: ShortRun) -> None:
         """Refuse a run in which nothing could move, and tell what else is wrong with it."""
         require_movable(call, self._start, result.start, result.end, result.info.frozen)
-        self._watch(result.info)
+        self._watch(result.info, call.density.layout.row_weight)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "info": None, "_adapter": ()}

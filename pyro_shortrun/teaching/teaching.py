@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import of_arguments, of_module, one_kind
+from ..runs.course import astray
 from .ancestral import AncestralSampler
 from .learning import check_optim, learn
 from .refiner import Refined, Refiner, of_rows
 from .students import Students, several
+
+_LOGGER = logging.getLogger("pyro_shortrun")
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class MCMCTeaching:
         self.iteration = 0
         self.info: TeachingInfo | None = None
         self._students = Students()
-        self._warned = False
+        self._warned = self._strayed = False
         check_optim(self.energy, optim)
         self._check_latents()
 
@@ -220,6 +224,10 @@ class MCMCTeaching:
     def _noted(self, refined: Refined) -> Refined:
         """The sampler keeps the latents of these; runs that were dropped are warned about."""
         self.sampler.keep(refined.rows if self.refiner.replay is None else None)
+        reason = None if self._strayed or refined.run is None else astray(refined.run)
+        if reason is not None:
+            self._strayed = True
+            _LOGGER.warning("in the energy-based model, %s (MCMCTeaching.info.run.log_density; told once.)", reason)
         if refined.nonfinite and not self._warned:
             self._warned = True
             warnings.warn(
