@@ -14,10 +14,12 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_count
+from ..checks import check_count, check_kind
 from ..density.call import Call
 from ..guides.base import DensityGuide
 from ..mcmc.kernel import ShortRunLangevin
@@ -150,9 +152,12 @@ def sbc(
     check_count("num_draws", num_draws)
     if isinstance(posterior, (AutoGuide, type)) or not callable(posterior):
         raise ValueError(
-            "posterior is a function of (conditioned, *args) that returns draws, such as lambda m, *a: "
+            "posterior must be a function of (conditioned, *args) that returns draws, such as lambda m, *a: "
             f"ShortRunGuide(m).sample_posterior(*a, num_samples=99), or Trained(...) or Chains(...); got {posterior!r}."
         )
+    check_kind("statistics", statistics, Mapping, "{'mean': lambda draws: draws['z'].mean(-1)}")
+    if seed is not None:
+        check_count("seed", seed, least=0)
     args, kwargs = plain(args), plain(kwargs)
     forked = nullcontext() if seed is None else torch.random.fork_rng()
     with forked, fixed_parameters(model) as fixed, ordinary_autograd():
@@ -197,6 +202,15 @@ class Trained:
     num_draws: int = 99
     loss: Any = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.make_guide, AutoGuide) or not callable(self.make_guide):
+            raise ValueError(
+                f"make_guide must be a function from a model to a guide, such as AutoNormal, got {self.make_guide!r}."
+            )
+        check_kind("optim", self.optim, PyroOptim, "pyro.optim.Adam({'lr': 0.01})")
+        check_count("num_steps", self.num_steps)
+        check_count("num_draws", self.num_draws)
+
     def __call__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         with pyro.get_param_store().scope():
             guide = self.make_guide(model)
@@ -234,6 +248,15 @@ class Chains:
     warmup_steps: int = 200
     num_chains: int = 99
 
+    def __post_init__(self) -> None:
+        if not callable(self.make_kernel) or isinstance(self.make_kernel, MCMCKernel):
+            raise ValueError(
+                "make_kernel must be a function from a model to a kernel, such as lambda m: ShortRunLangevin(m, "
+                f"adjust=True), got {self.make_kernel!r}."
+            )
+        check_count("warmup_steps", self.warmup_steps, least=0)
+        check_count("num_chains", self.num_chains)
+
     def __call__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         mcmc = VectorizedMCMC(
             self.make_kernel(model), 1, self.warmup_steps, num_chains=self.num_chains, disable_progbar=True
@@ -255,9 +278,11 @@ class _Quantities:
         sites: Sequence[str] | None,
         statistics: dict[str, Callable[..., Any]],
     ) -> None:
-        unknown = sorted(set(sites or ()) - set(simulator.latents))
+        unknown = [sites] if isinstance(sites, str) else sorted(set(sites or ()) - set(simulator.latents))
         if unknown:
-            raise ValueError(f"sites {unknown} are not latent in the model, whose are {sorted(simulator.latents)}.")
+            raise ValueError(
+                f"sites must be a list of latent sites, of which there are {sorted(simulator.latents)}; got {unknown}."
+            )
         clash = sorted(set(statistics) & {LIKELIHOOD, *simulator.latents})
         if clash:
             raise ValueError(f"statistics {clash} have the name of a site or of '{LIKELIHOOD}': rename them.")

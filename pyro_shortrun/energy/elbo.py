@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ..checks import check_count, check_kind
+from ..checks import check_count, check_flags, check_kind, check_weight
 from ..density.call import Call
 from ..density.sites import Site, is_weighted_from_outside
 from ..dynamics.dynamics import Dynamics
@@ -131,8 +130,8 @@ class EnergyELBO(ELBO):
         check_kind("base_elbo", base_elbo, ELBO, "Trace_ELBO()")
         super().__init__(num_particles=base_elbo.num_particles)
         check_count("num_chains", num_chains)
-        if not (l2 >= 0 and math.isfinite(l2)):
-            raise ValueError(f"l2 must be a finite number >= 0, got {l2!r}.")
+        check_weight("l2", l2)
+        check_flags(compile=compile)
         self.base_elbo: Any = base_elbo
         self.num_chains, self.l2 = num_chains, l2
         self.runs = PriorRuns.of(runs, num_steps=num_steps, step_size=step_size, dynamics=dynamics, start=start)

@@ -13,7 +13,7 @@ from pyro.infer import Predictive
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_flags, check_kind, check_model
 from ..density.program import Binding, Program, Reading
 from ..density.vectorize import map_chains
 from ..dynamics.dynamics import Dynamics
@@ -75,6 +75,9 @@ def sample_prior(
         is not finite at a start.
     :raises NotImplementedError: where some of the prior lies in a subsampled plate and some does not.
     """
+    check_model(model)
+    check_kind("given", given, Mapping, "{'z': torch.zeros(3)}")
+    check_flags(compile=compile)
     runs = PriorRuns.of(runs, num_steps=num_steps, step_size=step_size, dynamics=dynamics, start=start)
     return draw_sites(TiltedPrior(model, compile), runs, args, kwargs, num_samples, given or {})
 
@@ -118,10 +121,12 @@ def _check_given(reading: Reading, given: Mapping[str, Tensor]) -> None:
     latents = {k: s for k, s in nodes if s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s)}
     for name, value in given.items():
         if name not in latents:
-            raise ValueError(f"given names '{name}', which is not one of the model's latent sites {sorted(latents)}.")
+            raise ValueError(
+                f"given names '{name}', which is no latent site of the model: there are {sorted(latents)}."
+            )
         wanted = tuple(latents[name]["value"].shape)
         if tuple(value.shape) != wanted:
-            raise ValueError(f"given['{name}'] has shape {tuple(value.shape)}; the site has shape {wanted}.")
+            raise ValueError(f"given['{name}'] has shape {tuple(value.shape)}; it must have the site's, {wanted}.")
 
 
 def _simulate(
@@ -186,8 +191,9 @@ class EnergyPredictive(Predictive):
         runs: PriorRuns | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(model, posterior_samples, guide, num_samples, return_sites, parallel)
         self._runs = PriorRuns.of(runs)
+        check_flags(parallel=parallel, compile=compile)
+        super().__init__(model, posterior_samples, guide, num_samples, return_sites, parallel)
         self._prior = TiltedPrior(model, compile)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

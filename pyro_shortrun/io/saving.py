@@ -57,6 +57,8 @@ def save_state(path: str | os.PathLike[str], /, **parts: Any) -> None:
     :raises ValueError: for a Pyro optimiser of parameters that Pyro's store has no names for.
     :raises OSError: where the file cannot be written, such as on a full disk; ``path`` holds what it held.
     """
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: make its folder first, which is not there.")
     content = {
         "format": FORMAT,
         "version": _version(),
@@ -270,10 +272,12 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         with zipfile.ZipFile(path) as parts:
             damaged = parts.testzip()  # torch does not look at checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as reason:
+        raise FileNotFoundError(
+            f"there is no file {path}: give the path of one that save_state has written."
+        ) from reason
     except Exception as reason:
-        raise ValueError(f"{path} is no file of save_state, or is damaged: {reason}") from reason
+        raise ValueError(f"{path} is no file of save_state, or is damaged ({reason}): give another one.") from reason
     if damaged is not None:
         raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is wrong. Take an earlier file.")
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):

@@ -17,6 +17,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ..amortized.guide import LangevinEncoderGuide
 from ..checks import check_count
 from ..guides.short_run import ShortRunGuide
 from .arviz import to_arviz
@@ -75,12 +76,16 @@ def stream_posterior(
         folder has parts of another job.
     """
     check_count("ranks", ranks)
-    if not 0 <= rank < ranks:
+    check_count("rank", rank, least=0)
+    check_count("seed", seed, least=0)
+    if not isinstance(guide, ShortRunGuide | LangevinEncoderGuide):
+        raise ValueError(f"guide must be a ShortRunGuide(model) or LangevinEncoderGuide, got a {type(guide).__name__}.")
+    if rank >= ranks:
         raise ValueError(f"rank must be one of 0, ..., ranks - 1 = {ranks - 1}, got {rank!r}.")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed!r}.")
     if isinstance(batches, Tensor):
         raise ValueError("batches is one tensor, whose rows would be taken for batches: give x.split(size).")
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"batches must be a list of tensors or tuples, or another iterable, got {batches!r}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)

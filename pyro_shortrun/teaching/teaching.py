@@ -13,7 +13,7 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checks import of_arguments, of_module, one_kind
+from ..checks import check_weight, of_arguments, of_module, one_kind
 from ..runs.course import astray
 from .ancestral import AncestralSampler
 from .learning import check_optim, learn
@@ -131,8 +131,9 @@ class MCMCTeaching:
     ) -> None:
         if not isinstance(refiner, Refiner):
             raise ValueError(f"refiner must be a Refiner(energy, ...), got {refiner!r}.")
-        if not (l2 >= 0 and l2 < float("inf")):
-            raise ValueError(f"l2 must be a finite number >= 0, got {l2!r}.")
+        if not callable(sampler):
+            raise ValueError(f"sampler must be an AncestralSampler(generator), or a generator, got {sampler!r}.")
+        check_weight("l2", l2)
         self.sampler = sampler if isinstance(sampler, AncestralSampler) else AncestralSampler(sampler)
         self.refiner, self.optim, self.l2 = refiner, optim, float(l2)
         self.student, self.dual = several("student", student), several("dual", dual)

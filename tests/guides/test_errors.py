@@ -444,7 +444,7 @@ def test_source_without_draws_is_refused_before_the_reference_runs():
     def untouched(x: Tensor) -> None:
         raise AssertionError("the model ran")
 
-    with pytest.raises(ValueError, match="draws come from a guide.*AutoNormal"):
+    with pytest.raises(ValueError, match="source must be a guide.*AutoNormal"):
         compare_with_nuts(untouched, AutoNormal, torch.ones(3))
     with pytest.raises(ValueError, match="call mcmc.run"):
         compare_with_nuts(untouched, VectorizedMCMC(ShortRunLangevin(untouched), num_samples=4), torch.ones(3))
