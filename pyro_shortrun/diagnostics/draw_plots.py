@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..checks import check_count
 from ..density.handlers import init_uniform
 from ..density.program import Program
+from ..density.sites import is_factor
 from ..energy.predictive import sample_prior
 from ..energy.runs import PriorRuns
 from ..tensors import plain
@@ -156,7 +158,9 @@ def _check_sites(
 ) -> None:
     """Refuse layers that are no latents of the model, and an image that is no site."""
     reading = Program(model).draw(plain(args), plain(kwargs), init=init_uniform)
-    latents, there = [s["name"] for s in reading.latents], [k for k in reading.trace.nodes if not k.startswith("_")]
+    latents = [s["name"] for s in reading.latents]
+    sites = {k: s for k, s in reading.trace.nodes.items() if s["type"] == "sample"}
+    there = [k for k, s in sites.items() if not (site_is_subsample(s) or is_factor(s))]
     if missing := [name for name in layers if name not in latents]:
         raise ValueError(f"layers must be latent sites of the model, which has {latents}; got {missing}.")
     if image not in there:
