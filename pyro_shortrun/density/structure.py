@@ -171,6 +171,12 @@ def check_latents(first: Structure | None, now: Structure, needs_log_q: bool) ->
             "share, so its part of log q cannot be scaled: use the full batch, or put all local latents into "
             "one plate."
         )
+    if not now.layout.size:
+        names = ", ".join(f"'{s.name}'" for s in now.layout.sites)
+        raise ValueError(
+            f"latent site {names} has no values: its shape has a dimension of size 0. Leave it out of the model, or "
+            "use NUTS or ShortRunLangevin, which do not mind."
+        )
     if first is None:
         return
     new, old = now.layout.row_sizes, first.layout.row_sizes
