@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..checks import check_between, check_count
+from ..checks import check_between, check_count, check_flags
 from ..density.call import Call
 from ..density.layout import Layout
 from ..density.program import Invocation, Reading
@@ -123,6 +123,7 @@ class LangevinEncoderGuide(DensityGuide):
         compile: bool = False,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
+        check_flags(compile=compile)
         super().__init__(model, compile=compile, create_plates=create_plates)
         if not callable(features):
             raise ValueError(f"features must be a module or function of the model's arguments, got {features!r}.")

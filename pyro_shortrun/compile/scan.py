@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._higher_order_ops.scan import scan_op
-from torch._ops import OpOverload
+from torch.fx import Graph as Nodes
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import (
     PythonKeyTracer,
@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import (
 from ..density.recurrence import Recurrence, Tensors
 from .graph import Function, lifted
 from .packing import Packing
+from .values import draws_numbers
 
 
 class Scan:
@@ -46,16 +47,12 @@ class Scan:
         zeros = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in step.gathered]
         before = [_fresh(t) for t in step.carried.pack([*carry, *zeros], 0)]
         along = [t.flip(0) if recurrence.backwards else t for t in step.read.pack(columns, 1)]
-        out = _emit(body, before, along, _apart([*fixed, *reached]))
+        body, packed = _packed(body, [*fixed, *reached])
+        out = _emit(body, before, along, _apart(packed))
         last = step.carried.unpack(out[: len(before)])
         stacked = step.written.unpack([t.movedim(1, 0) for t in out[len(before) :]])
         last, added = last[: len(carry) + recurrence.firsts], last[len(carry) + recurrence.firsts :]
         return *last, *(t.flip(0) if recurrence.backwards else t for t in stacked), *added
-
-
-def draws_numbers(node: Node) -> bool:
-    """Whether a node of a graph takes from a random generator."""
-    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 class _Step:
@@ -87,6 +84,24 @@ class _Step:
         sums = [a + b for a, b in zip(sums, more, strict=True)]
         packed = self.carried.pack([*following, *firsts, *sums], 0)
         return tuple(_fresh(t) for t in (*packed, *self.written.pack([t.squeeze(0) for t in written], 0)))
+
+
+def _packed(body: GraphModule, fixed: list[Tensor]) -> tuple[GraphModule, list[Tensor]]:
+    """The step with the small ones of its last inputs side by side, and these."""
+    packing = Packing(fixed)
+    packed = packing.pack(fixed, 0)
+    with disable_proxy_modes_tracing():
+        unpack, _ = lifted(lambda *parts: tuple(packing.unpack(parts)), tuple(packed))
+    graph, own, theirs = Nodes(), _placeholders(body), _placeholders(unpack)
+    first = len(own) - len(fixed)
+    env = {n: graph.placeholder(f"moving_{i}") for i, n in enumerate(own[:first])}
+    members: Any = graph.graph_copy(unpack.graph, {n: graph.placeholder(f"fixed_{i}") for i, n in enumerate(theirs)})
+    graph.output(graph.graph_copy(body.graph, {**env, **dict(zip(own[first:], members, strict=True))}))
+    return GraphModule(body, graph), packed
+
+
+def _placeholders(module: GraphModule) -> list[Node]:
+    return [n for n in module.graph.nodes if n.op == "placeholder"]
 
 
 def _apart(tensors: list[Tensor]) -> list[Tensor]:

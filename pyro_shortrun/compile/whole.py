@@ -17,7 +17,9 @@ from ..density.model import LogDensity
 from .compiler import traceable
 from .graph import Constants, Function, Live, spec, trace
 from .inductor import Backend
-from .scan import Scan, draws_numbers
+from .reuse import reuse
+from .scan import Scan
+from .values import draws_numbers
 
 Compute = Callable[[], tuple[Tensor, ...]]
 
@@ -88,6 +90,7 @@ class Whole:
         """
         module, constants = trace(compute, (), live)
         _check(module, constants)
+        reuse(module)
         inputs = Inputs(constants, live)
         values = inputs.of(live)
         assert values is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, Literal, cast
 
 import torch
@@ -10,6 +11,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from ..checks import check_flags
 from ..density.coordinates import dim_count, dim_index, site_index
 from ..density.layout import Layout
 
@@ -52,6 +54,9 @@ class StepSize(PyroModule):
             raise ValueError(f"step_size must be a finite number > 0, got {init!r}; try 0.1.")
         if per not in ("shared", "step", "site", "dim"):
             raise ValueError(f"per must be 'shared', 'step', 'site' or 'dim', got {per!r}.")
+        check_flags(learnable=learnable)
+        if not isinstance(max, Real | None):
+            raise ValueError(f"max must be a number, got {max!r}; try 1.0.")
         self.max = float(max) if max is not None else builtin_max(1.0, 10.0 * init)
         if not (math.isfinite(self.max) and init < self.max):
             raise ValueError(f"step_size {init} must be below max={max!r}; pass a larger finite max.")

@@ -24,10 +24,11 @@ from ..density.program import Invocation, Program, Reading
 from ..density.structure import Structure, check_data, check_latents, check_shapes
 from ..density.trust import warn_if_rows_mix
 from ..tensors import ordinary_autograd, plain
+from .draws import check_levels
 from .emit import values_of_other_parts
 from .lists import draws_of_part, keep_values
 from .pickling import without_model
-from .plates import create_given, create_missing
+from .plates import check_plates, create_given, create_missing
 
 _QUANTILE_DRAWS = 1000
 _DRAWS_OF_LISTS = 200
@@ -46,6 +47,7 @@ class DensityGuide(AutoGuide):
     """
 
     def __init__(self, model: Callable[..., Any], *, compile: bool, create_plates: Callable[..., Any] | None) -> None:
+        check_plates(create_plates)
         super().__init__(model, create_plates=create_plates)
         self._binder: Binder | None = Binder(Program(model))
         self._first: Structure | None = None
@@ -108,9 +110,13 @@ class DensityGuide(AutoGuide):
 
         :return: the guide itself.
         """
-        with ordinary_autograd(), poutine.block(), self._pyro_context:
-            self._bind(args, kwargs)
+        self.call(args, kwargs)
         return self
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The model bound to arguments, and nothing drawn; for exporters."""
+        with ordinary_autograd(), poutine.block(), self._pyro_context:
+            return self._bind(args, kwargs)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Posterior medians, estimated from 1000 draws (there is no closed form)."""
@@ -123,6 +129,7 @@ class DensityGuide(AutoGuide):
         :param quantiles: numbers between 0 and 1.
         :return: dict from site to ``(len(quantiles), *site shape)``.
         """
+        check_levels(quantiles)
         if self.master is not None and self._binder is not None and self._binder.program.hides:
             draws = draws_of_part(self, _DRAWS_OF_LISTS, args, kwargs)
         else:

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_flags
 from ..density.call import Call
 from ..density.interface import Density
 from ..density.program import Invocation, Reading
@@ -31,7 +31,7 @@ from ..starts.start import Start, StartDraw
 from ..tensors import ordinary_autograd
 from .base import DensityGuide
 from .choice import by_acceptance, check_parts, default_objective, default_start, described
-from .draws import WeightedDraws
+from .draws import WeightedDraws, check_draws
 from .emit import emit, outer_shape
 from .posterior import posterior_draws, repeated, trajectories
 from .preparation import fit_start, prepare, require_gaussian
@@ -117,6 +117,7 @@ class ShortRunGuide(DensityGuide):
         check_count("num_steps", num_steps)
         check_count("tune_every", tune_every)
         check_parts(step_size, dynamics, start, objective, full_gradient)
+        check_flags(full_gradient=full_gradient, checkpoint=checkpoint, compile=compile)
         self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
         self.checkpoint = checkpoint
         self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
@@ -153,6 +154,7 @@ class ShortRunGuide(DensityGuide):
 
         :raises NotImplementedError: for a start whose density is not known, and where a support depends on parameters.
         """
+        check_count("num_particles", num_particles)
         if not self._start.has_density:
             raise NotImplementedError(f"{type(self._start).__name__} starts have no density: use Trace_ELBO.")
         if is_weighted_from_outside():
@@ -214,8 +216,7 @@ class ShortRunGuide(DensityGuide):
         :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7).
         :return: dict from site to ``(num_chains, num_samples, *site shape)``.
         """
-        check_count("num_samples", num_samples)
-        check_count("num_chains", num_chains)
+        check_draws(num_samples, num_chains, adjust, resample)
         with ordinary_autograd(), poutine.block():
             values = posterior_draws(
                 self, self._bind(args, kwargs), num_samples * num_chains, num_steps, adjust, resample
@@ -338,7 +339,7 @@ class ShortRunGuide(DensityGuide):
     def _heed(self, call: Call, result: ShortRun) -> None:
         """Refuse a run in which nothing could move, and tell what else is wrong with it."""
         require_movable(call, self._start, result.start, result.end, result.info.frozen)
-        self._watch(result.info)
+        self._watch(result.info, call.density.layout.row_weight)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "info": None, "_adapter": ()}

@@ -19,6 +19,7 @@ from ..density.structure import check_masks
 from ..dynamics.acceptance import Acceptance
 from ..dynamics.dynamics import Dynamics
 from ..objectives.objective import Objective
+from ..runs.course import astray
 from ..runs.pilot import pilot_chains, pilot_fails
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients, run
@@ -171,10 +172,17 @@ class Watch:
     """Tells once what is wrong with runs."""
 
     def __init__(self) -> None:
-        self._froze = self._folded = False
+        self._froze = self._folded = self._strayed = False
 
-    def __call__(self, info: RunInfo) -> None:
-        """Told of every run."""
+    def __call__(self, info: RunInfo, weight: float = 1.0) -> None:
+        """Told of every run.
+
+        :param weight: how many rows each row stands for.
+        """
+        reason = None if self._strayed else astray(info, weight)
+        if reason is not None:
+            self._strayed = True
+            _LOGGER.warning("%s (guide.info.log_density; told once.)", reason)
         if not self._folded and info.singular.float().mean() > MUCH:
             self._folded = True
             _LOGGER.warning(

@@ -120,7 +120,7 @@ class LangevinChain(Sampler):
         if not warming and clipped > _MUCH_CLIPPED:
             return (
                 "drifts are clipped at max_drift: the step size is too large, the chains bounce, and their law is not "
-                "the posterior's"
+                "the posterior's. Use a smaller step_size, or adjust=True."
             )
         return super().fault(state, stats, warming)
 

@@ -12,6 +12,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from ..checks import check_flags
 from ..density.interface import Density
 from ..density.layout import Layout
 from ..dynamics.dynamics import Dynamics
@@ -222,6 +223,7 @@ class Annealed(PyroModule, Objective):
 
     def __init__(self, learnable: bool = True) -> None:
         super().__init__()
+        check_flags(learnable=learnable)
         self.learnable = learnable
 
     def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:

@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, Aut
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from ..checks import check_guide
 from ..density.call import Call
 from ..density.handlers import Hold
 from ..density.program import Invocation, Reading
@@ -40,6 +41,7 @@ class FromGuide(Start):
     is_learned = True
 
     def __init__(self, guide: Callable[..., Any]) -> None:
+        check_guide(guide)
         self._guide = guide
         self._orders: dict[str, Any] = {}  # of the last layout
         self._fixes: str | None = None

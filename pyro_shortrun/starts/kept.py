@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count
+from ..checks import check_count, check_share
 from ..density.call import Call
 from ..density.interface import Density
 from ..density.rows import sum_to_rows
@@ -42,8 +42,7 @@ class Persistent(nn.Module, Start):
 
     def __init__(self, refresh: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= refresh <= 1:
-            raise ValueError(f"refresh is a probability, got {refresh!r}.")
+        check_share("refresh", refresh, "0.05")
         self.refresh = refresh
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -167,8 +166,7 @@ class Replay(nn.Module, Start):
     def __init__(self, size: int = 10_000, refresh: float = 0.05) -> None:
         super().__init__()
         check_count("size", size)
-        if not 0 <= refresh <= 1:
-            raise ValueError(f"refresh is a probability, got {refresh!r}.")
+        check_share("refresh", refresh, "0.05")
         self.size, self.refresh = size, refresh
         self.register_buffer("written", torch.zeros((), dtype=torch.long))
 

@@ -153,3 +153,22 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
         save_state(path, epoch=2)
     assert load_state(path) == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_a_diverged_run_is_neither_saved_nor_loaded(tmp_path):
+    path, net = tmp_path / "run.pt", nn.Linear(2, 1)
+    save_state(path, net=net, epoch=1)
+    whole = path.read_bytes()
+    content = torch.load(path, weights_only=True)
+    with torch.no_grad():
+        net.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"parameter 'bias' of 'net' is NaN: .* holds what it held"):
+        save_state(path, net=net, epoch=2)
+    assert path.read_bytes() == whole
+    content["parts"]["net"]["state"]["weight"].fill_(torch.nan)
+    torch.save(content, path)
+    with torch.no_grad():
+        net.bias.fill_(3.0)
+    with pytest.raises(ValueError, match=r"parameter 'weight' of 'net' in .*run\.pt is NaN \(nothing was changed\)"):
+        load_state(path, net=net)
+    assert net.bias.item() == 3.0
