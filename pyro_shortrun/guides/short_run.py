@@ -266,7 +266,7 @@ class ShortRunGuide(DensityGuide):
         if isinstance(self.start, Start):
             return self.start
         if not self._adapter:
-            self._adapter = (FromGuide(self.start),)
+            self._adapter = (FromGuide(self.start, everywhere=self.objective.tempers),)
         return self._adapter[0]
 
     @property

@@ -273,7 +273,8 @@ class Annealed(PyroModule, Objective):
         if base is None:
             raise NotImplementedError(
                 f"{type(self).__name__} needs the density of the start everywhere, not only at draws: use "
-                "start=Prior(), AutoNormal(model), AutoDiagonalNormal(model) or AutoMultivariateNormal(model); and "
+                "start=Prior(), AutoNormal(model), AutoDiagonalNormal(model) or AutoMultivariateNormal(model), or an "
+                "encoder whose sites are real and Normal independently of each other; and "
                 "start=Prior() where latents lie in poutine.mask (as obs_mask makes some), which those do not mask."
             )
         if isinstance(dynamics, MomentumDynamics):

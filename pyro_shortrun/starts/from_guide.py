@@ -38,13 +38,16 @@ class FromGuide(Start):
     ``Delta`` without a density) has none, which is known from the first draw on.
 
     :param guide: a callable with the model's arguments.
+    :param everywhere: whether the density is wanted everywhere, and not at draws only, of guides that are no AutoGuide:
+        it is known where the sites are the latents, are real, and are Normal independently of each other.
     """
 
     is_learned = True
 
-    def __init__(self, guide: Callable[..., Any]) -> None:
+    def __init__(self, guide: Callable[..., Any], everywhere: bool = False) -> None:
         check_guide(guide)
-        self._guide = guide
+        self._guide, self._everywhere = guide, everywhere
+        self._independent: bool | None = None  # whether no site depends on another, once that is known
         self._orders: dict[str, Any] = {}  # of the last layout
         self._fixes: str | None = None
         self._scored: str | None = None  # a site without a pathwise derivative
@@ -115,10 +118,13 @@ class FromGuide(Start):
         return isinstance(self._guide, (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal))
 
     def _gaussian(self, call: Call) -> GaussianBase | None:
-        """The guide's density in unconstrained space, where it is one of Pyro's Gaussian AutoGuides."""
+        """The guide's density in unconstrained space, where it is one of Pyro's Gaussian AutoGuides, or independent
+        normals and wanted."""
         guide: Any = self._guide
-        if not self._is_gaussian or any(s["mask"] is not None for s in call.reading.latents):
+        if any(s["mask"] is not None for s in call.reading.latents):
             return None
+        if not self._is_gaussian:
+            return self._normals(call) if self._everywhere else None
         layout = call.density.layout
         if isinstance(guide, AutoNormal):
             trace = self._trace(call)
@@ -133,6 +139,36 @@ class FromGuide(Start):
         if not is_in_order:  # its factor would not be triangular
             return None
         return GaussianBase(fn.loc.unsqueeze(0), fn.scale_tril.unsqueeze(0))
+
+    def _normals(self, call: Call) -> GaussianBase | None:
+        """The density of an encoder with Normal sites, if it is one."""
+        trace, layout = self._trace(call), call.density.layout
+        nodes = {k: s for k, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
+        fns = {k: _innermost(s["fn"]) for k, s in nodes.items()}
+        normal = all(isinstance(fn, torch.distributions.Normal) for fn in fns.values())
+        plain = call.model.structure.is_real and all(s["mask"] is None for s in nodes.values())
+        if not (normal and plain and set(nodes) == {s.name for s in layout.sites}):
+            return None
+        if self._independent is None:
+            self._independent = len(nodes) == 1 or not self._depends(call, nodes)
+        if not self._independent:
+            return None
+        shapes = {s.name: s.shape for s in layout.sites}
+        moments = ({k: getattr(fn, name).expand(shapes[k]) for k, fn in fns.items()} for name in ("loc", "scale"))
+        return GaussianBase(*map(layout.pack, moments))
+
+    def _depends(self, call: Call, nodes: Mapping[str, Any]) -> bool:
+        """Whether the moments of some site are functions of another's value."""
+        bind = call.bind
+        with torch.enable_grad():
+            held = {k: s["value"].detach().clone().requires_grad_() for k, s in nodes.items()}
+            trace = self._traced(bind.args, bind.kwargs, {**bind.indices, **held})
+            fns = [_innermost(trace.nodes[k]["fn"]) for k in nodes]
+            total = torch.stack([fn.loc.sum() + fn.scale.sum() for fn in fns]).sum()
+            if not total.requires_grad:
+                return False
+            found = torch.autograd.grad(total, list(held.values()), allow_unused=True)
+        return any(g is not None for g in found)
 
     def _order(self, call: Call) -> tuple[Tensor, bool]:
         """Where each coordinate of the rows is in the flat latent of an AutoContinuous, ``(rows, size)``, and whether
