@@ -30,7 +30,7 @@ def posterior_draws(
     steps = (_ADJUST if isinstance(guide.start, Gaussian) else 0) if adjust is None else adjust
     if steps or resample:
         step_size = guide.dynamics.step_size(call.density.layout, guide.num_steps).mean(0)
-        drawn, acceptance, k_hat = refine(call, drawn, steps, resample, guide._start.frame, step_size)
+        drawn, acceptance, k_hat = refine(call, drawn, steps, resample, guide._simulation.frame, step_size)
         guide.info = guide.info and replace(guide.info, acceptance=acceptance, k_hat=k_hat)
     return drawn.values_and_computed(call)
 

@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..density.affine import AffineDensity
+from ..density.affine import Affine, AffineDensity
 from ..density.call import Call
 from ..density.layout import Layout
 from ..density.structure import check_masks
@@ -25,6 +25,7 @@ from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients, run
 from ..starts.finite import require_finite, require_movable
 from ..starts.start import Start, StartDraw
+from .metric import Metric
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _NOISE_AT_ONCE = 2**24  # numbers
@@ -36,6 +37,7 @@ class Simulation:
     """How runs go.
 
     :param checkpoint: whether tuned runs keep few of their states.
+    :param metric: coordinates to move in, if the start has none of its own.
     """
 
     num_steps: int
@@ -43,6 +45,12 @@ class Simulation:
     objective: Objective
     start: Start
     checkpoint: bool = False
+    metric: Metric | None = None
+
+    @property
+    def frame(self) -> Affine | None:
+        """Coordinates in which runs move, if they are not the latents' own."""
+        return self.start.frame if self.metric is None else self.metric.frame
 
     def chains_at_once(self, layout: Layout) -> int:
         """How many chains to run together."""
@@ -119,6 +127,7 @@ class Simulation:
         attached = gradients is Gradients.FULL or (self.start.is_learned and gradients is Gradients.GUIDE)
         with torch.set_grad_enabled(attached):
             drawn = self.start.draw(call, chains)
+            drawn = drawn if self.metric is None else self.metric.framed(drawn)
         if call.density.is_traced:
             return drawn if attached else drawn.detached()
         what = "the model's log density is not finite at the start of the run"

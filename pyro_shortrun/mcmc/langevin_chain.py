@@ -119,7 +119,7 @@ class LangevinChain(Sampler):
     def _draws_at_once(self, state: ChainState | Place) -> int:
         """In one block."""
         numbers = self.num_steps * max(state.u.numel(), 1)
-        return max(1, min(-(-_TOGETHER // self.num_steps), _NUMBERS_AT_ONCE // numbers))
+        return 1 if self.one_by_one else max(1, min(-(-_TOGETHER // self.num_steps), _NUMBERS_AT_ONCE // numbers))
 
     def _length(self, state: ChainState | Place) -> int:
         """Transitions in a block: those of some draws, or a divisor of those of one."""
@@ -136,16 +136,8 @@ class LangevinChain(Sampler):
 
     def _pass(self, here: Place, given: Given, first: int, warming: bool) -> tuple[Place, Passed]:
         """Through transitions with nothing to be fitted before the end; the first is the ``first``-th of some draws."""
-        adaptation, chains, count = self.adaptation, len(here.u), len(given.eta)
-        gains = given.gains.new_tensor(adaptation.gains(count))
-        given = given._replace(gains=gains)
-        if self.target.has_loops:
-            given = given.padded(self._length(here))
-        center = adaptation.center.expand(chains, -1).contiguous()
-        here, following, passed = self._block.run(
-            self._density, here, adaptation.following(chains), given, center, adaptation.is_pooled, adaptation.factor
-        )
-        passed = passed.part(0, count)
+        adaptation, count, length = self.adaptation, len(given.eta), self._length(here) if self.target.has_loops else 0
+        here, following, passed = self._block.follow(self._density, adaptation, here, given, length)
         if warming:
             # Draw by draw, so that sums are rounded alike however many are made in one call.
             ends = [*range(-first % self.num_steps or self.num_steps, count, self.num_steps), count]
