@@ -21,6 +21,7 @@ FULL = {
     "generators": ("--data FOLDER", "objectives.md#generators"),
     "lae": ("--data mnist.npz --quick", "autoencoder.md#measured"),
     "link_prediction": ("--data FOLDER", "semi_implicit.md#dynamic-graphs"),
+    "many_guides": ("", "reliability.md#many-guides"),
     "posteriordb": ("--data FOLDER --dense", "chains.md#how-it-compares-with-nuts"),
     "posteriors": ("--data FOLDER --quick --jax-python PYTHON", "objectives.md#sixteen-posteriors"),
     "scaling": ("--quick", "scaling.md"),

@@ -1,4 +1,4 @@
-"""The default rule: where runs start and how they are weighed, if nobody says."""
+"""What a ShortRunGuide is made of: its parts checked, those that nobody gave, and how it is described."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_kind, check_unused
-from ..density.structure import Structure
 from ..dynamics.acceptance import Acceptance
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.step_size import StepSize
@@ -15,26 +14,8 @@ from ..objectives.annealed import Annealed
 from ..objectives.objective import Objective
 from ..objectives.path import PathDensity
 from ..objectives.refine import Refine
-from ..starts.fitted import MAX_SIZE, Gaussian
-from ..starts.prior import Prior
+from ..starts.fitted import Gaussian
 from ..starts.start import Start, check_start
-
-
-def default_start(structure: Structure, subsamples: bool, partial: bool) -> Start:
-    """Where runs start.
-
-    * ``Gaussian()``, fitted at set-up: where all latents together are one row of at most 300 values, that is, where
-      some latent lies in no plate, or something couples the plates' elements; with all data at every call.
-    * ``Prior()``, as in the papers: where every latent lies in a plate whose elements are independent (a generator:
-      rows of data), where a plate is subsampled or the guide is a part of an ``AutoGuideList`` (what a Gaussian is
-      fitted to would change from call to call), and for more latents.
-
-    :param subsamples: whether the model draws a subsample in some plate.
-    :param partial: whether other sites of the model are inferred by other guides.
-    """
-    layout = structure.layout
-    small = layout.rows == 1 and layout.size <= MAX_SIZE and (layout.is_arrow or not layout.row_plates)
-    return Gaussian() if small and not (subsamples or partial) else Prior()
 
 
 def by_acceptance(objective: Objective, start: object, step_size: StepSize, is_guess: bool) -> Acceptance | None:

@@ -33,6 +33,10 @@ class WeightedDraws:
     end: Tensor
     row_log_q: Tensor | None
 
+    def values_and_computed(self, call: Call) -> dict[str, Tensor]:
+        """``values``, and those of sites that the model computes from them (``pyro.deterministic``)."""
+        return {**self.values, **call.model.computed(self.end, call.reading)}
+
     @staticmethod
     def join(parts: Sequence[WeightedDraws]) -> WeightedDraws:
         """Parts one after the other."""

@@ -23,7 +23,8 @@ _ADJUST = 20  # steps after a run from a Gaussian start
 def posterior_draws(
     guide: Any, call: Call, count: int, num_steps: int | None, adjust: int | None, resample: bool
 ) -> dict[str, Tensor]:
-    """Site values at the ends of ``count`` runs, ``(count, *shape)``, see ``ShortRunGuide.sample_posterior``."""
+    """Site values at the ends of ``count`` runs, ``(count, *shape)``, and what the model computes from them; see
+    ``ShortRunGuide.sample_posterior``."""
     weighs = resample and guide.has_density and guide.objective.weighs
     drawn = repeated(guide, call, count, weighs, _of_length(guide, num_steps, resample))
     steps = (_ADJUST if isinstance(guide.start, Gaussian) else 0) if adjust is None else adjust
@@ -31,7 +32,7 @@ def posterior_draws(
         step_size = guide.dynamics.step_size(call.density.layout, guide.num_steps).mean(0)
         drawn, acceptance, k_hat = refine(call, drawn, steps, resample, guide._start.frame, step_size)
         guide.info = guide.info and replace(guide.info, acceptance=acceptance, k_hat=k_hat)
-    return drawn.values
+    return drawn.values_and_computed(call)
 
 
 def _of_length(guide: Any, num_steps: int | None, resample: bool) -> Simulation:

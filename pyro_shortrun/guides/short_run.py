@@ -27,10 +27,11 @@ from ..runs.run import Gradients
 from ..starts.finite import require_movable
 from ..starts.from_guide import FromGuide
 from ..starts.prior import Prior
+from ..starts.rule import default_start
 from ..starts.start import Start, StartDraw
 from ..tensors import ordinary_autograd
 from .base import DensityGuide
-from .choice import by_acceptance, check_parts, default_objective, default_start, described
+from .choice import by_acceptance, check_parts, default_objective, described
 from .draws import WeightedDraws, check_draws
 from .emit import emit, outer_shape
 from .posterior import posterior_draws, repeated, trajectories
@@ -91,9 +92,8 @@ class ShortRunGuide(DensityGuide):
         ELBO's ``num_particles`` are as many calls if they are not vectorised. In the calls between, the
         log-determinants in log q are those of the last tuned run; ``guide.eval()`` makes every log q exact.
     :param checkpoint: whether a tuned run keeps ``2 sqrt(K)`` states for its way back, and recomputes the others.
-    :param compile: whether runs, and with :class:`ShortRunELBO` whole training steps, are compiled (some seconds per
-        new shape); what cannot be is eager, with a logged warning. By default (None), :meth:`ShortRunSVI.run` compiles
-        the training step where the steps that are left take longer than that, and nothing else is compiled.
+    :param compile: whether runs, and with :class:`ShortRunELBO` whole training steps, are compiled; what cannot be is
+        eager, with a logged warning. By default (None), :meth:`ShortRunSVI.run` compiles its steps where that pays.
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
     :raises ValueError: for arguments out of range, and at the first call for models that it cannot infer.
     """
@@ -174,6 +174,7 @@ class ShortRunGuide(DensityGuide):
         masked = is_masked_out()
         training = grad_enabled and not masked
         call = self._bind(args, kwargs, chains)
+        self._memory.note(call.bind, training and self.training)
         if lands and isinstance(call.density, Recall):
             call.density.keep_landing()
         tune = self._tunes(training)
@@ -214,13 +215,13 @@ class ShortRunGuide(DensityGuide):
         :param adjust: how many Metropolis-adjusted steps follow each run and take away what is left of its bias
             (``guide.info.acceptance``); by default 20 from a :class:`Gaussian` start, and none from others.
         :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7).
-        :return: dict from site to ``(num_chains, num_samples, *site shape)``.
+        :return: dict from site to ``(num_chains, num_samples, *site shape)``, ``pyro.deterministic`` ones too.
         """
         check_draws(num_samples, num_chains, adjust, resample)
         with ordinary_autograd(), poutine.block():
-            values = posterior_draws(
-                self, self._bind(args, kwargs), num_samples * num_chains, num_steps, adjust, resample
-            )
+            call = self._bind(args, kwargs)
+            self._memory.note(call.bind, training=False)
+            values = posterior_draws(self, call, num_samples * num_chains, num_steps, adjust, resample)
         return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in values.items()}
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from abc import ABCMeta
 from dataclasses import replace
@@ -95,6 +96,11 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
             )
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether it has been fitted."""
+        return "fitted" in self._buffers and bool(self.fitted)
+
+    @property
     def loc(self) -> Tensor:
         """The mean in unconstrained space, ``(size,)``."""
         return self.frame.outward(self._inside[0])
@@ -108,6 +114,13 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
     def frame(self) -> Affine:
         """The coordinates that runs move in."""
         return Affine(self.center, self.factor)
+
+    def at(self, frame: Affine) -> Gaussian:
+        """The Gaussian that has these coordinates, mean zero and unit covariance in them."""
+        other = copy.deepcopy(self)
+        other.center, other.factor = frame.center, frame.factor
+        other.shift, other.stretch = torch.zeros_like(self.shift), torch.zeros_like(self.stretch)
+        return other
 
     @property
     def _inside(self) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuide, AutoGuideList, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from ..density.call import Call
 from ..density.handlers import Hold
 from ..density.program import Invocation, Reading
 from ..density.rows import sum_to_rows
-from ..density.sites import masked, plates_of
+from ..density.sites import is_discrete, masked, plates_of
 from ..tensors import isolate, random_state, set_random_state
 from .base import GaussianBase
 from .start import Start, StartDraw
@@ -182,6 +184,16 @@ class FromGuide(Start):
             self._orders.update(layout=layout, order=(rows.long(), is_in_order))
         return self._orders["order"]
 
+    def _hide_discrete(self, call: Call) -> None:
+        """Let an AutoGuide that was not called yet leave out discrete sites, which are summed out."""
+        guide: Any = self._guide
+        nodes = call.reading.trace.nodes.items()
+        free = {k: s for k, s in nodes if s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s)}
+        names = [k for k, s in free.items() if is_discrete(s)]
+        fresh = isinstance(guide, AutoGuide) and not isinstance(guide, AutoGuideList) and guide.prototype_trace is None
+        if names and fresh:
+            guide._model = (_hiding(guide.model, names),)
+
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: Mapping[str, Tensor]) -> Any:
         tracer = poutine.trace()
         with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), tracer:
@@ -190,6 +202,7 @@ class FromGuide(Start):
         return tracer.get_trace()
 
     def _trace(self, call: Call) -> Any:
+        self._hide_discrete(call)
         trace = self._traced(call.bind.args, call.bind.kwargs, call.bind.indices)
         _check_sites(call, trace)
         if not self.is_known:
@@ -251,6 +264,15 @@ class FromGuide(Start):
         if inside and layout.is_arrow:
             term = layout.plate_scale * term
         return sum_to_rows(layout, term, plates)
+
+
+def _hiding(model: Any, names: list[str]) -> Any:
+    """A model some of whose sites do not show, not even to the handler by which an AutoGuide finds where to begin."""
+    handler = getattr(model, "func", None)
+    messenger, inner = handler.args if isinstance(handler, partial) and len(handler.args) == 2 else (None, model)
+    if isinstance(messenger, InitMessenger):
+        return messenger(_hiding(inner, names))
+    return poutine.block(model, hide=names)
 
 
 def as_start(start: Start | Callable[..., Any]) -> Start:
