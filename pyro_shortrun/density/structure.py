@@ -176,6 +176,12 @@ def check_latents(first: Structure | None, now: Structure, needs_log_q: bool) ->
             "share, so its part of log q cannot be scaled: use the full batch, or put all local latents into "
             "one plate."
         )
+    if not now.layout.size:
+        names = ", ".join(f"'{s.name}'" for s in now.layout.sites)
+        raise ValueError(
+            f"latent site {names} has no values: its shape has a dimension of size 0. Leave it out of the model, or "
+            "use NUTS or ShortRunLangevin, which do not mind."
+        )
     if first is None:
         return
     new, old = now.layout.row_sizes, first.layout.row_sizes
@@ -196,7 +202,10 @@ def check_shapes(
     program: Program, conditioned: tuple[tuple[Any, ...], dict[str, Any]], now: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> None:
     """Refuse latents drawn for conditioned arguments where this call's arguments want other shapes."""
-    wanted = program.draw(*now).unconstrained
+    try:
+        wanted = program.draw(*now).unconstrained
+    except Exception:  # a model that forecasts does not run without the handlers of a Forecaster
+        return
     for name, value in program.draw(*conditioned).unconstrained.items():
         if name in wanted and wanted[name].shape != value.shape:
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_counts
 from ..guides.short_run import ShortRunGuide
 from ..guides.tuning import Trial, Trials
 
@@ -136,9 +136,7 @@ def step_sweep(
     :param num_samples: runs for each cell, at once; at least 2.
     :raises ValueError: where an argument is out of range.
     """
-    check_count("num_samples", num_samples)
-    if num_samples < 2:
-        raise ValueError("num_samples must be at least 2, for standard errors.")
+    check_count("num_samples", num_samples, least=2)  # for standard errors
     if not factors or not all(isinstance(f, (int, float)) and 0 < f < math.inf for f in factors):
         raise ValueError(f"factors must be a sequence of numbers > 0, got {factors!r}.")
     trials = Trials(guide, args, kwargs, num_samples)
@@ -155,8 +153,7 @@ def _lengths(guide: ShortRunGuide, num_steps: Sequence[int] | None) -> tuple[int
     if num_steps is None:
         usual = dict.fromkeys(max(1, k) for k in (own // 4, own // 2, own, 2 * own, 4 * own))
         return tuple(usual)
-    for steps in num_steps:
-        check_count("num_steps", steps)
+    check_counts("num_steps", num_steps)
     if not num_steps:
         raise ValueError("num_steps must be a sequence of integers >= 1, got none.")
     return tuple(num_steps)

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import pyro
@@ -20,15 +19,17 @@ from ..compile.compiler import Compiler
 from ..compile.executor import density_of
 from ..density.call import Binder, Call
 from ..density.handlers import init_uniform
-from ..density.program import Program, Reading
+from ..density.interface import Density
+from ..density.program import Invocation, Program, Reading
 from ..density.structure import Structure, check_data, check_latents, check_shapes, missing_data
 from ..density.trust import warn_if_rows_mix
 from ..tensors import ordinary_autograd, plain
+from .draws import check_levels
 from .emit import values_of_other_parts
 from .lists import draws_of_part, keep_values
 from .memory import Arguments, Memory
 from .pickling import without_model
-from .plates import create_given, create_missing
+from .plates import check_plates, create_given, create_missing
 
 _QUANTILE_DRAWS = 1000
 _DRAWS_OF_LISTS = 200
@@ -46,6 +47,7 @@ class DensityGuide(AutoGuide):
     """
 
     def __init__(self, model: Callable[..., Any], *, compile: bool, create_plates: Callable[..., Any] | None) -> None:
+        check_plates(create_plates)
         super().__init__(model, create_plates=create_plates)
         self._binder: Binder | None = Binder(Program(model))
         self._first: Structure | None = None
@@ -66,9 +68,13 @@ class DensityGuide(AutoGuide):
         """Whether :meth:`_read` draws from the model's prior."""
         return False
 
-    def _read(self, draw: Callable[..., Reading]) -> Reading:
+    def _read(self, draw: Invocation) -> Reading:
         """One run of the model, ``draw(init)``, from which a call's shapes, plates and subsamples are read."""
         return draw(init_uniform)
+
+    def _density(self, call: Call) -> Density:
+        """What runs evaluate."""
+        return density_of(call.model, self._compiler)
 
     def _admit(self, structure: Structure) -> Structure:
         """Refuse latents that this guide cannot draw; otherwise the structure with the rows that it wants."""
@@ -105,9 +111,13 @@ class DensityGuide(AutoGuide):
 
         :return: the guide itself.
         """
-        with ordinary_autograd(), poutine.block(), self._pyro_context:
-            self._memory.note(self._bind(args, kwargs).bind, training=False)
+        self._memory.note(self.call(args, kwargs).bind, training=False)
         return self
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The model bound to arguments, and nothing drawn; for exporters."""
+        with ordinary_autograd(), poutine.block(), self._pyro_context:
+            return self._bind(args, kwargs)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Posterior medians, estimated from 1000 draws (there is no closed form)."""
@@ -120,6 +130,7 @@ class DensityGuide(AutoGuide):
         :param quantiles: numbers between 0 and 1.
         :return: dict from site to ``(len(quantiles), *site shape)``.
         """
+        check_levels(quantiles)
         if self.master is not None and self._binder is not None and self._binder.program.hides:
             draws = draws_of_part(self, _DRAWS_OF_LISTS, args, kwargs)
         else:
@@ -184,7 +195,7 @@ class DensityGuide(AutoGuide):
             args, kwargs = _instead(self._conditioned, program, args, kwargs)
         indices = {name: plate.indices for name, plate in self.plates.items() if plate.size is not None}
         given = values_of_other_parts() if program.hides else {}
-        reading = self._read(partial(program.draw, args, kwargs, indices, given))
+        reading = self._read(Invocation(program, args, kwargs, indices, given))
         if chains > 1 and any(name in reading.trace.nodes for name in given):
             raise NotImplementedError(
                 f"{type(self).__name__} as a part of an AutoGuideList needs the other parts' values and takes one set "
@@ -197,8 +208,8 @@ class DensityGuide(AutoGuide):
                 return self._bind(*known, chains)
             check_data(self._first, reading)
         call = self._binder(reading, args, kwargs, given, self._admit)
-        spare = call.spare if self._reads_prior else []  # another reading is no draw from the prior
-        call = replace(call, density=density_of(call.model, self._compiler), spare=spare)
+        is_draw = self._reads_prior or reading.origin is not None  # from the start
+        call = replace(call, density=self._density(call), spare=call.spare if is_draw else [])
         create_missing(self.plates, reading, latents_only=self.master is not None)
         if self._first is None:
             warn_if_stored(self)

@@ -8,7 +8,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_model
 from .short_run import ShortRunGuide
 from .training import Request
 
@@ -51,6 +51,7 @@ class ShortRunELBO(ELBO):
     @staticmethod
     def check(model: Any, guide: Any) -> None:
         """Refuse what does not belong together."""
+        check_model(model)
         if not isinstance(guide, ShortRunGuide):
             raise ValueError(f"ShortRunELBO is for a ShortRunGuide, not for {type(guide).__name__}: use Trace_ELBO.")
         if guide.model != model:  # bound methods are equal, not identical

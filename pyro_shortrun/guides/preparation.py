@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ..density.call import Call
+from ..dynamics.acceptance import Acceptance
 from ..runs.pilot import back_off
 from ..runs.run import Gradients
 from ..starts.fitted import Gaussian
@@ -25,11 +26,14 @@ _MORE = 0.01  # nats by which another step is to be better
 _FROZEN = 0.05  # share of rows
 
 
-def prepare(simulation: Simulation, call: Call, chooses_step: bool, backs_off: bool) -> None:
+def prepare(
+    simulation: Simulation, call: Call, chooses_step: bool, backs_off: bool, acceptance: Acceptance | None
+) -> None:
     """Create what is missing, before a call's run.
 
     :param chooses_step: whether the step size is found by :func:`best_step`, after a fit.
     :param backs_off: whether it is lowered while pilot runs fail, as long as it is the first guess.
+    :param acceptance: by which it is lowered instead, and tuned later.
     """
     layout, like = call.density.layout, next(iter(call.reading.unconstrained.values())).detach()
     dynamics, start = simulation.dynamics, simulation.start
@@ -45,6 +49,9 @@ def prepare(simulation: Simulation, call: Call, chooses_step: bool, backs_off: b
                 dynamics.step_size.fill(best_step(simulation, call))
     if created and backs_off and dynamics.step_size.is_at_init:  # a param store may know better
         pilot = replace(call, spare=[])  # the call's own draw is kept for its run
+        if acceptance is not None:
+            simulation.search(acceptance, pilot)
+            return
         back_off(dynamics, lambda: simulation.pilot_fails(pilot), lambda: simulation.require_movable(pilot))
 
 

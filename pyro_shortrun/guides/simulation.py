@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..density.affine import Affine
+from ..density.affine import Affine, AffineDensity
 from ..density.call import Call
 from ..density.layout import Layout
 from ..density.structure import check_masks
+from ..dynamics.acceptance import Acceptance
 from ..dynamics.dynamics import Dynamics
 from ..objectives.objective import Objective
+from ..runs.course import astray
 from ..runs.pilot import pilot_chains, pilot_fails
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients, run
@@ -68,6 +72,27 @@ class Simulation:
                 missing -= chains
         return pilots.objective()
 
+    def make(
+        self,
+        call: Call,
+        chains: int,
+        account: bool,
+        gradients: Gradients,
+        training: bool = False,
+        keep_states: bool = False,
+    ) -> tuple[StartDraw, ShortRun]:
+        """``chains`` draws, with the step sizes as they are and what the objective learns from pilots.
+
+        What is not differentiated does not show: SVI's optimiser moves every parameter it sees, by momentum, even if
+        its gradient is zero.
+        """
+        silent = gradients is Gradients.NONE
+        with _hidden(silent or not self.objective.tunes_steps):
+            step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
+        with _hidden(silent):
+            objective = self.informed(call, step_size, training and not silent) if account else self.objective
+            return self.run(call, chains, step_size, objective, account, gradients, keep_states)
+
     def run(
         self,
         call: Call,
@@ -110,6 +135,28 @@ class Simulation:
         return drawn if attached else drawn.detached()
 
     @torch.no_grad()
+    def follow(self, acceptance: Acceptance, call: Call, drawn: StartDraw, end: Tensor) -> None:
+        """Let the step size follow the acceptance, by steps from where a run has ended."""
+        density, state = call.density, end.detach()
+        if drawn.framed is not None:
+            frame = drawn.framed.frame
+            density, state = AffineDensity(density, frame), frame.inward(state)
+        with poutine.block():
+            acceptance.adapt(density, state, self.dynamics, self.num_steps)
+
+    @torch.no_grad()
+    def search(self, acceptance: Acceptance, call: Call) -> None:
+        """Lower the first step size until steps are accepted, where runs begin and where they end."""
+        with poutine.block():
+            density, start = self.draw_start(call, pilot_chains(call.density.layout), Gradients.NONE).inside(
+                call.density
+            )
+            acceptance.search(density, start.state, self.dynamics, self.num_steps)
+            step_size = self.dynamics.step_size(density.layout, self.num_steps)
+            ended = run(density, self.dynamics, self.objective, start, step_size, account=False)
+            acceptance.search(density, ended.end, self.dynamics, self.num_steps)
+
+    @torch.no_grad()
     def require_movable(self, call: Call) -> None:
         """Refuse a model whose log density has no gradient where runs begin."""
         begin = self.draw_start(call, 1, Gradients.NONE).state
@@ -125,14 +172,26 @@ class Simulation:
             return pilot_fails(density, self.dynamics, start.state, step_size)
 
 
+def _hidden(yes: bool) -> AbstractContextManager[Any]:
+    """Whether statements inside show to no handler outside."""
+    return poutine.block() if yes else nullcontext()
+
+
 class Watch:
     """Tells once what is wrong with runs."""
 
     def __init__(self) -> None:
-        self._froze = self._folded = False
+        self._froze = self._folded = self._strayed = False
 
-    def __call__(self, info: RunInfo) -> None:
-        """Told of every run."""
+    def __call__(self, info: RunInfo, weight: float = 1.0) -> None:
+        """Told of every run.
+
+        :param weight: how many rows each row stands for.
+        """
+        reason = None if self._strayed else astray(info, weight)
+        if reason is not None:
+            self._strayed = True
+            _LOGGER.warning("%s (guide.info.log_density; told once.)", reason)
         if not self._folded and info.singular.float().mean() > MUCH:
             self._folded = True
             _LOGGER.warning(

@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..checks import check_count, check_kind
+from ..checks import check_count, check_kind, check_share
 from ..density.call import Call
 from ..runs.record import ShortRun
 from ..runs.run import Gradients
@@ -138,10 +138,9 @@ def tune_on_grid(
     4.0
     """
     check_count("num_particles", num_particles)
-    if not 0 <= max_invalid <= 1:
-        raise ValueError(f"max_invalid is a share between 0 and 1, got {max_invalid!r}.")
-    if not isinstance(factors, Sequence) or not all(isinstance(f, (int, float)) for f in factors):
-        raise ValueError(f"factors must be a sequence of numbers, got {factors!r}.")
+    check_share("max_invalid", max_invalid, "0.05")
+    if not (isinstance(factors, Sequence) and factors and all(isinstance(f, (int, float)) and f > 0 for f in factors)):
+        raise ValueError(f"factors must be a sequence of numbers > 0, got {factors!r}.")
     trials = Trials(guide, args, kwargs, num_particles)
     if not guide.has_density:
         raise NotImplementedError(f"{type(guide.start).__name__} starts have no density, and so there is no bound.")

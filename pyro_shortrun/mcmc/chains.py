@@ -148,9 +148,7 @@ class Session:
         fault = None if self._warned else self.sampler.fault(state, stats, warming)
         if fault is not None:
             self._warned = True
-            warnings.warn(
-                f"{fault}; this warning is shown once. Use a smaller step_size, or adjust=True.", stacklevel=4
-            )
+            warnings.warn(f"{fault} (This warning is shown once.)", stacklevel=4)
 
     def stats(self) -> Stats:
         """Statistics of the kept draws, ``(chains, draws)``."""

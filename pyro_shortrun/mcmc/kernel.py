@@ -10,7 +10,7 @@ from typing import Any
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from ..checks import check_count, check_kind, check_model
+from ..checks import check_between, check_count, check_flags, check_function, check_kind, check_model
 from ..compile.compiler import Compiler
 from ..density.handlers import init_uniform
 from ..dynamics.dynamics import Dynamics
@@ -129,10 +129,11 @@ class ShortRunLangevin(MCMCKernel):
         check_count("num_steps", num_steps)
         if dynamics is not None and step_size is not None:
             raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
-        if not isinstance(adjust, bool) or not isinstance(persistent, (bool, type(None))):
-            raise ValueError(f"adjust and persistent must be True or False, got {adjust!r} and {persistent!r}.")
-        if target_accept_prob is not None and not 0 < target_accept_prob < 1:
-            raise ValueError(f"target_accept_prob must lie between 0 and 1, got {target_accept_prob!r}.")
+        check_flags(adjust=adjust, persistent=persistent, compile=compile)
+        check_function("potential_fn", potential_fn, "lambda params: params['z'].square().sum() / 2")
+        check_kind("transforms", transforms, Mapping, "{'scale': biject_to(constraints.positive).inv}")
+        if target_accept_prob is not None:
+            check_between("target_accept_prob", target_accept_prob, 0, 1, "0.574")
         check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
         check_kind("objective", objective, Objective, "PathDensity()")
         check_kind("preconditioner", preconditioner, Preconditioner, "Diagonal()")
@@ -262,7 +263,7 @@ def _check_combination(kernel: ShortRunLangevin, objective: Objective | None, ta
     if not kernel.adjust and target_accept_prob is not None:
         raise ValueError("target_accept_prob has no use without adjust=True.")
     if kernel._given_transforms is not None and kernel.potential_fn is None:
-        raise ValueError("transforms go with potential_fn; a model has its own.")
+        raise ValueError("transforms go with potential_fn; a model has its own: leave them out.")
     if kernel.adjust and not kernel.dynamics.has_transition_density:
         raise ValueError("adjust=True needs dynamics with noise, such as Langevin(0.1).")
     if kernel._schedule is not None and (kernel.adjust or not kernel.persistent):

@@ -15,6 +15,7 @@ from ..density.interface import Block
 from ..dynamics.adaptation import Adaptation
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.metric import Preconditioner
+from ..runs.course import reasonable
 from ..runs.transitions import Given, Passed, Place, Transitions
 from ..tensors import moved
 from .sampler import ChainState, Sampler, Stats, draw_stats
@@ -74,6 +75,7 @@ class LangevinChain(Sampler):
             dynamics, preconditioner, adjust, accept or 0.0, math.inf if schedule else limit, chain_batch_size, known_by
         )
         self.made = 0  # transitions
+        self._first: float | None = None  # log density of a row after the warm-up
 
     @property
     def kind(self) -> str:
@@ -184,6 +186,8 @@ class LangevinChain(Sampler):
         return ChainState(there.u, there.log_density, there.grad, there.white), accept, finite
 
     def fault(self, state: ChainState, stats: Stats, warming: bool) -> str | None:
+        if not (warming or self.restarts or self.target.is_subsampled):
+            self._climb(state)
         if self.adjust:  # a rejected proposal is nothing to warn about
             return None
         pull = self.adaptation.scales.pull(state.grad)
@@ -191,9 +195,22 @@ class LangevinChain(Sampler):
         if not warming and clipped > _MUCH_CLIPPED:
             return (
                 "drifts are clipped at max_drift: the step size is too large, the chains bounce, and their law is not "
-                "the posterior's"
+                "the posterior's. Use a smaller step_size, or adjust=True."
             )
         return super().fault(state, stats, warming)
+
+    def _climb(self, state: ChainState) -> None:
+        """Tell once of chains whose log density goes on rising after the warm-up."""
+        level = state.log_density.mean().item()
+        self._first = level if self._first is None else self._first
+        rise = level - self._first
+        if rise > reasonable(state.u.shape[-1]):
+            self._first = math.inf
+            _LOGGER.warning(
+                "the log density of chains still rises after the warm-up, by %.3g nats a row: take more warm-up steps; "
+                "or it has no upper bound (a pyro.factor of the wrong sign?), and then no posterior (told once).",
+                rise,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"made": self.made, "adaptation": self.adaptation.state_dict()}

@@ -80,7 +80,7 @@ class Sampler(ABC):
             return None
         return (
             f"{bad} of {len(stats['nonfinite'])} chains met a non-finite density or gradient and stay at their last "
-            "finite state (counted in the statistic 'nonfinite')"
+            "finite state (counted in the statistic 'nonfinite'). Use a smaller step_size, or adjust=True."
         )
 
     @abstractmethod

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from ..dynamics.dynamics import Dynamics
 from ..objectives.objective import Objective
+from ..runs.course import astray
 from ..runs.run import Gradients, run
 from .sampler import ChainState, Sampler, Stats, draw_stats
 from .target import Target
@@ -41,6 +42,7 @@ class ShortRuns(Sampler):
         structure = target.density.structure
         like = torch.zeros((), dtype=structure.dtype, device=structure.device)
         self._objective = objective
+        self._reason: str | None = None  # what is wrong with the last runs
         objective.setup(num_steps, target.density.layout, like)
         self._set_step_size(like, guess and tune)
         raw = list(dynamics.step_size.parameters()) if tune and warmup else []
@@ -55,7 +57,7 @@ class ShortRuns(Sampler):
         tunes = ascent is not None
         drawn = self.target.start(len(state.u))
         noise = self.dynamics.draw_noise(self.num_steps, drawn.state)
-        ends, frozen = [], []
+        ends, frozen, self._reason = [], [], None
         parts = zip(
             *map(self._split, (drawn.state, drawn.log_q, drawn.log_density)), self._split(noise, 1), strict=True
         )
@@ -72,9 +74,13 @@ class ShortRuns(Sampler):
                 ascent.collect(bound.sum() / drawn.log_q.numel())
             ends.append(result.end.detach())
             frozen.append(result.info.frozen)
+            self._reason = self._reason or astray(result.info)
         if ascent is not None:
             ascent.step()
         return self._record(torch.cat(ends), torch.cat(frozen))
+
+    def fault(self, state: ChainState, stats: Stats, warming: bool) -> str | None:
+        return super().fault(state, stats, warming) or (None if warming else self._reason)
 
     def _record(self, end: Tensor, frozen: Tensor) -> tuple[ChainState, Stats]:
         state = self.evaluate(end)

@@ -13,7 +13,7 @@ from pyro.infer.mcmc.util import print_summary, select_samples
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_count, check_kind
+from ..checks import check_count, check_function, check_kind
 from ..tensors import random_state, set_random_state
 from .chains import Session
 from .convergence import groups_of, worst_nested_rhat
@@ -84,10 +84,11 @@ class VectorizedMCMC:
         check_count("num_chains", num_chains)
         self._chooses_warmup = warmup_steps is None
         self.warmup_steps = num_samples if warmup_steps is None else warmup_steps
-        if self.warmup_steps != 0:
-            check_count("warmup_steps", self.warmup_steps)
+        check_count("warmup_steps", self.warmup_steps, least=0)
         if chain_batch_size is not None:
             check_count("chain_batch_size", chain_batch_size)
+        check_kind("initial_params", initial_params, Mapping, "{'z': torch.zeros(num_chains, 2)}")
+        check_function("hook_fn", hook_fn, "lambda kernel, params, stage, i: print(i)")
         for name, value in (initial_params or {}).items():
             if value.shape[:1] != (num_chains,):
                 raise ValueError(

@@ -13,12 +13,13 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from ..checks import check_flags
 from ..density.interface import Density
 from ..density.layout import Layout
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.momentum import Leap, MomentumDynamics, leapfrog
 from ..starts.base import Base
-from .objective import Objective
+from .objective import Objective, check_inertia
 from .reverse_kernels import Mirror, Reverse
 from .transition import Column, Departure, State, Transition, settings
 
@@ -232,6 +233,7 @@ class Annealed(PyroModule, Objective):
 
     def __init__(self, learnable: bool = True) -> None:
         super().__init__()
+        check_flags(learnable=learnable)
         self.learnable = learnable
 
     def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:
@@ -262,6 +264,7 @@ class Annealed(PyroModule, Objective):
         return beta / beta[-1]
 
     def check(self, dynamics: Dynamics) -> None:
+        check_inertia(self, dynamics)
         if not (dynamics.has_transition_density or dynamics.has_momentum):
             name = type(self).__name__
             raise ValueError(f"{name} needs dynamics with noise, such as Langevin(0.1): its weights are those of it.")
@@ -270,7 +273,8 @@ class Annealed(PyroModule, Objective):
         if base is None:
             raise NotImplementedError(
                 f"{type(self).__name__} needs the density of the start everywhere, not only at draws: use "
-                "start=Prior(), AutoNormal(model), AutoDiagonalNormal(model) or AutoMultivariateNormal(model); and "
+                "start=Prior(), AutoNormal(model), AutoDiagonalNormal(model) or AutoMultivariateNormal(model), or an "
+                "encoder whose sites are real and Normal independently of each other; and "
                 "start=Prior() where latents lie in poutine.mask (as obs_mask makes some), which those do not mask."
             )
         if isinstance(dynamics, MomentumDynamics):

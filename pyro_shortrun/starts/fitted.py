@@ -28,6 +28,7 @@ from .target import Target
 _LOGGER = logging.getLogger("pyro_shortrun")
 MAX_SIZE = 300  # latents: its cost grows with the cube
 _GAIN = 0.1  # of what is trained: an optimiser moves every parameter by about its learning rate
+_BEYOND = 1e12  # nats: no data have such a density
 _UNIFORM, _PRIOR, _WIDTH = 2, 2, 3.0  # places where a fit begins, besides zero, and how far out they may be
 
 
@@ -55,7 +56,8 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
     JMLR 2022.
 
     :ivar fit: the last :class:`~pyro_shortrun.starts.Fit`, or None.
-    :raises ValueError: at set-up, for more than 300 latents or subsampled ones.
+    :raises ValueError: at set-up, for more than 300 latents or subsampled ones, and for a log density without an upper
+        bound.
     """
 
     is_learned = True
@@ -151,6 +153,7 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
             places = _places(call)
             require_gradient(call.model, places.to(self.center).unsqueeze(1))
             fit = fit_normal(target, places, first)
+        _check_bounded(fit, call, target)
         normal = fit.normal
         self.center.copy_(normal.loc)
         self.factor.copy_(normal.factor)
@@ -187,6 +190,16 @@ def _report(fit: Fit, call: Call) -> None:
             "tail or several modes). Write scale parameters non-centred (poutine.reparam), call guide.pretrain(*args) "
             "to go on, and look at psis(model, guide, *args).",
             f" at {moving}" if moving else "",
+        )
+
+
+def _check_bounded(fit: Fit, call: Call, target: Target) -> None:
+    """Refuse a density that was still rising where no data can have taken it, or where a nat is lost to rounding."""
+    if not fit.converged and fit.bound > min(_BEYOND, 1 / target.rounding):
+        raise ValueError(
+            f"the log density has no upper bound: fitting a Gaussian, it rose to {fit.bound:.2g} nats along "
+            f"{_moving(fit, call) or 'all latents'}. Look for a pyro.factor of the wrong sign, or a latent that "
+            "neither prior nor data hold."
         )
 
 

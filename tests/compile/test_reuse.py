@@ -96,6 +96,11 @@ def numbers(fn: Any, *inputs: Tensor) -> tuple[int, ...]:
         (lambda x: (x.exp(), x.unsqueeze(0).squeeze(0).exp()), True),
         (lambda x: (x.exp(), x.unsqueeze(0)[0].exp()), True),
         (lambda x: (x.t().exp(), x.permute(1, 0).exp()), False),
+        (lambda x: (x.exp(), x.permute(-1, 0).exp()), False),
+        (lambda x: (x.exp(), x.permute(-2, 1).exp()), True),
+        (lambda x: (x.t().as_strided((6,), (1,)), x.t().contiguous().as_strided((6,), (1,))), False),
+        (lambda x: (x.float().exp(), torch.stack([x.float(), x.double()])[0].exp()), False),
+        (lambda x: (torch.empty_like(x), torch.empty_like(x)), False),
         (lambda x: (x[0].exp(), x[1].exp()), False),
         (lambda x: (torch.zeros_like(x.exp()), torch.zeros_like(x)), True),
         (lambda x: (torch.zeros_like(x), torch.zeros_like(x).add_(1)), False),
@@ -109,11 +114,22 @@ def test_the_same_value_has_the_same_number(fn, same):
     assert (a == b) is same
 
 
-def test_what_changes_in_place_is_like_nothing_else():
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: b[0].fill_(1.0),
+        lambda b: b.unbind(0)[1].fill_(1.0),
+        lambda b: b.chunk(2)[1].fill_(1.0),
+        lambda b: torch.exp(torch.ones(4), out=b),
+        lambda b: torch._foreach_add_([b], 1.0),
+    ],
+    ids=["view", "unbound", "chunk", "out", "list"],
+)
+def test_what_changes_in_place_is_like_nothing_else(change):
     def fn(x: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = torch.zeros(3), torch.zeros(3)
-        b[0].fill_(1.0)
+        a, b = torch.zeros(4), torch.zeros(4)
+        change(b)
         return a + x, b + x
 
-    a, b = numbers(fn, torch.randn(3))
+    a, b = numbers(fn, torch.randn(4))
     assert a != b

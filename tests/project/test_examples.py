@@ -30,6 +30,7 @@ EXPECTED = {
     "fabric": ("gradient of 2 ranks", {"fabric.txt"}),
     "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
     "langevin_autoencoder": ("std of codes", {"reconstructions.png", "samples.png", "posterior.png", "training.png"}),
+    "many_guides": ("alive", {"table.txt", "results.json"}),
     "lae": ("-log p(x)", {"lae.txt", "lae.json", "results.json"}),
     "coopnets": ("taught by regression", {"coopnets.txt", "samples.png", "chains.png"}),
     "variational_teaching": ("dual", {"teaching.txt", "samples.png", "chains.png"}),
@@ -42,6 +43,7 @@ EXPECTED = {
     "plain_swap": ("right in all three", {"table.txt", "results.json"}),
     "posteriors": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
     "scaling": ("SIMULATED", {"scaling.txt", "results.json"}),
+    "generators": ("CPU seconds each", {"generators.txt", "results.json"}),
     "soak": ("drift of frozen", {"soak.txt", "results.json", "soak.png"}),
     "speed": ("Peak memory", {"speed.txt", "results.json"}),
     "walk": ("changes of module", {"walk.txt", "results.json"}),
@@ -49,7 +51,7 @@ EXPECTED = {
 }
 # Imported by an example.
 MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "record", "speed_models", "speed_jax"}
-MODULES |= {"teaching_images"}
+MODULES |= {"teaching_images", "generators_data", "generators_methods"}
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in MODULES], ids=lambda p: p.stem)
