@@ -40,6 +40,7 @@ from .posterior import posterior_draws, repeated, trajectories
 from .preparation import prepare, pretrain
 from .reading import read_from_prior, reading_ahead, recalled
 from .simulation import Simulation, Watch
+from .summary import summary
 from .training import Training
 
 
@@ -229,12 +230,16 @@ class ShortRunGuide(DensityGuide):
             values = posterior_draws(self, call, num_samples * num_chains, num_steps, adjust, resample)
         return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in values.items()}
 
+    def summary(self, *args: Any, num_samples: int = 1000, prob: float = 0.9, **kwargs: Any) -> None:
+        """Print means, deviations, medians and intervals, the acceptance, and the Pareto k of runs."""
+        print(summary(self, args, kwargs, num_samples, prob))
+
     @torch.no_grad()
     def weighted_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Call, WeightedDraws]:
         """Independent runs with their log densities, and the call they were made in; for exporters."""
         with ordinary_autograd(), poutine.block():
-            call = self._bind(args, kwargs)
-            return call, repeated(self, call, count, account=self._start.has_density and self.objective.weighs)
+            call, weighs = self._bind(args, kwargs), self._start.has_density and self.objective.weighs
+            return call, repeated(self, call, count, account=weighs)
 
     def trajectory(self, *args: Any, num_chains: int = 1, **kwargs: Any) -> dict[str, Tensor]:
         """The states of a run along its steps, dict from site to ``(num_steps + 1, num_chains, *site shape)``."""
@@ -323,8 +328,7 @@ class ShortRunGuide(DensityGuide):
         if not (training and self.training):
             return training and self._start.has_density
         self._calls += 1
-        due = (self._calls - 1) % self.tune_every == 0 or not self.objective.tunes_steps
-        return self._start.has_density and due
+        return self._start.has_density and ((self._calls - 1) % self.tune_every == 0 or not self.objective.tunes_steps)
 
     def _run(
         self, call: Call, chains: int, account: bool, gradients: Gradients, keep_states: bool = False
