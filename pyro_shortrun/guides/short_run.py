@@ -34,11 +34,9 @@ from .choice import check_parts, default_objective, default_start, described, re
 from .draws import WeightedDraws, weigh
 from .emit import emit, outer_shape
 from .preparation import fit_start, prepare
-from .refinement import refine
+from .refinement import Plan, refine
 from .simulation import Simulation, Watch
 from .training import Training
-
-_ADJUST = 20  # steps after a run
 
 
 class ShortRunGuide(DensityGuide):
@@ -193,26 +191,28 @@ class ShortRunGuide(DensityGuide):
         num_samples: int = 1000,
         num_chains: int = 1,
         adjust: int | None = None,
-        resample: bool = False,
+        resample: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Independent runs, vectorised.
+        """Runs, vectorised.
 
-        :param num_samples: draws per chain (the leading dimension, for ArviZ); every draw is a run of its own.
+        :param num_samples: draws per chain (the leading dimension, for ArviZ); a run for each.
         :param adjust: how many Metropolis-adjusted steps follow each run and take away what is left of its bias
             (``guide.info.acceptance``); by default 20 from a :class:`Gaussian` start, and none from others.
-        :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7).
+        :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7)
+            before that; by default 100 or more from a :class:`Gaussian` start, if adjusted, up to a k-hat of 1.
         :return: dict from site to ``(num_chains, num_samples, *site shape)``.
         """
         check_count("num_samples", num_samples)
         check_count("num_chains", num_chains)
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
-            drawn = self._repeat(call, num_samples * num_chains, account=resample and self._start.has_density)
-            adjust = (_ADJUST if isinstance(self.start, Gaussian) else 0) if adjust is None else adjust
-            if adjust or resample:
+            plan = Plan.of(self._start, self.objective, num_samples * num_chains, adjust, resample)
+            drawn = self._repeat(call, num_samples * num_chains, plan.resample is not False and self._start.has_density)
+            if not plan.is_empty:
                 step_size = self.dynamics.step_size(call.density.layout, self.num_steps).mean(0)
-                drawn, acceptance, k_hat = refine(call, drawn, adjust, resample, self._start.frame, step_size)
+                drawn, acceptance, k_hat, moving = refine(call, drawn, plan, self._start.frame, step_size)
+                self._watch.weights(k_hat, moving)
                 self.info = self.info and replace(self.info, acceptance=acceptance, k_hat=k_hat)
         return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in drawn.values.items()}
 

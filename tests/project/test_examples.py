@@ -39,8 +39,8 @@ EXPECTED = {
     "anomaly": ("base rate", {"anomaly.txt", "results.json"}),
     "chains": ("ESS/s", {"chains.txt", "results.json"}),
     "posteriordb": ("R-hat", {"table.txt", "results.json"}),
-    "plain_swap": ("right in all three", {"table.txt", "results.json"}),
-    "posteriors": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
+    "gradients": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
+    "posteriors": ("Right in all three", {"table.txt", "results.json", "errors.png"}),
     "scaling": ("SIMULATED", {"scaling.txt", "results.json"}),
     "soak": ("drift of frozen", {"soak.txt", "results.json", "soak.png"}),
     "speed": ("Peak memory", {"speed.txt", "results.json"}),
@@ -48,8 +48,8 @@ EXPECTED = {
     "tuning": ("s/best", {"tuning.txt", "results.json"}),
 }
 # Imported by an example.
-MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "record", "speed_models", "speed_jax"}
-MODULES |= {"teaching_images"}
+MODULES = {"gradients_dais", "gradients_rivals", "posteriordb_models", "record", "speed_models", "speed_jax"}
+MODULES |= {"posteriors_language", "posteriors_methods", "posteriors_models", "posteriors_numpyro", "teaching_images"}
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in MODULES], ids=lambda p: p.stem)
