@@ -18,9 +18,11 @@ SCRIPTS = DOCS.parent / "examples" / "benchmarks"
 FULL = {
     "anomaly": ("--data mnist.npz --quick", "energy.md#measured"),
     "chains": ("", "chains.md#how-it-compares-with-nuts"),
+    "generators": ("--data FOLDER", "objectives.md#generators"),
     "gradients": ("--data FOLDER --quick --jax-python PYTHON", "objectives.md#sixteen-posteriors"),
     "lae": ("--data mnist.npz --quick", "autoencoder.md#measured"),
     "link_prediction": ("--data FOLDER", "semi_implicit.md#dynamic-graphs"),
+    "many_guides": ("", "reliability.md#many-guides"),
     "posteriordb": ("--data FOLDER --dense", "chains.md#how-it-compares-with-nuts"),
     "posteriors": ("--data FOLDER --jax-python PYTHON", "comparison.md#the-plain-swap"),
     "scaling": ("--quick", "scaling.md"),

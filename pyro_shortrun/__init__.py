@@ -11,6 +11,7 @@ from .diagnostics.psis import psis
 from .dynamics.dynamics import Dynamics
 from .dynamics.hamiltonian import Hamiltonian
 from .dynamics.langevin import Langevin
+from .dynamics.nesterov import Nesterov
 from .dynamics.step_size import StepSize
 from .energy.elbo import EnergyELBO
 from .energy.predictive import sample_prior
@@ -27,6 +28,7 @@ from .objectives.annealed import Annealed
 from .objectives.linearized import Linearized
 from .objectives.mixture import Mixture
 from .objectives.path import PathDensity
+from .objectives.refine import Refine
 from .objectives.reverse import GaussianReverse
 from .semi_implicit.elbo import SemiImplicit_ELBO
 from .semi_implicit.guide import SemiImplicitGuide
@@ -52,9 +54,11 @@ __all__ = [
     "Linearized",
     "MCMCTeaching",
     "Mixture",
+    "Nesterov",
     "PathDensity",
     "Persistent",
     "Prior",
+    "Refine",
     "Refiner",
     "SemiImplicitGuide",
     "SemiImplicit_ELBO",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
@@ -19,10 +20,31 @@ from torch.utils import _pytree as pytree
 _LOGGER = logging.getLogger("pyro_shortrun")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Refuse anything but a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse anything but a positive integer, or one of ``least`` at least."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+
+
+def check_counts(name: str, values: Any) -> None:
+    """Refuse anything but a sequence of positive integers."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a sequence of integers >= 1, got {values!r}.")
+    for value in values:
+        check_count(name, value)
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse anything but True and False, or None where that is a default."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | None):
+            raise ValueError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_function(name: str, value: Any, example: str) -> None:
+    """Refuse what is given and cannot be called."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name} must be a function such as {example}, got {value!r}.")
 
 
 def check_kind(name: str, value: Any, kind: type, example: str) -> None:
@@ -38,6 +60,18 @@ def check_between(name: str, value: Any, low: float, high: float, example: str) 
         raise ValueError(f"{name} must be a number in ({low:g}, {high:g}), got {value!r}; try {example}.")
 
 
+def check_share(name: str, value: Any, example: str) -> None:
+    """Refuse anything but a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}; try {example}.")
+
+
+def check_weight(name: str, value: Any) -> None:
+    """Refuse anything but a finite number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
+
+
 def check_model(model: Any) -> None:
     """Refuse what is no model: the result of calling one, or a guide where the two are swapped."""
     if not callable(model):
@@ -47,6 +81,17 @@ def check_model(model: Any) -> None:
         )
     if isinstance(model, AutoGuide):
         raise ValueError(f"model is a guide, {type(model).__name__}: the model comes first, (model, guide, *args).")
+
+
+def is_silent(module: Any) -> bool:
+    """Whether this is a module that cannot be called, such as a dynamics."""
+    return isinstance(module, nn.Module) and type(module).forward is nn.Module.forward
+
+
+def check_guide(guide: Any) -> None:
+    """Refuse what is no guide: the class of one, or its draws."""
+    if isinstance(guide, type) or not callable(guide) or is_silent(guide):
+        raise ValueError(f"guide must be a guide of the model, such as AutoNormal(model), got {guide!r}.")
 
 
 def explain(

@@ -207,32 +207,13 @@ plt.show()
 # %% [markdown]
 # ## Predictions
 #
-# `Predictive` takes the guide as it takes any. One thing differs: a short run conditions on the data *when it
-# is called*, and at prediction time there are none. The guide says so:
-
+# `Predictive` takes the guide as it takes any. A short run conditions on the data *when it is called*, and at
+# prediction time there are none: the guide then takes those that it was trained on. (Where these differed from
+# step to step, as mini-batches do, it asks for them, `guide.condition_on(x, y)`.)
 
 # %%
-def attempt(what, *args, **kwargs):
-    """Print the error instead of raising it."""
-    try:
-        what(*args, **kwargs)
-    except Exception as e:
-        first = str(e).split("Trace Shapes:")[0].strip()
-        print(f"{type(e).__name__}: {first}")
-    else:
-        print("no error")
-
-
 new_x = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.0, 2.0]])
-attempt(Predictive(model, guide=guide, num_samples=10), new_x)
-
-# %% [markdown]
-# `guide.condition_on(x, y)` tells it which data its runs belong to; `guide.forget()` undoes it.
-
-# %%
-guide.condition_on(x, y)
 replicated = Predictive(model, guide=guide, num_samples=DRAWS, return_sites=["w", "y"])(new_x)
-guide.forget()
 found_p = torch.sigmoid(replicated["w"] @ new_x.T).squeeze(1)
 exact_p = torch.sigmoid(draws["NUTS"] @ new_x.T)
 frequency = replicated["y"].reshape(-1, len(new_x)).mean(0)
@@ -335,6 +316,17 @@ for name, sites in found.items():
 
 # %%
 logging.getLogger("pyro_shortrun").setLevel(logging.ERROR)
+
+
+def attempt(what, *args, **kwargs):
+    """Print the error instead of raising it."""
+    try:
+        what(*args, **kwargs)
+    except Exception as e:
+        first = str(e).split("Trace Shapes:")[0].strip()
+        print(f"{type(e).__name__}: {first}")
+    else:
+        print("no error")
 
 
 def first_step(model, *data, **options):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_between, check_kind
+from ..checks import check_between, check_flags, check_kind
 from ..dynamics.adaptation import follow_acceptance
 from ..dynamics.metropolis import decide
 from ..tensors import keep_rows
@@ -171,6 +171,7 @@ class LinearChain(nn.Module):
             check_between(name, value, 0, math.inf, "0.1")
         if target_accept_prob is not None:
             check_between("target_accept_prob", target_accept_prob, 0, 1, "0.574, or None for a fixed step size")
+        check_flags(adjust=adjust)
         check_kind("basis", basis, Basis, "Span()")
         self.step_size, self.adjust, self.init_scale = float(step_size), adjust, init_scale
         self.basis = Everywhere() if basis is None else basis

@@ -11,10 +11,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..checks import check_between, check_count
+from ..checks import check_between, check_count, check_flags
 from ..density.call import Call
 from ..density.layout import Layout
-from ..density.program import Reading
+from ..density.program import Invocation, Reading
 from ..density.sites import is_masked_out
 from ..density.structure import Structure
 from ..guides.base import DensityGuide
@@ -123,6 +123,7 @@ class LangevinEncoderGuide(DensityGuide):
         compile: bool = False,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
+        check_flags(compile=compile)
         super().__init__(model, compile=compile, create_plates=create_plates)
         if not callable(features):
             raise ValueError(f"features must be a module or function of the model's arguments, got {features!r}.")
@@ -154,6 +155,7 @@ class LangevinEncoderGuide(DensityGuide):
             outer = outer_shape()
             trains = grad_enabled and not is_masked_out()
             call = self._bind(args, kwargs, outer.numel())
+            self._memory.note(call.bind, self.training and grad_enabled)
             encoding = self._encoding(call, trains, check=True)
             stores = trains and self.training
             steps = self.num_steps if stores else self.eval_steps
@@ -264,7 +266,7 @@ class LangevinEncoderGuide(DensityGuide):
     # ---------------------------------------------------------------- one call
 
     @torch.no_grad()
-    def _read(self, draw: Callable[..., Reading]) -> Reading:
+    def _read(self, draw: Invocation) -> Reading:
         return super()._read(draw)
 
     def _admit(self, structure: Structure) -> Structure:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count
+from ..checks import check_count, check_function
 from ..dynamics.metropolis import BEST_ACCEPTANCE
 from ..tensors import ordinary_autograd
 from .basis import Basis
@@ -62,6 +62,8 @@ class AmortizedSampler(nn.Module):
     ) -> None:
         super().__init__()
         check_count("size", size)
+        check_function("log_density", log_density, "lambda u: -u.square().sum(-1) / 2")
+        check_function("features", features, "torch.nn.Linear(2, 16)")
         self.log_density, self.features = log_density, features
         self.register_buffer("inputs", inputs)
         self.chain = LinearChain(step_size, adjust, target_accept_prob, basis, init_scale)

@@ -6,6 +6,7 @@ import copy
 import time
 import warnings
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,14 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from .graph import Function
+from .rewrites import rewrite
 
 _TRIALS = 4
-_LARGE_MATRIX = 2**14  # numbers
-_BLOCKS = 4
 
 
 class Backend(ABC):
-    """What makes a traced graph fast."""
+    """What makes a traced graph fast.
+
+    ``takes_loops`` tells whether a graph may have loops in it, or is that of a single step.
+    """
+
+    takes_loops = True
 
     @abstractmethod
     def build(self, module: GraphModule, inputs: list[Tensor]) -> Function:
@@ -34,6 +39,19 @@ class Untouched(Backend):
 
     def build(self, module: GraphModule, inputs: list[Tensor]) -> Function:
         return module
+
+
+class Scripted(Backend):
+    """One operation after the other without Python between them: made in no time, and several times faster than the
+    model under Pyro's handlers."""
+
+    takes_loops = False
+
+    def build(self, module: GraphModule, inputs: list[Tensor]) -> Function:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of numbers that become constants, and of its age
+            script = torch.jit.trace(module, tuple(inputs), check_trace=False)
+        return script
 
 
 class Inductor(Backend):
@@ -49,7 +67,7 @@ class Inductor(Backend):
             return _cuda_graphs(module)
         loops = [n for n in module.graph.nodes if n.target is scan_op]
         for one in (module, *(getattr(module, n.args[0].target) for n in loops)):
-            _split_transposed_products(one)
+            rewrite(one)
         # Shapes and strides are the key under which the graph is kept, so dynamo and its guards are not needed.
         if loops:
             return _loops(module, inputs)
@@ -59,10 +77,15 @@ class Inductor(Backend):
 
 def _loops(module: GraphModule, inputs: list[Tensor]) -> Function:
     """A graph with loops, in C++ throughout: between steps, Python would take most of the time of small models."""
-    try:
-        return _compiled(module, inputs, cpp_wrapper=True)
-    except Exception:  # what it raises differs, as does what it cannot do
-        return _compiled(module, inputs, cpp_wrapper=False)
+    from .stack import on_the_stack  # inductor is slow to load
+
+    for buffers in (on_the_stack, nullcontext):
+        try:
+            with buffers():
+                return _compiled(module, inputs, cpp_wrapper=True)
+        except Exception:  # what it raises differs, as does what it cannot do
+            continue
+    return _compiled(module, inputs, cpp_wrapper=False)
 
 
 def _compiled(module: GraphModule, inputs: list[Tensor], cpp_wrapper: bool) -> Function:
@@ -82,32 +105,6 @@ def _compiled(module: GraphModule, inputs: list[Tensor], cpp_wrapper: bool) -> F
     with config.patch(cpp_wrapper=cpp_wrapper, unsafe_marked_cacheable_functions=cacheable):
         with tracing(TracingContext(fake)):
             return torch._inductor.compile(module, list(inputs))
-
-
-def _split_transposed_products(module: GraphModule) -> GraphModule:
-    """Products of a large transposed matrix with a vector, as the sum of a few products of its blocks of rows.
-
-    Inductor would make a loop of such a product that goes through memory column by column.
-    """
-    aten = torch.ops.aten
-    for node in [n for n in module.graph.nodes if n.target is aten.mv.default]:
-        transposed, vector = node.args
-        rows, columns = (n.meta["tensor_meta"].shape.numel() if "tensor_meta" in n.meta else 0 for n in (vector, node))
-        if transposed.target not in (aten.t.default, aten.permute.default, aten.transpose.int):
-            continue
-        if rows * columns < _LARGE_MATRIX or rows % _BLOCKS:
-            continue
-        with module.graph.inserting_before(node):
-            shape = [_BLOCKS, rows // _BLOCKS, columns]
-            matrices = module.graph.call_function(aten.reshape.default, (transposed.args[0], shape))
-            vectors = module.graph.call_function(aten.reshape.default, (vector, [_BLOCKS, 1, rows // _BLOCKS]))
-            product = module.graph.call_function(aten.bmm.default, (vectors, matrices))
-            total = module.graph.call_function(aten.sum.dim_IntList, (product, [0, 1]))
-        node.replace_all_uses_with(total)
-        module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
 
 
 def _cuda_graphs(module: GraphModule) -> Function:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -20,9 +20,8 @@ class Packing:
         self._dtypes = [t.dtype for t in like]
         self._groups: list[list[int]] = []
         known: dict[tuple[object, ...], list[int]] = {}
-        for i, t in enumerate(like):
-            small = t.numel() <= _SMALL and (t.is_floating_point() or t.dtype is torch.bool)
-            key = (t.shape, t.device) if small else (i,)
+        for i in sorted(range(len(like)), key=lambda i: like[i].dtype is torch.bool):  # after the numbers
+            key = _group(like[i], known) or (i,)
             if key not in known:
                 self._groups.append(known.setdefault(key, []))
             known[key].append(i)
@@ -43,5 +42,18 @@ class Packing:
 
     @staticmethod
     def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+        if len(tensors) == 1:
+            return tensors[0].unsqueeze(dim)
         number = next((t.dtype for t in tensors if t.dtype is not torch.bool), torch.bool)
         return torch.stack([t.to(number) for t in tensors], dim)
+
+
+def _group(t: Tensor, known: Collection[tuple[object, ...]]) -> tuple[object, ...] | None:
+    """The key of those that ``t`` may be joined with: numbers of its kind; a boolean with any numbers. Strides stay: a
+    graph may depend on them."""
+    if t.numel() > _SMALL or not t.is_contiguous() or not (t.is_floating_point() or t.dtype is torch.bool):
+        return None
+    place = t.shape, t.device
+    if t.dtype is torch.bool:
+        return next((key for key in known if key[:2] == place), (*place, t.dtype))
+    return *place, t.dtype

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._higher_order_ops.scan import scan_op
-from torch._ops import OpOverload
+from torch.fx import Graph as Nodes
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import (
     PythonKeyTracer,
@@ -18,8 +18,10 @@ from torch.fx.experimental.proxy_tensor import (
 )
 
 from ..density.recurrence import Recurrence, Tensors
+from ..tensors import apart, fresh
 from .graph import Function, lifted
 from .packing import Packing
+from .values import draws_numbers
 
 
 class Scan:
@@ -44,18 +46,14 @@ class Scan:
         if any(draws_numbers(n) for n in body.graph.nodes):
             raise NotImplementedError("its log density draws random numbers")
         zeros = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in step.gathered]
-        before = [_fresh(t) for t in step.carried.pack([*carry, *zeros], 0)]
+        before = [fresh(t) for t in step.carried.pack([*carry, *zeros], 0)]
         along = [t.flip(0) if recurrence.backwards else t for t in step.read.pack(columns, 1)]
-        out = _emit(body, before, along, _apart([*fixed, *reached]))
+        body, packed = _packed(body, [*fixed, *reached])
+        out = _emit(body, before, along, apart(packed))
         last = step.carried.unpack(out[: len(before)])
         stacked = step.written.unpack([t.movedim(1, 0) for t in out[len(before) :]])
         last, added = last[: len(carry) + recurrence.firsts], last[len(carry) + recurrence.firsts :]
         return *last, *(t.flip(0) if recurrence.backwards else t for t in stacked), *added
-
-
-def draws_numbers(node: Node) -> bool:
-    """Whether a node of a graph takes from a random generator."""
-    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 class _Step:
@@ -86,22 +84,25 @@ class _Step:
         firsts = [torch.where(begins, a, b) for a, b in zip(now, firsts, strict=True)]
         sums = [a + b for a, b in zip(sums, more, strict=True)]
         packed = self.carried.pack([*following, *firsts, *sums], 0)
-        return tuple(_fresh(t) for t in (*packed, *self.written.pack([t.squeeze(0) for t in written], 0)))
+        return tuple(fresh(t) for t in (*packed, *self.written.pack([t.squeeze(0) for t in written], 0)))
 
 
-def _apart(tensors: list[Tensor]) -> list[Tensor]:
-    """The same values; no two share memory."""
-    seen: set[int] = set()
-    found = []
-    for t in tensors:
-        memory = t.untyped_storage().data_ptr()
-        found.append(_fresh(t) if memory in seen else t)
-        seen.add(memory)
-    return found
+def _packed(body: GraphModule, fixed: list[Tensor]) -> tuple[GraphModule, list[Tensor]]:
+    """The step with the small ones of its last inputs side by side, and these."""
+    packing = Packing(fixed)
+    packed = packing.pack(fixed, 0)
+    with disable_proxy_modes_tracing():
+        unpack, _ = lifted(lambda *parts: tuple(packing.unpack(parts)), tuple(packed))
+    graph, own, theirs = Nodes(), _placeholders(body), _placeholders(unpack)
+    first = len(own) - len(fixed)
+    env = {n: graph.placeholder(f"moving_{i}") for i, n in enumerate(own[:first])}
+    members: Any = graph.graph_copy(unpack.graph, {n: graph.placeholder(f"fixed_{i}") for i, n in enumerate(theirs)})
+    graph.output(graph.graph_copy(body.graph, {**env, **dict(zip(own[first:], members, strict=True))}))
+    return GraphModule(body, graph), packed
 
 
-def _fresh(t: Tensor) -> Tensor:
-    return t.clone(memory_format=torch.contiguous_format)
+def _placeholders(module: GraphModule) -> list[Node]:
+    return [n for n in module.graph.nodes if n.op == "placeholder"]
 
 
 def _emit(body: GraphModule, carry: list[Tensor], columns: list[Tensor], fixed: list[Tensor]) -> Tensors:

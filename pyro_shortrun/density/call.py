@@ -14,6 +14,7 @@ from .interface import Density
 from .layout import Layout
 from .model import LogDensity
 from .program import Binding, Program, Reading
+from .recall import Recall
 from .structure import Structure, read_structure
 from .vectorize import map_chains
 
@@ -29,7 +30,7 @@ class Call:
     model: LogDensity
     density: Density
     reading: Reading  # the forward run from which shapes were read
-    spare: list[Reading] = field(default_factory=list)  # fresh draws from the prior, to be used once
+    spare: list[Reading] = field(default_factory=list)  # fresh draws from the start, to be used once
     isolated: bool = False  # whether the model's parameters must not be reached by gradients
 
     @classmethod
@@ -54,6 +55,10 @@ class Call:
     def bind(self) -> Binding:
         """What the call fixes."""
         return self.model.bind
+
+    def value(self, u: Tensor) -> Tensor:
+        """``log pi(u)``, ``(chains, rows)``, by a run of the model where it is not known from one."""
+        return self.density(u) if isinstance(self.density, Recall) else self.model(u)
 
     def jointly(self) -> Call:
         """The same call with all latents in one row."""

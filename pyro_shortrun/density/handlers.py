@@ -45,7 +45,8 @@ class Reader(Messenger):
     """Puts values into the latent sites, and keeps transforms and log-Jacobians.
 
     Exactly one of these at each latent: ``free`` (unconstrained values), ``bound`` (site values), or neither (the
-    model draws it).
+    model draws it). With ``leaves``, bound values are taken to unconstrained space first, of whose values, leaves of
+    autograd, the run then is a function.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Reader(Messenger):
         given: Mapping[str, Tensor],
         free: Mapping[str, Tensor] | None = None,
         bound: Mapping[str, Tensor] | None = None,
+        leaves: bool = False,
     ) -> None:
         super().__init__()
+        self.leaves = leaves
         self.hidden, self.indices, self.given = hidden, indices, given
         self.free, self.bound = free, bound
         self.unconstrained: dict[str, Tensor] = {}
@@ -88,10 +91,18 @@ class Reader(Messenger):
                 "depend on the values of other sites."
             )
         elif self.bound is not None and name in self.bound:
-            msg["value"] = self.bound[name]
+            msg["value"] = self._leaf(msg) if self.leaves else self.bound[name]
+
+    def _leaf(self, msg: Site) -> Tensor:
+        name, transform = msg["name"], self._transform(msg)
+        assert self.bound is not None
+        leaf = transform.inv(self.bound[name].detach()).clone().requires_grad_()
+        self.unconstrained[name] = leaf
+        return transform(leaf)
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        if self.free is None and is_latent(msg) and not self._is_hidden(msg):
+        known = self.free is not None or msg["name"] in self.unconstrained
+        if not known and is_latent(msg) and not self._is_hidden(msg):
             value = msg["value"]
             with helpful_support_errors(msg):
                 self.unconstrained[msg["name"]] = self._transform(msg).inv(value)

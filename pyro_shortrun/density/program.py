@@ -14,7 +14,9 @@ from functools import cached_property
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
+from pyro.infer import config_enumerate
 from pyro.infer.discrete import infer_discrete
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -53,6 +55,7 @@ class Reading:
     trace: Any  # poutine.Trace, whose nodes Pyro types as TypedDicts of optional entries
     unconstrained: dict[str, Tensor]
     transforms: dict[str, Transform]
+    origin: Any = None  # the trace of the guide whose draw it is at, if it is at one's
 
     @property
     def latents(self) -> list[Site]:
@@ -115,11 +118,14 @@ class Program:
     """A Pyro model, looked at through its ``poutine.block`` wrappers.
 
     :param model: any callable with Pyro primitives.
+    :param enumerates: whether discrete latents are summed out without having been told to.
     """
 
-    def __init__(self, model: Callable[..., Any]) -> None:
+    def __init__(self, model: Callable[..., Any], enumerates: bool = False) -> None:
         check_model(model)
         self._model, self._hidden = look_through_blocks(model)
+        if enumerates:
+            self._model = config_enumerate(self._model)
         self._shows = False
 
     @contextmanager
@@ -157,6 +163,19 @@ class Program:
         bind = Binding(args, kwargs, indices or {}, given or {}, None)
         with pyro.validation_enabled(False):  # what is not finite is refused by name at the start of the run
             return self._read(bind, init)
+
+    def at(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        indices: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+    ) -> Reading:
+        """Run the model forwards with latents at site ``values``, as a function of their unconstrained values, which
+        are leaves of autograd."""
+        with pyro.validation_enabled(False), torch.enable_grad():
+            return self._read(Binding(args, kwargs, indices, given, None), bound=values, leaves=True)
 
     def check(self, reading: Reading) -> None:
         """Refuse what short runs cannot infer.
@@ -250,17 +269,18 @@ class Program:
         init: Callable[..., Any] | None = None,
         free: Mapping[str, Tensor] | None = None,
         bound: Mapping[str, Tensor] | None = None,
+        leaves: bool = False,
     ) -> Reading:
         tracer = poutine.trace()
         shown = poutine.block(hide_types=["sample", "observe"]) if self._shows else poutine.block()
         enumerate_ = nullcontext() if bind.enum_dim is None else Enumerate(first_available_dim=bind.enum_dim)
         model = self._model if init is None else continuous_init(init)(self._model)
-        reader = Reader(self._hidden, bind.indices, bind.given, free, bound)
+        reader = Reader(self._hidden, bind.indices, bind.given, free, bound, leaves)
         try:
             with own_dims(), shown, tracer, enumerate_, reader:
                 model(*bind.args, **bind.kwargs)
         except (TypeError, ZeroDivisionError, RuntimeError) as reason:
-            explain(reason, model, bind.args, bind.kwargs, tracer.trace)
+            explain(reason, self._model, bind.args, bind.kwargs, tracer.trace)
             raise
         if free is not None and len(reader.unconstrained) < len(free):
             gone = next(name for name in free if name not in reader.unconstrained)
@@ -269,6 +289,21 @@ class Program:
                 "the values of other sites."
             )
         return Reading(tracer.get_trace(), reader.unconstrained, reader.transforms)
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """The arguments of one call, from which its first run of the model is made: by :meth:`__call__`, latents drawn from
+    the prior (or from a Pyro ``init_to_*`` function)."""
+
+    program: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    indices: Mapping[str, Tensor]
+    given: Mapping[str, Tensor]
+
+    def __call__(self, init: Callable[..., Any] | None = None) -> Reading:
+        return self.program.draw(self.args, self.kwargs, self.indices, self.given, init)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,17 @@ def log_jacobians(
     """``log |dz/du|`` over the batch shape of each latent site whose transform is not the identity.
 
     :param nodes: trace nodes by name.
+    :raises NotImplementedError: for a support that has more dimensions than the site.
     """
     found = {}
     for name, u in unconstrained.items():
         if not is_identity(transforms[name]):
             value = nodes[name]["value"]
+            if value.dim() - transforms[name].codomain.event_dim > u.dim() - transforms[name].domain.event_dim:
+                raise NotImplementedError(
+                    f"the support of latent site {name!r} depends on a site that is enumerated: give it one that does "
+                    "not, such as a fixed interval that the model scales."
+                )
             term = transforms[name].log_abs_det_jacobian(u, value)
             found[name] = sum_rightmost(term, term.dim() - value.dim() + nodes[name]["fn"].event_dim)
     return found

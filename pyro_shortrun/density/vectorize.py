@@ -114,7 +114,11 @@ _DRAWS: dict[Any, Callable[..., Tensor]] = {
 def _place(reason: BaseException) -> str:
     """The innermost line of the traceback that is the user's."""
     frames = [f for f in traceback.extract_tb(reason.__traceback__) if not f.filename.startswith(_LIBRARIES)]
-    return f" at `{frames[-1].line}` ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    if not frames:
+        return ""
+    last = frames[-1]
+    where = f"({Path(last.filename).name}:{last.lineno})"
+    return f" at `{last.line}` {where}" if last.line else f" in `{last.name}` {where}"  # code of exec has no lines
 
 
 def _operation(reason: BaseException) -> str:

@@ -11,11 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..checks import check_count
+from ..density.handlers import init_uniform
+from ..density.program import Program
+from ..density.sites import is_factor
 from ..energy.predictive import sample_prior
 from ..energy.runs import PriorRuns
+from ..tensors import plain
 from .axes import ax_of, axes_of, numpy_of
 from .sources import draws_of
 
@@ -89,7 +94,7 @@ def plot_reconstructions(
     named = reconstructed if isinstance(reconstructed, Mapping) else {"reconstructed": reconstructed}
     for name, images in named.items():
         if images.shape != x.shape:
-            raise ValueError(f"'{name}' has shape {tuple(images.shape)}, and the data {tuple(x.shape)}.")
+            raise ValueError(f"'{name}' has shape {tuple(images.shape)}, and must have that of x, {tuple(x.shape)}.")
     axes = axes_of(axes, 1 + len(named), 1, (9, 0.8 * (1 + len(named))))
     for ax, (title, images) in zip(axes, {"data": x, **named}.items(), strict=True):
         plot_images(images, ax, shape=shape, title=title, **options)
@@ -130,21 +135,36 @@ def plot_hierarchy(
     :raises ValueError: where a layer or the image is no site of the model.
     """
     check_count("num_samples", num_samples)
+    if not layers or isinstance(layers, str):
+        raise ValueError(f"layers must be a list of latent sites from top to bottom, got {layers!r}.")
+    _check_sites(model, args, kwargs, layers, image)
     held = {k: v[0, 0] for k, v in draws_of(_draws(source), args, kwargs, 1, 1).items()}
     missing = [name for name in layers if name not in held]
-    if missing or not layers:
+    if missing:
         raise ValueError(f"layers must be latent sites of the source, which has {sorted(held)}; got {list(layers)}.")
     axes = axes_of(axes, 1, len(layers), (3.2 * len(layers), 2.6))
     for i, (ax, name) in enumerate(zip(axes, layers, strict=True)):
         given = {k: held[k] for k in layers[:i]}
         options: dict[str, Any] = dict(num_samples=num_samples, runs=runs, given=given)
         drawn = sample_prior(model, *args, **options, **kwargs)
-        if image not in drawn:
-            raise ValueError(f"image='{image}' is not one of the model's sites {sorted(drawn)}.")
         images = drawn[image].transpose(0, 1)[:rows]
         above = f" given {', '.join(layers[:i])}" if i else ""
         plot_images(images.flatten(0, 1), ax, columns=num_samples, shape=shape, title=f"from {name} on{above}")
     return axes
+
+
+def _check_sites(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], layers: Sequence[str], image: str
+) -> None:
+    """Refuse layers that are no latents of the model, and an image that is no site."""
+    reading = Program(model).draw(plain(args), plain(kwargs), init=init_uniform)
+    latents = [s["name"] for s in reading.latents]
+    sites = {k: s for k, s in reading.trace.nodes.items() if s["type"] == "sample"}
+    there = [k for k, s in sites.items() if not (site_is_subsample(s) or is_factor(s))]
+    if missing := [name for name in layers if name not in latents]:
+        raise ValueError(f"layers must be latent sites of the model, which has {latents}; got {missing}.")
+    if image not in there:
+        raise ValueError(f"image must be one of the model's sites {there}, got '{image}'.")
 
 
 def _draws(source: Any) -> Any:
@@ -180,7 +200,14 @@ def plot_aggregate_posterior(
     names = [k for k in a if k in b] if sites is None else list(sites)
     missing = [k for k in names if k not in a or k not in b]
     if missing or not names:
-        raise ValueError(f"posterior and prior must both have the sites; they have {sorted(a)} and {sorted(b)}.")
+        raise ValueError(
+            f"posterior and prior must both have the sites {missing}; they have {sorted(a)} and {sorted(b)}."
+        )
+    check_count("event_dim", event_dim, least=0)
+    for name in names:
+        width = _flat(a[name], event_dim).shape[1]
+        if width > 1 and not all(0 <= i < width for i in coordinates):
+            raise ValueError(f"coordinates must be below {width}, the size of '{name}', got {coordinates}.")
     axes = axes_of(axes, 1, len(names), (3.4 * len(names), 3.2))
     for ax, name in zip(axes, names, strict=True):
         pairs = [(_flat(values[name], event_dim), what) for values, what in ((b, "prior"), (a, "posterior"))]

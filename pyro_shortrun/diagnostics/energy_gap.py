@@ -128,7 +128,9 @@ def bound_prior(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     """The tilted prior of a model, which must have one."""
     call = TiltedPrior(model).bind(plain(args), plain(kwargs))
     if call is None:
-        raise ValueError("the model has no energy_prior(...) statement.")
+        raise ValueError(
+            "the model has no energy_prior(...) statement: there must be one for its prior to be looked at."
+        )
     return call
 
 

@@ -51,6 +51,11 @@ def nested_rhat(draws: Any, superchains: int) -> Any:
     if isinstance(draws, VectorizedMCMC):
         draws = draws.get_samples(group_by_chain=True)
     elif not isinstance(draws, dict):
+        if not hasattr(draws, "groups"):  # of ArviZ
+            raise ValueError(
+                "draws must be a tensor (chains, draws, ...), a dict of such, a VectorizedMCMC that has run, or what "
+                f"to_arviz gives; got {draws!r}."
+            )
         variables = draws["posterior"].data_vars.items()
         draws = {str(k): torch.tensor(v.transpose("chain", "draw", ...).values) for k, v in variables}
     return {k: nested_rhat_of(k, v, superchains) for k, v in draws.items()}

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
 from torch import Tensor
 
 from ..amortized.guide import LangevinEncoderGuide
-from ..checks import check_count
+from ..checks import check_count, check_guide, check_model
 from ..density.call import Call
 from ..guides.short_run import ShortRunGuide
 from ..guides.smoothing import smoothed as smoothed_weights
@@ -105,6 +105,8 @@ def psis(
         :class:`LangevinEncoderGuide`, or an ``AutoDelta``.
     """
     check_count("num_samples", num_samples)
+    check_model(model)
+    check_guide(guide)
     if num_samples < _FEWEST:
         raise ValueError(f"num_samples must be >= {_FEWEST}, so that there is a tail to fit; got {num_samples}.")
     with ordinary_autograd(), torch.no_grad(), poutine.block():

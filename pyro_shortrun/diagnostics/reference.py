@@ -161,6 +161,8 @@ def compare_with_nuts(
         check_count(name, value)
     check_model(model)
     check_source(source)
+    if reference is not None:
+        check_source(reference, "reference")
     if reference is None:
         found = _nuts(model, args, kwargs, num_samples, warmup_steps, num_chains)
     else:

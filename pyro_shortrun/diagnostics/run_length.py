@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_counts
 from ..density.call import Call
 from ..energy.runs import PriorRuns
 from ..evaluation.two_samples import squared_mmd
@@ -222,16 +222,13 @@ class _Stage:
 
 
 def _lengths(num_steps: Sequence[int], trained: int, num_samples: int) -> tuple[int, ...]:
-    check_count("num_samples", num_samples)
-    for steps in num_steps:
-        check_count("num_steps", steps)
+    check_count("num_samples", num_samples, least=4)  # for standard errors
+    check_counts("num_steps", num_steps)
     lengths = tuple(num_steps)
     if len(lengths) < 2 or lengths != tuple(sorted(set(lengths))):
         raise ValueError(f"num_steps must be two or more increasing numbers of steps, got {lengths}.")
     if trained not in lengths[:-1]:
         raise ValueError(f"num_steps must hold runs.num_steps={trained} and a larger number, got {lengths}.")
-    if num_samples < 4:
-        raise ValueError("num_samples must be at least 4, for standard errors.")
     return lengths
 
 

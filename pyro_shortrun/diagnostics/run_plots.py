@@ -34,7 +34,7 @@ def plot_trajectories(
     """
     info = source if isinstance(source, RunInfo) else getattr(source, "info", None)
     if not isinstance(info, RunInfo):
-        raise ValueError("plot_trajectories takes a guide that has run, such as ShortRunGuide after svi.step, or info.")
+        raise ValueError("source must be a guide that has run, such as ShortRunGuide after svi.step, or its info.")
     axes = axes_of(axes, 1, 3, (10, 3))
     if trajectory is None:
         moved, name = info.step_size.mean(-1) * info.grad_norm, "drift"

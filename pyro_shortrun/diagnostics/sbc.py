@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -11,18 +10,11 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_count
-from ..density.call import Call
-from ..guides.base import DensityGuide
-from ..mcmc.kernel import ShortRunLangevin
-from ..mcmc.vectorized import VectorizedMCMC
-from ..starts.from_guide import FromGuide
+from ..checks import check_count, check_kind
 from ..tensors import ordinary_autograd, plain
 from .simulator import Simulator, Values, as_it_is, fixed_parameters
 from .uniformity import UniformBand, holm, plot_ecdf, symmetry_pvalue
@@ -150,9 +142,12 @@ def sbc(
     check_count("num_draws", num_draws)
     if isinstance(posterior, (AutoGuide, type)) or not callable(posterior):
         raise ValueError(
-            "posterior is a function of (conditioned, *args) that returns draws, such as lambda m, *a: "
+            "posterior must be a function of (conditioned, *args) that returns draws, such as lambda m, *a: "
             f"ShortRunGuide(m).sample_posterior(*a, num_samples=99), or Trained(...) or Chains(...); got {posterior!r}."
         )
+    check_kind("statistics", statistics, Mapping, "{'mean': lambda draws: draws['z'].mean(-1)}")
+    if seed is not None:
+        check_count("seed", seed, least=0)
     args, kwargs = plain(args), plain(kwargs)
     forked = nullcontext() if seed is None else torch.random.fork_rng()
     with forked, fixed_parameters(model) as fixed, ordinary_autograd():
@@ -172,76 +167,6 @@ def sbc(
     return SBC(torch.stack(ranks), tuple(quantities.names), num_draws)
 
 
-# -------------------------------------------------------------------------------------------- posteriors
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A posterior for :func:`sbc`: a new guide for each data set, trained by SVI in an empty parameter store.
-
-    :param make_guide: from the conditioned model to a guide, ``AutoNormal`` for instance. Networks that the guide uses
-        must be made there too: those from outside would go on training from one data set to the next.
-    :param optim: one of ``pyro.optim``; copied for each data set.
-    :param num_steps: SVI steps.
-    :param num_draws: draws from the trained guide.
-    :param loss: by default ``Trace_ELBO()``.
-
-    Called with the conditioned model and its arguments it returns a dict from site to ``(num_draws, *site shape)``.
-
-    Yao, Vehtari, Simpson, Gelman: Yes, but Did It Work? Evaluating Variational Inference, ICML 2018 (VSBC).
-    """
-
-    make_guide: Callable[[Callable[..., Any]], Callable[..., Any]]
-    optim: Any
-    num_steps: int = 1000
-    num_draws: int = 99
-    loss: Any = None
-
-    def __call__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        with pyro.get_param_store().scope():
-            guide = self.make_guide(model)
-            svi = SVI(model, guide, copy.deepcopy(self.optim), copy.deepcopy(self.loss) or Trace_ELBO())
-            for _ in range(self.num_steps):
-                svi.step(*args, **kwargs)
-            return _draw(model, guide, args, kwargs, self.num_draws)
-
-
-def _draw(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], count: int
-) -> dict[str, Tensor]:
-    if isinstance(guide, DensityGuide):
-        return guide.sample_posterior(*args, num_samples=count, **kwargs)
-    with ordinary_autograd(), torch.no_grad(), poutine.block():
-        call = Call.of(model, args, kwargs)
-        return call.model.constrain(FromGuide(guide).draw(call, count).state)[0]
-
-
-@dataclass(frozen=True)
-class Chains:
-    """A posterior for :func:`sbc`: the last draw of each of many chains, which needs no thinning.
-
-    :param make_kernel: from the conditioned model to a kernel, ``lambda m: ShortRunLangevin(m, adjust=True)``.
-    :param warmup_steps: draws before the one that is kept; a chain that needs more shows up as miscalibrated.
-    :param num_chains: chains, as many as draws.
-
-    Called with the conditioned model and its arguments it returns a dict from site to ``(num_chains, *site shape)``.
-
-    Talts, Betancourt, Simpson, Vehtari, Gelman: Validating Bayesian Inference Algorithms with Simulation-Based
-    Calibration, 2018.
-    """
-
-    make_kernel: Callable[[Callable[..., Any]], ShortRunLangevin]
-    warmup_steps: int = 200
-    num_chains: int = 99
-
-    def __call__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        mcmc = VectorizedMCMC(
-            self.make_kernel(model), 1, self.warmup_steps, num_chains=self.num_chains, disable_progbar=True
-        )
-        mcmc.run(*args, **kwargs)
-        return mcmc.get_samples()
-
-
 # -------------------------------------------------------------------------------------------- ranks
 
 
@@ -255,9 +180,11 @@ class _Quantities:
         sites: Sequence[str] | None,
         statistics: dict[str, Callable[..., Any]],
     ) -> None:
-        unknown = sorted(set(sites or ()) - set(simulator.latents))
+        unknown = [sites] if isinstance(sites, str) else sorted(set(sites or ()) - set(simulator.latents))
         if unknown:
-            raise ValueError(f"sites {unknown} are not latent in the model, whose are {sorted(simulator.latents)}.")
+            raise ValueError(
+                f"sites must be a list of latent sites, of which there are {sorted(simulator.latents)}; got {unknown}."
+            )
         clash = sorted(set(statistics) & {LIKELIHOOD, *simulator.latents})
         if clash:
             raise ValueError(f"statistics {clash} have the name of a site or of '{LIKELIHOOD}': rename them.")

@@ -68,13 +68,15 @@ def _all_draws(
     return {k: v.unflatten(0, (chains, count)) for k, v in drawn.items()}
 
 
-def check_source(source: Any) -> None:
+def check_source(source: Any, name: str = "source") -> None:
     """Refuse what has no draws, before minutes are spent on a reference."""
     done = isinstance(source, VectorizedMCMC) and source.has_draws or isinstance(source, MCMC) and source._samples
     if isinstance(source, (MCMC, VectorizedMCMC)) and not done:
         raise ValueError(f"this {type(source).__name__} has no draws yet; call mcmc.run(*args) first.")
     if isinstance(source, type) or not isinstance(source, (Mapping, MCMC, VectorizedMCMC)) and not callable(source):
-        raise ValueError(f"draws come from a guide, a finished MCMC or VectorizedMCMC, or a dict, got {source!r}.")
+        raise ValueError(
+            f"{name} must be a guide, an MCMC or VectorizedMCMC that has run, or a dict of draws, got {source!r}."
+        )
 
 
 def independent_draws(x: Tensor) -> Tensor:

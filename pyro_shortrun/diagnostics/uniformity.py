@@ -32,8 +32,8 @@ class UniformBand:
     """
 
     def __init__(self, count: int, levels: int) -> None:
-        if count < 1 or levels < 2:
-            raise ValueError(f"needs >= 1 rank of >= 2 possible values, got {count} of {levels}.")
+        check_count("count", count)
+        check_count("levels", levels, least=2)
         from scipy.stats import binom  # changes warning filters when imported
 
         self.count, self.levels = count, levels
@@ -99,6 +99,8 @@ def symmetry_pvalue(values: np.ndarray) -> tuple[float, float]:
 
     :param values: ``(n,)``, in [0, 1].
     """
+    if np.ndim(values) != 1 or not len(values):
+        raise ValueError(f"values must be an array of one dimension and one element at least, got {np.shape(values)}.")
     distance = np.abs(values - 0.5)
     order = np.argsort(-distance, kind="stable")
     signs = np.sign(np.where(distance < 1e-12, 0.0, values - 0.5))[order]
@@ -143,6 +145,8 @@ def plot_ecdf(sbc: Any, *, difference: bool = True, prob: float = 0.95, columns:
     :param columns: panels per row.
     :return: Matplotlib's axes, one for each quantity.
     """
+    _check_ranks(sbc)
+    check_count("columns", columns)
     band = UniformBand(len(sbc.ranks), sbc.num_draws + 1)
     low, high = (x / band.count for x in band.limits(prob))
     curves = band.counts(sbc.ranks.cpu().numpy()) / band.count  # (points, quantities)
@@ -176,6 +180,7 @@ def plot_ranks(sbc: Any, *, bins: int | None = None, prob: float = 0.95, columns
     """
     from scipy.stats import binom
 
+    _check_ranks(sbc)
     check_between("prob", prob, 0, 1, "0.95")
     count, levels = len(sbc.ranks), sbc.num_draws + 1
     if bins is None:
@@ -195,6 +200,11 @@ def plot_ranks(sbc: Any, *, bins: int | None = None, prob: float = 0.95, columns
     figure.supxlabel("rank")
     figure.supylabel("simulations")
     return panels
+
+
+def _check_ranks(sbc: Any) -> None:
+    if not hasattr(sbc, "ranks"):
+        raise ValueError(f"sbc must be what sbc(model, posterior, *args) gives, got a {type(sbc).__name__}.")
 
 
 def _panels(names: Sequence[str], columns: int) -> tuple[Any, Any]:

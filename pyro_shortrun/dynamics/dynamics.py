@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -38,12 +39,12 @@ class Dynamics(PyroModule):
 
     has_momentum = False
     has_noise = True  # whether a step adds noise
+    inertia = 0.0  # the share of the last step that is taken again before the gradient is found
 
     def __init__(self, step_size: StepSize | float, max_drift: float = 10.0) -> None:
         super().__init__()
         self.step_size = step_size if isinstance(step_size, StepSize) else StepSize(step_size)
-        if not max_drift > 0:
-            raise ValueError(f"max_drift must be > 0, got {max_drift!r}; use float('inf') for no limit.")
+        _check_limit(max_drift)
         self.max_drift = max_drift
 
     def setup(self, like: Tensor) -> None:
@@ -110,6 +111,11 @@ class Dynamics(PyroModule):
     def jacobian(self, grad: Tensor, step_size: Tensor, scale: Tensor) -> Jacobian:
         """Of :meth:`step` at fixed noise."""
         raise NotImplementedError(f"{type(self).__name__} does not say the Jacobian of its step.")
+
+
+def _check_limit(max_drift: Any) -> None:
+    if isinstance(max_drift, bool) or not isinstance(max_drift, Real) or not float(max_drift) > 0:
+        raise ValueError(f"max_drift must be a number > 0, got {max_drift!r}; use float('inf') for no limit.")
 
 
 def _keeps_up(kind: type, what: str, others: tuple[str, ...]) -> bool:

@@ -8,7 +8,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from ..checks import check_between
+from ..checks import check_between, check_flags
 from .momentum import Arrived, Leap, MomentumDynamics, gain, leapfrog
 from .step_size import StepSize
 
@@ -57,6 +57,7 @@ class Hamiltonian(MomentumDynamics):
     ) -> None:
         super().__init__(step_size, max_drift)
         check_between("damping", damping, 0, 1, "0.1")
+        check_flags(learnable=learnable)
         self.damping, self.learnable = damping, learnable
 
     def setup(self, like: Tensor) -> None:

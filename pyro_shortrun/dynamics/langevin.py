@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import check_flags
 from .dynamics import Dynamics, Jacobian
 from .step_size import StepSize
 
@@ -38,6 +39,7 @@ class Langevin(Dynamics):
 
     def __init__(self, step_size: StepSize | float = 0.1, *, noise: bool = True, max_drift: float = 10.0) -> None:
         super().__init__(step_size, max_drift)
+        check_flags(noise=noise)
         self.noise = noise
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, Literal, cast
 
 import torch
@@ -10,6 +11,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from ..checks import check_flags
 from ..density.coordinates import dim_count, dim_index, site_index
 from ..density.layout import Layout
 
@@ -52,6 +54,9 @@ class StepSize(PyroModule):
             raise ValueError(f"step_size must be a finite number > 0, got {init!r}; try 0.1.")
         if per not in ("shared", "step", "site", "dim"):
             raise ValueError(f"per must be 'shared', 'step', 'site' or 'dim', got {per!r}.")
+        check_flags(learnable=learnable)
+        if not isinstance(max, Real | None):
+            raise ValueError(f"max must be a number, got {max!r}; try 1.0.")
         self.max = float(max) if max is not None else builtin_max(1.0, 10.0 * init)
         if not (math.isfinite(self.max) and init < self.max):
             raise ValueError(f"step_size {init} must be below max={max!r}; pass a larger finite max.")
@@ -82,18 +87,19 @@ class StepSize(PyroModule):
         return True
 
     @property
-    def _current(self) -> Tensor:
+    def current(self) -> Tensor:
+        """The values, one for each of what ``per`` says."""
         return cast(Tensor, self.value)
 
     @property
     def is_at_init(self) -> bool:
         """Whether the values are those of the constructor."""
-        value = self._current.detach()
+        value = self.current.detach()
         return torch.allclose(value, torch.full_like(value, self.init), rtol=1e-4)
 
     def shrink(self, factor: float | Tensor) -> None:
         """Multiply the current values by ``factor < 1``."""
-        self.assign(self._current.detach() * factor)
+        self.assign(self.current.detach() * factor)
 
     @torch.no_grad()
     def assign(self, value: Tensor) -> None:
@@ -104,11 +110,11 @@ class StepSize(PyroModule):
 
     def fill(self, value: float) -> None:
         """Set all current values to one number inside ``(0, max)``."""
-        self.assign(torch.full_like(self._current.detach(), value))
+        self.assign(torch.full_like(self.current.detach(), value))
 
     def forward(self, layout: Layout, num_steps: int) -> Tensor:
         """Values at every step and coordinate, ``(num_steps, size)``."""
-        value = self._current
+        value = self.current
         if len(value) != self._length:  # PyroParam reads the parameter store, by name
             raise ValueError(
                 f"this guide has {self._length} step sizes and Pyro's parameter store {len(value)}, another guide's: "
@@ -122,7 +128,7 @@ class StepSize(PyroModule):
 
     def by_site(self, layout: Layout) -> Tensor | dict[str, Tensor]:
         """Current values: a tensor if shared or per step, else a dict from site to values."""
-        value = self._current.detach().clone()
+        value = self.current.detach().clone()
         if self.per in ("shared", "step"):
             return value.squeeze(-1) if self.per == "shared" else value
         if self.per == "site":

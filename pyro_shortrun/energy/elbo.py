@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,10 +13,11 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ..checks import check_count, check_kind
+from ..checks import check_count, check_flags, check_kind, check_weight
 from ..density.call import Call
 from ..density.sites import Site, is_weighted_from_outside
 from ..dynamics.dynamics import Dynamics
+from ..runs.course import astray
 from ..runs.record import RunInfo, ShortRun
 from ..starts.start import Start
 from ..tensors import keep_rows, ordinary_autograd, plain
@@ -24,6 +25,8 @@ from .negative import Landing, Negative, Term, mean_energy
 from .prior import TiltedPrior
 from .runs import PriorRuns
 from .statement import KnowsLogZ, energy_of
+
+_LOGGER = logging.getLogger("pyro_shortrun")
 
 
 @dataclass(frozen=True)
@@ -127,15 +130,16 @@ class EnergyELBO(ELBO):
         check_kind("base_elbo", base_elbo, ELBO, "Trace_ELBO()")
         super().__init__(num_particles=base_elbo.num_particles)
         check_count("num_chains", num_chains)
-        if not (l2 >= 0 and math.isfinite(l2)):
-            raise ValueError(f"l2 must be a finite number >= 0, got {l2!r}.")
+        check_weight("l2", l2)
+        check_flags(compile=compile)
         self.base_elbo: Any = base_elbo
         self.num_chains, self.l2 = num_chains, l2
         self.runs = PriorRuns.of(runs, num_steps=num_steps, step_size=step_size, dynamics=dynamics, start=start)
         self.info: EnergyInfo | None = None
         self._compile = compile
         self._prior: TiltedPrior | None = None
-        self._warned = False
+        self._warned = self._strayed = False
+        self._updates = 0
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The base's loss: there is no negative phase, which would not change the value."""
@@ -189,6 +193,8 @@ class EnergyELBO(ELBO):
     def _keep(self, call: Call, done: ShortRun) -> None:
         """Tell the start where the runs ended; rows that froze would freeze again, and begin anew."""
         end = done.end
+        self._updates += 1
+        self.runs.follow(call, end, self._updates)
         if done.info.nonfinite:
             end = keep_rows(done.info.frozen, call.prior(len(end)), end)
         self.runs.begins.finish(call, end)
@@ -208,6 +214,10 @@ class EnergyELBO(ELBO):
         return negative.surrogate + self.l2 * (watch.squares / self.num_particles + negative.squares)
 
     def _warn_once(self, info: RunInfo) -> None:
+        reason = None if self._strayed else astray(info)
+        if reason is not None:
+            self._strayed = True
+            _LOGGER.warning("in the prior, %s (EnergyELBO.info.run.log_density; told once.)", reason)
         if info.frozen.all():
             raise ValueError(
                 "every run in the prior met a non-finite density or gradient: the energies may have diverged. Lower "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,15 +13,17 @@ from pyro.infer import Predictive
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_flags, check_kind, check_model
 from ..density.program import Binding, Program, Reading
 from ..density.vectorize import map_chains
 from ..dynamics.dynamics import Dynamics
+from ..runs.course import astray
 from ..starts.start import Start
 from ..tensors import ordinary_autograd, plain
 from .prior import TiltedPrior
 from .runs import PriorRuns
 
+_LOGGER = logging.getLogger("pyro_shortrun")
 _NUMBERS_AT_ONCE = 2**20  # coordinates of states
 
 
@@ -72,6 +75,9 @@ def sample_prior(
         is not finite at a start.
     :raises NotImplementedError: where some of the prior lies in a subsampled plate and some does not.
     """
+    check_model(model)
+    check_kind("given", given, Mapping, "{'z': torch.zeros(3)}")
+    check_flags(compile=compile)
     runs = PriorRuns.of(runs, num_steps=num_steps, step_size=step_size, dynamics=dynamics, start=start)
     return draw_sites(TiltedPrior(model, compile), runs, args, kwargs, num_samples, given or {})
 
@@ -99,7 +105,10 @@ def draw_sites(
         layout = call.density.layout
         parts = max(1, math.ceil(count * layout.rows * layout.size / _NUMBERS_AT_ONCE))
         chains = math.ceil(count / parts)  # of equal size: every other one would be compiled anew
-        latents = [call.model.constrain(runs.make(call, chains).end)[0] for _ in range(parts)]
+        done = [runs.make(call, chains) for _ in range(parts)]
+        if reason := astray(done[0].info):
+            _LOGGER.warning("in the prior, %s", reason)
+        latents = [call.model.constrain(part.end)[0] for part in done]
         values = {k: torch.cat([part[k] for part in latents])[:count] for k in latents[0]}
         values |= prior.discrete(call, values)
         held = {**prior.conditions, **given}
@@ -112,10 +121,12 @@ def _check_given(reading: Reading, given: Mapping[str, Tensor]) -> None:
     latents = {k: s for k, s in nodes if s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s)}
     for name, value in given.items():
         if name not in latents:
-            raise ValueError(f"given names '{name}', which is not one of the model's latent sites {sorted(latents)}.")
+            raise ValueError(
+                f"given names '{name}', which is no latent site of the model: there are {sorted(latents)}."
+            )
         wanted = tuple(latents[name]["value"].shape)
         if tuple(value.shape) != wanted:
-            raise ValueError(f"given['{name}'] has shape {tuple(value.shape)}; the site has shape {wanted}.")
+            raise ValueError(f"given['{name}'] has shape {tuple(value.shape)}; it must have the site's, {wanted}.")
 
 
 def _simulate(
@@ -180,8 +191,9 @@ class EnergyPredictive(Predictive):
         runs: PriorRuns | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(model, posterior_samples, guide, num_samples, return_sites, parallel)
         self._runs = PriorRuns.of(runs)
+        check_flags(parallel=parallel, compile=compile)
+        super().__init__(model, posterior_samples, guide, num_samples, return_sites, parallel)
         self._prior = TiltedPrior(model, compile)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -64,6 +64,11 @@ def energy_prior(name: str, energy: Callable[..., Tensor], *latents: Tensor) -> 
     :param latents: values of earlier sample sites.
     :raises ValueError: where ``energy`` cannot be called, or gives another shape than that of the enclosing plates.
     """
+    if not isinstance(name, str) or not latents:
+        raise ValueError(
+            f"name must be a string and latents values of earlier sites, energy_prior('ebm', energy, z); got "
+            f"{name!r} and {len(latents)} latents."
+        )
     if not callable(energy):
         raise ValueError(
             f"energy '{name}' must be a function or an nn.Module, got a {type(energy).__name__}: the order is "

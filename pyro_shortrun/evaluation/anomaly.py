@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..checks import check_count, check_kind
+from ..checks import check_count, check_guide, check_kind, check_model
 from ..density.call import Call
 from ..density.layout import Layout, require_full_plates
 from ..density.rows import sum_to_rows
@@ -182,8 +182,10 @@ class Above(Score):
         runs: PriorRuns | None = None,
         compile: bool = False,
     ) -> None:
-        if not sites:
-            raise ValueError("Above needs the names of the latent sites that come from the guide: Above('z2', 'z3').")
+        if not sites or not all(isinstance(site, str) for site in sites):
+            raise ValueError(
+                f"sites must be names of latent sites of the guide, such as Above('z2', 'z3'), got {sites}."
+            )
         self.sites = set(sites)
         self._runs, self._compile = PriorRuns.of(runs), compile
         self._prior: TiltedPrior | None = None
@@ -270,6 +272,10 @@ def anomaly_scores(
     **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Several scores of the same draws, by name, as :func:`anomaly_score` gives one."""
+    if not (isinstance(scores, Mapping) and scores):
+        raise ValueError(f"scores must be a dict from names to scores such as {{'joint': Joint()}}, got {scores!r}.")
+    check_model(model)
+    check_guide(guide)
     for score in scores.values():
         check_kind("score", score, Score, "Joint()")
     check_count("num_draws", num_draws)

@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_between, check_count, check_flags, check_model
 from ..compile.compiler import Compiler
 from ..compile.executor import density_of
 from ..density.call import Call
@@ -120,11 +120,15 @@ def ais(
     :param kwargs: the model's keyword arguments.
     :raises ValueError: for arguments out of range, and where a latent lies in a subsampled plate.
     """
-    for name, value in (("num_chains", num_chains), ("num_temperatures", num_temperatures)):
-        check_count(name, value)
+    check_count("num_temperatures", num_temperatures)
     check_count("num_transitions", num_transitions)
-    if num_chains < 2 or not power > 0:
-        raise ValueError(f"needs num_chains >= 2 and power > 0; got {num_chains} and {power!r}.")
+    check_count("num_chains", num_chains, least=2)
+    check_between("power", power, 0, math.inf, "3.0")
+    check_between("step_size", step_size, 0, math.inf, "0.1")
+    if long_run is not None:
+        check_count("long_run", long_run)
+    check_flags(compile=compile)
+    check_model(model)
     betas = [(t / num_temperatures) ** power for t in range(num_temperatures + 1)]
     rest = num_temperatures if long_run is None else long_run
     with ordinary_autograd(), torch.no_grad(), poutine.block():

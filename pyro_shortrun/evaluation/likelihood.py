@@ -12,9 +12,9 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_count
+from ..checks import check_count, check_guide
 from ..density.call import Call
-from ..density.layout import require_full_plates
+from ..density.layout import Layout, require_full_plates
 from ..energy.statement import energies
 from ..starts.from_guide import FromGuide
 
@@ -73,14 +73,16 @@ def importance_log_likelihood(
     :raises ValueError: where a site is missing from ``draws`` or there are too few of them, and for models with
         :func:`~pyro_shortrun.energy_prior`, whose log Z :func:`~pyro_shortrun.ais` brackets.
     """
+    if not isinstance(draws, Mapping):
+        raise ValueError(
+            "draws must be a dict from latent site to (draws, *site shape), such as {k: v[0] for k, v in "
+            f"guide.sample_posterior(*args).items()}}; got {type(draws).__name__}. For the guide itself use "
+            "guide_log_likelihood(model, guide, *args)."
+        )
+    check_count("num_samples", num_samples, least=2)
+    check_count("rounds", rounds)
     density = _on_full_plates(model, args, kwargs).model
-    missing = [s.name for s in density.layout.sites if s.name not in draws]
-    if missing:
-        raise ValueError(f"draws lack the latent sites {missing}.")
-    names = [s.name for s in density.layout.sites]
-    count = len(draws[names[0]])
-    if count < 2 or rounds < 1 or num_samples < 2:
-        raise ValueError(f"needs >= 2 draws, >= 2 samples and >= 1 round; got {count}, {num_samples}, {rounds}.")
+    names, count = [s.name for s in density.layout.sites], _count(density.layout, draws)
     states = torch.stack([density.unconstrain({k: draws[k][i] for k in names}) for i in range(count)])
     weights = states.new_full(states.shape[:2], 1.0 / count)
     for _ in range(rounds):
@@ -119,6 +121,7 @@ def guide_log_likelihood(
     """
     check_count("num_samples", num_samples)
     check_count("at_once", at_once)
+    check_guide(guide)
     call = _on_full_plates(model, args, kwargs)
     with poutine.block():
         guide(*args, **kwargs)  # what it creates, and checks, at its first call cannot be vectorised
@@ -128,6 +131,22 @@ def guide_log_likelihood(
         start.require_density("likelihood")
         parts.append(drawn.log_density - drawn.log_q)
     return LogLikelihood.of(torch.cat(parts))
+
+
+def _count(layout: Layout, draws: Mapping[str, Tensor]) -> int:
+    """The number of draws, of which there must be two at least of every site, in its shape."""
+    counts = set()
+    for site in layout.sites:
+        if site.name not in draws:
+            raise ValueError(f"draws lack the latent site '{site.name}': give draws of all of them.")
+        value = torch.as_tensor(draws[site.name])
+        counts.add(len(value) if value.dim() else 0)
+        if value.shape[1:] != site.shape or counts != {len(value)} or len(value) < 2:
+            raise ValueError(
+                f"draws of '{site.name}' have shape {tuple(value.shape)}; it must be (draws, *{tuple(site.shape)}), "
+                "two draws at least and as many of every site."
+            )
+    return counts.pop()
 
 
 def _on_full_plates(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -70,7 +70,12 @@ def squared_mmd(a: Tensor, b: Tensor, width: float | None = None) -> float:
 
 
 def _check_samples(a: Tensor, b: Tensor) -> None:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        raise ValueError(f"a and b must be tensors, got {type(a).__name__} and {type(b).__name__}.")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"needs samples (n, d) and (m, d), n, m >= 2; got {tuple(a.shape)} and {tuple(b.shape)}.")
+        raise ValueError(
+            "a and b must be samples (n, d) and (m, d) of as many columns and two rows at least, got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}."
+        )
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise ValueError("the samples have values that are not finite.")
+        raise ValueError("a or b has values that are not finite: leave those rows out.")

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import pyro
@@ -20,19 +19,21 @@ from ..compile.compiler import Compiler
 from ..compile.executor import density_of
 from ..density.call import Binder, Call
 from ..density.handlers import init_uniform
-from ..density.program import Program, Reading
-from ..density.structure import Structure, check_data, check_latents, check_shapes
+from ..density.interface import Density
+from ..density.program import Invocation, Program, Reading
+from ..density.structure import Structure, check_data, check_latents, check_shapes, missing_data
 from ..density.trust import warn_if_rows_mix
 from ..tensors import ordinary_autograd, plain
+from .draws import check_levels
 from .emit import values_of_other_parts
 from .lists import draws_of_part, keep_values
+from .memory import Arguments, Memory
 from .pickling import without_model
-from .plates import create_given, create_missing
+from .plates import check_plates, create_given, create_missing
 
 _QUANTILE_DRAWS = 1000
 _DRAWS_OF_LISTS = 200
 _Guide = TypeVar("_Guide", bound="DensityGuide")
-_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class DensityGuide(AutoGuide):
@@ -46,10 +47,12 @@ class DensityGuide(AutoGuide):
     """
 
     def __init__(self, model: Callable[..., Any], *, compile: bool, create_plates: Callable[..., Any] | None) -> None:
+        check_plates(create_plates)
         super().__init__(model, create_plates=create_plates)
         self._binder: Binder | None = Binder(Program(model))
         self._first: Structure | None = None
-        self._conditioned: _Arguments | None = None
+        self._conditioned: Arguments | None = None
+        self._memory = Memory()
         self._compiler = Compiler() if compile else None
 
     # ---------------------------------------------------------------- what subclasses say
@@ -65,9 +68,13 @@ class DensityGuide(AutoGuide):
         """Whether :meth:`_read` draws from the model's prior."""
         return False
 
-    def _read(self, draw: Callable[..., Reading]) -> Reading:
+    def _read(self, draw: Invocation) -> Reading:
         """One run of the model, ``draw(init)``, from which a call's shapes, plates and subsamples are read."""
         return draw(init_uniform)
+
+    def _density(self, call: Call) -> Density:
+        """What runs evaluate."""
+        return density_of(call.model, self._compiler)
 
     def _admit(self, structure: Structure) -> Structure:
         """Refuse latents that this guide cannot draw; otherwise the structure with the rows that it wants."""
@@ -104,9 +111,13 @@ class DensityGuide(AutoGuide):
 
         :return: the guide itself.
         """
-        with ordinary_autograd(), poutine.block(), self._pyro_context:
-            self._bind(args, kwargs)
+        self._memory.note(self.call(args, kwargs).bind, training=False)
         return self
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The model bound to arguments, and nothing drawn; for exporters."""
+        with ordinary_autograd(), poutine.block(), self._pyro_context:
+            return self._bind(args, kwargs)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Posterior medians, estimated from 1000 draws (there is no closed form)."""
@@ -119,19 +130,22 @@ class DensityGuide(AutoGuide):
         :param quantiles: numbers between 0 and 1.
         :return: dict from site to ``(len(quantiles), *site shape)``.
         """
+        check_levels(quantiles)
         if self.master is not None and self._binder is not None and self._binder.program.hides:
             draws = draws_of_part(self, _DRAWS_OF_LISTS, args, kwargs)
         else:
             chains = self.sample_posterior(*args, num_samples=_QUANTILE_DRAWS, **kwargs)
-            draws = {k: v[0] for k, v in chains.items()}
+            names = {s.name for s in self._first.layout.sites} if self._first else set(chains)
+            draws = {k: v[0] for k, v in chains.items() if k in names}
         levels = torch.as_tensor(quantiles)
         return {k: v.quantile(levels.to(v), dim=0) for k, v in draws.items()}
 
     def condition_on(self: _Guide, *args: Any, **kwargs: Any) -> _Guide:
         """Keep these model arguments for all later calls, whatever arguments those have.
 
-        The posterior depends on the data, so ``Predictive(model, guide=guide)`` on new inputs, which passes *its*
-        arguments to the guide, is right only after ``guide.condition_on(*training_args)``.
+        The posterior depends on the data, and ``Predictive(model, guide=guide)`` on new inputs passes *its* arguments
+        to the guide. Where all training calls had the same arguments, the guide remembers them, and takes them for a
+        call in which data are missing; where they differed (mini-batches), this says what to condition on.
 
         :return: the guide itself. See :meth:`forget`.
         """
@@ -181,17 +195,21 @@ class DensityGuide(AutoGuide):
             args, kwargs = _instead(self._conditioned, program, args, kwargs)
         indices = {name: plate.indices for name, plate in self.plates.items() if plate.size is not None}
         given = values_of_other_parts() if program.hides else {}
-        reading = self._read(partial(program.draw, args, kwargs, indices, given))
+        reading = self._read(Invocation(program, args, kwargs, indices, given))
         if chains > 1 and any(name in reading.trace.nodes for name in given):
             raise NotImplementedError(
                 f"{type(self).__name__} as a part of an AutoGuideList needs the other parts' values and takes one set "
                 "of them per call: use num_particles without vectorize_particles, and Predictive(parallel=False)."
             )
         if self._first is not None:
+            known = self._memory.known if missing_data(self._first, reading) else None
+            if known is not None:
+                check_shapes(program, known, (args, kwargs))
+                return self._bind(*known, chains)
             check_data(self._first, reading)
         call = self._binder(reading, args, kwargs, given, self._admit)
-        spare = call.spare if self._reads_prior else []  # another reading is no draw from the prior
-        call = replace(call, density=density_of(call.model, self._compiler), spare=spare)
+        is_draw = self._reads_prior or reading.origin is not None  # from the start
+        call = replace(call, density=self._density(call), spare=call.spare if is_draw else [])
         create_missing(self.plates, reading, latents_only=self.master is not None)
         if self._first is None:
             warn_if_stored(self)
@@ -220,7 +238,7 @@ class DensityGuide(AutoGuide):
         for parameter in self.parameters():  # the weak references of Pyro's store, as PyroModule does with its own
             parameter.__dict__.pop("unconstrained", None)
         state = self.__dict__.copy()
-        state.update(_model=None, _binder=None, _master=None, plates={}, _conditioned=None)
+        state.update(_model=None, _binder=None, _master=None, plates={}, _conditioned=None, _memory=Memory())
         state["_modules"] = {k: without_model(m) for k, m in self._modules.items()}
         return state
 
@@ -237,11 +255,11 @@ class DensityGuide(AutoGuide):
             if isinstance(old, AutoGuide):
                 own.__dict__["_model"] = old._model
         new._binder = None if self._binder is None else Binder(self._binder.program)
-        new._conditioned = self._conditioned
+        new._conditioned, new._memory = self._conditioned, copy.copy(self._memory)
         return new
 
 
-def _instead(conditioned: _Arguments, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+def _instead(conditioned: Arguments, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """The conditioned arguments instead of a call's own."""
     if args or kwargs:  # the model will run on these with latents drawn for the conditioned ones
         check_shapes(program, conditioned, (args, kwargs))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import check_count, check_flags
 from ..density.call import Call
 from ..runs.record import ShortRun
 from ..starts.start import StartDraw
@@ -31,6 +33,10 @@ class WeightedDraws:
     end: Tensor
     row_log_q: Tensor | None
 
+    def values_and_computed(self, call: Call) -> dict[str, Tensor]:
+        """``values``, and those of sites that the model computes from them (``pyro.deterministic``)."""
+        return {**self.values, **call.model.computed(self.end, call.reading)}
+
     @staticmethod
     def join(parts: Sequence[WeightedDraws]) -> WeightedDraws:
         """Parts one after the other."""
@@ -41,6 +47,29 @@ class WeightedDraws:
 
         totals = {k: cat(k) for k in ("log_p", "log_q", "log_density", "nonfinite", "end", "row_log_q")}
         return WeightedDraws({k: torch.cat([p.values[k] for p in parts]) for k in parts[0].values}, **totals)  # type: ignore
+
+
+def check_draws(num_samples: Any, num_chains: Any, adjust: Any, resample: Any) -> None:
+    """Refuse numbers of draws, chains and adjusted steps that are none."""
+    check_count("num_samples", num_samples)
+    check_count("num_chains", num_chains)
+    if adjust is not None:
+        check_count("adjust", adjust, least=0)
+    if resample is not None:
+        check_flags(resample=resample)
+
+
+def check_levels(quantiles: Any) -> None:
+    """Refuse what are no quantiles: numbers from 0 to 1."""
+    try:
+        levels = torch.as_tensor(quantiles, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        levels = torch.full((1,), torch.nan)
+    if not (levels.numel() and ((levels >= 0) & (levels <= 1)).all()):
+        raise ValueError(
+            f"quantiles must be numbers from 0 to 1 such as [0.05, 0.95], and come before the model's arguments; got "
+            f"{quantiles!r}."
+        )
 
 
 def weigh(call: Call, drawn: StartDraw, result: ShortRun, account: bool) -> WeightedDraws:

@@ -8,7 +8,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_model
 from .short_run import ShortRunGuide
 from .training import Request
 
@@ -51,6 +51,7 @@ class ShortRunELBO(ELBO):
     @staticmethod
     def check(model: Any, guide: Any) -> None:
         """Refuse what does not belong together."""
+        check_model(model)
         if not isinstance(guide, ShortRunGuide):
             raise ValueError(f"ShortRunELBO is for a ShortRunGuide, not for {type(guide).__name__}: use Trace_ELBO.")
         if guide.model != model:  # bound methods are equal, not identical
@@ -69,6 +70,7 @@ class ShortRunELBO(ELBO):
         self.check(model, guide)
         known = guide.steps(Request(guide, args, kwargs, self.num_particles))
         if known is not None:
+            guide._memory.note_arguments((args, kwargs))
             return known
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:

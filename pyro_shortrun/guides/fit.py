@@ -11,10 +11,11 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.util import torch_item, zero_grads
+from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_count
+from ..checks import check_count, check_flags, check_function, check_kind
 from .elbo import ShortRunELBO
 from .short_run import ShortRunGuide
 from .together import Together
@@ -73,6 +74,9 @@ class ShortRunSVI(SVI):
     result: FitResult | None = None
 
     def __init__(self, model: Any, guide: Any, optim: Any, loss: Any, **kwargs: Any) -> None:
+        check_kind("optim", optim, PyroOptim, "pyro.optim.Adam({'lr': 0.01})")
+        if isinstance(loss, type):
+            raise ValueError(f"loss must be an ELBO object such as {loss.__name__}(), got the class.")
         super().__init__(model, guide, optim, loss, **kwargs)
         self._elbo = loss if type(loss) is ShortRunELBO else None
         self._together = Together(optim)
@@ -118,6 +122,8 @@ class ShortRunSVI(SVI):
         """
         _check_steps(num_steps, window, stop_when_converged)
         _check_batches(batches, args)
+        check_function("callback", callback, "lambda step, loss: print(step, loss)")
+        check_flags(progress=progress, stop_when_converged=stop_when_converged)
         record = _Record(window or _default_window(num_steps))
         calls = iter(_calls(args, batches))
         try:
@@ -284,5 +290,6 @@ def _check_steps(num_steps: Any, window: Any, stop_when_converged: bool) -> None
             )
     elif stop_when_converged and num_steps < 2 * MIN_WINDOW:
         raise ValueError(
-            f"stop_when_converged compares two windows of {MIN_WINDOW} steps or more: num_steps={num_steps} is too few."
+            f"stop_when_converged compares two windows of {MIN_WINDOW} steps or more: num_steps must be "
+            f"{2 * MIN_WINDOW} at least, got {num_steps}."
         )

@@ -10,6 +10,15 @@ from pyro.infer.autoguide import AutoGuide
 from ..density.program import Reading
 
 
+def check_plates(create_plates: Any) -> None:
+    """Refuse plates where a function is wanted that makes them."""
+    if isinstance(create_plates, pyro.plate) or not (create_plates is None or callable(create_plates)):
+        raise ValueError(
+            "create_plates must be a function of the model's arguments that returns plates, such as lambda x: "
+            f"pyro.plate('data', len(x), subsample_size=10); got {create_plates!r}."
+        )
+
+
 def create_given(guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, pyro.plate]:
     """The plates of the AutoGuideList that the guide is a part of, or of its ``create_plates``."""
     if guide.master is not None:

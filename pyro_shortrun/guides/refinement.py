@@ -13,15 +13,19 @@ from ..density.affine import Affine, AffineDensity
 from ..density.call import Call
 from ..density.interface import Density
 from ..density.layout import Layout, require_full_plates
+from ..dynamics.adaptation import Following
 from ..dynamics.langevin import Langevin
-from ..dynamics.metropolis import BEST_ACCEPTANCE, Position, decide, hastings_log_ratio
+from ..dynamics.metric import Identity
+from ..dynamics.metropolis import BEST_ACCEPTANCE
 from ..objectives.objective import Objective
+from ..runs.transitions import Given, Place, Transitions
 from ..starts.fitted import Gaussian
 from ..starts.start import Start
-from ..tensors import keep_rows
 from .draws import WeightedDraws
 from .smoothing import smoothed
 
+_NUMBERS_AT_ONCE = 2**22
+_FOLLOWS, _STAYS = (1.0, 1.0, 1.0, 0.0), (1.0, 0.0, 1.0, 0.0)  # gains
 _ADJUST = 20  # steps
 _ENOUGH = 100  # draws for a tail of weights
 _MEAN_EXISTS = 1.0  # Pareto shapes below
@@ -40,26 +44,28 @@ def adjust(density: Density, state: Tensor, step_size: Tensor | None, num_steps:
     r"""Langevin steps with Metropolis tests (MALA), every chain and row by itself: they leave ``pi`` as it is, and
     bring whatever they begin with closer to it.
 
-    In the first half of the steps the step size is adapted to an acceptance of .574, by all chains together.
+    In the first half of the steps the step size is adapted to an acceptance of .574, by all chains together and for
+    every row by itself.
 
     Roberts, Tweedie: Exponential convergence of Langevin distributions and their discrete approximations, 1996.
 
     :param state: ``(chains, rows, size)``.
     :param step_size: ``(size,)``, to begin with; None for ``.5 / size ** (1 / 3)``, in coordinates of unit scales.
     """
-    eta = state.new_full((state.shape[-1],), 0.5 / state.shape[-1] ** (1 / 3)) if step_size is None else step_size
-    dynamics, scale, acceptance = Langevin(), density.layout.drift_scale(state), math.nan
-    here = Position(state, *density.value_and_grad(state))
-    for k in range(num_steps):
-        proposal = dynamics.step(here.u, here.pull, eta, torch.randn_like(state), scale)
-        there = Position(proposal, *density.value_and_grad(proposal))
-        finite = there.log_density.isfinite() & there.pull.isfinite().all(-1)
-        ratio = hastings_log_ratio(dynamics, here, there, eta, scale)
-        move, probability = decide(ratio, finite, torch.rand_like(ratio).log())
-        here = Position(*(keep_rows(move, a, b) for a, b in zip(there, here, strict=True)))
-        acceptance = probability.mean().item()
-        if k < num_steps // 2:
-            eta = eta * math.exp(acceptance - BEST_ACCEPTANCE)
+    size = state.shape[-1]
+    first = state.new_full((size,), 0.5 / size ** (1 / 3)) if step_size is None else step_size
+    block = Transitions(Langevin(), Identity(), adjust=True, wanted=BEST_ACCEPTANCE)
+    here = Place(state, state, *density.value_and_grad(state))
+    zero, factor = torch.zeros_like(here.log_density), state.new_ones(state.shape[1:])
+    following, acceptance = Following(zero, zero, zero), math.nan
+    gains = state.new_tensor([_FOLLOWS if k < num_steps // 2 else _STAYS for k in range(num_steps)])
+    most = max(1, _NUMBERS_AT_ONCE // max(state.numel(), 1))
+    count = next(n for n in range(min(most, max(num_steps, 1)), 0, -1) if num_steps % n == 0)
+    for k in range(0, num_steps, count):
+        noise, uniform = torch.randn(count, *state.shape).to(state), torch.rand(count, *zero.shape).to(state)
+        given = Given(noise, uniform.log(), first.expand(count, size), gains[k : k + count])
+        here, following, passed = block.run(density, here, following, given, zero, True, factor)
+        acceptance = passed.acceptance[-1].mean().item()
     return Adjusted(here.u, acceptance)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,29 +11,34 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_flags
 from ..density.call import Call
-from ..density.program import Reading
+from ..density.interface import Density
+from ..density.program import Invocation, Reading
+from ..density.recall import Recall
 from ..density.sites import is_masked_out, is_weighted_from_outside
 from ..density.structure import Structure, check_latents, check_proper
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
+from ..dynamics.metric import Preconditioner
 from ..dynamics.step_size import StepSize
 from ..objectives.objective import Objective
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients
 from ..starts.finite import require_movable
-from ..starts.fitted import Gaussian
 from ..starts.from_guide import FromGuide
 from ..starts.prior import Prior
+from ..starts.rule import default_start
 from ..starts.start import Start, StartDraw
 from ..tensors import ordinary_autograd
 from .base import DensityGuide
-from .choice import check_parts, default_objective, default_start, described, read_from_prior
-from .draws import WeightedDraws, weigh
+from .choice import by_acceptance, check_parts, default_objective, described
+from .draws import WeightedDraws, check_draws
 from .emit import emit, outer_shape
-from .preparation import fit_start, prepare
-from .refinement import Plan, refine
+from .metric import Metric, arrange
+from .posterior import posterior_draws, repeated, trajectories
+from .preparation import prepare, pretrain
+from .reading import read_from_prior, reading_ahead, recalled
 from .simulation import Simulation, Watch
 from .training import Training
 
@@ -71,7 +75,6 @@ class ShortRunGuide(DensityGuide):
     divided by ``full_size / size``. *Discrete latents* must be enumerated (``config_enumerate``) or hidden.
 
     Nijkamp et al.: Multi-layer latent variable models via variational optimization of short run MCMC, ECCV 2020.
-    (Its methods are a Pyro user's, and what :class:`~pyro_shortrun.guides.DensityGuide` asks.)
 
     :param model: a Pyro model.
     :param num_steps: ``K >= 1``.
@@ -85,14 +88,16 @@ class ShortRunGuide(DensityGuide):
         :func:`~pyro_shortrun.guides.default_start` chooses: a Gaussian where all latents are one small row, the
         prior for latents of data.
     :param objective: how log q is accounted: :class:`Annealed` (default from a :class:`Gaussian`),
-        :class:`PathDensity` (default otherwise), :class:`GaussianReverse`, :class:`Mixture` or :class:`Linearized`.
+        :class:`PathDensity` (default otherwise), :class:`GaussianReverse`, :class:`Mixture`, :class:`Linearized`, or
+        :class:`Refine`, which does not: an encoder is trained by its own bound, the model by the ends of runs.
+    :param metric: :class:`~pyro_shortrun.dynamics.Diagonal` or :class:`~pyro_shortrun.dynamics.Dense` scales of every
+        row in which runs move (and ``step_size`` is), found by pilot chains from a start that has none of its own.
     :param tune_every: step sizes (and a learned start) get gradients in every ``tune_every``-th training call; an
         ELBO's ``num_particles`` are as many calls if they are not vectorised. In the calls between, the
         log-determinants in log q are those of the last tuned run; ``guide.eval()`` makes every log q exact.
     :param checkpoint: whether a tuned run keeps ``2 sqrt(K)`` states for its way back, and recomputes the others.
-    :param compile: whether runs, and with :class:`ShortRunELBO` whole training steps, are compiled (some seconds per
-        new shape); what cannot be is eager, with a logged warning. By default (None), :meth:`ShortRunSVI.run` compiles
-        the training step where the steps that are left take longer than that, and nothing else is compiled.
+    :param compile: whether runs, and with :class:`ShortRunELBO` whole training steps, are compiled; what cannot be is
+        eager, with a logged warning. By default (None), :meth:`ShortRunSVI.run` compiles its steps where that pays.
     :param create_plates: as in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampling.
     :raises ValueError: for arguments out of range, and at the first call for models that it cannot infer.
     """
@@ -106,6 +111,7 @@ class ShortRunGuide(DensityGuide):
         dynamics: Dynamics | None = None,
         start: Start | Callable[..., Any] | None = None,
         objective: Objective | None = None,
+        metric: Preconditioner | None = None,
         tune_every: int = 1,
         full_gradient: bool = False,
         checkpoint: bool = False,
@@ -115,9 +121,10 @@ class ShortRunGuide(DensityGuide):
         super().__init__(model, compile=bool(compile), create_plates=create_plates)
         check_count("num_steps", num_steps)
         check_count("tune_every", tune_every)
-        check_parts(step_size, dynamics, start, objective)
-        self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
-        self.checkpoint = checkpoint
+        check_parts(step_size, dynamics, start, objective, full_gradient, metric)
+        check_flags(full_gradient=full_gradient, checkpoint=checkpoint, compile=compile)
+        self.num_steps, self.tune_every, self.checkpoint = num_steps, tune_every, checkpoint
+        self.full_gradient, self.metric = full_gradient, None if metric is None else Metric(metric)
         self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
         self.objective = default_objective(start, self.dynamics) if objective is None else objective
         if isinstance(start, AutoGuide) and start.create_plates is not None:  # plates are the outer guide's business
@@ -129,6 +136,7 @@ class ShortRunGuide(DensityGuide):
             self.objective.check(self.dynamics)
         self.info: RunInfo | None = None
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
+        self._acceptance = by_acceptance(self.objective, start, self.dynamics.step_size, self._backs_off)
         self._chooses_step = dynamics is None and step_size is None
         self._subsamples = False
         self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
@@ -151,22 +159,29 @@ class ShortRunGuide(DensityGuide):
 
         :raises NotImplementedError: for a start whose density is not known, and where a support depends on parameters.
         """
+        check_count("num_particles", num_particles)
         if not self._start.has_density:
             raise NotImplementedError(f"{type(self._start).__name__} starts have no density: use Trace_ELBO.")
         if is_weighted_from_outside():
             raise NotImplementedError("poutine.scale, poutine.mask or a plate around ShortRunELBO: use Trace_ELBO.")
         with ordinary_autograd() as grad_enabled, self._pyro_context:
-            call, result, log_q, gradients = self._play(args, kwargs, num_particles, grad_enabled)
+            call, result, log_q, gradients = self._play(args, kwargs, num_particles, grad_enabled, lands=grad_enabled)
             density = call.density.differentiable(result.end, grad_enabled)
             return (density - call.density.layout.row_weight * log_q).sum(-1)
 
     def _play(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int, grad_enabled: bool
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int, grad_enabled: bool, lands: bool = False
     ) -> tuple[Call, ShortRun, Tensor, Gradients]:
-        """A training or evaluation call: its run and ``log q(u_K)``, ``(chains, rows)``."""
+        """A training or evaluation call: its run and ``log q(u_K)``, ``(chains, rows)``.
+
+        :param lands: whether the log density of the end will be differentiated in the parameters.
+        """
         masked = is_masked_out()
         training = grad_enabled and not masked
         call = self._bind(args, kwargs, chains)
+        self._memory.note(call.bind, training and self.training)
+        if lands and isinstance(call.density, Recall):
+            call.density.keep_landing()
         tune = self._tunes(training)
         carry = self.training and training and not tune and self._calls > 1 and self.objective.carries
         account = not (masked or carry) and self._start.has_density
@@ -176,6 +191,8 @@ class ShortRunGuide(DensityGuide):
         self._heed(call, result)
         if self.training and training:
             self._start.finish(call, result.end)
+            if self._acceptance is not None and self._acceptance.is_due(self._calls):
+                self._simulation.follow(self._acceptance, call, drawn, result.end)
         increment = result.increment
         if account and self.training and grad_enabled:
             self._carried = increment.detach().mean()
@@ -190,6 +207,7 @@ class ShortRunGuide(DensityGuide):
         *args: Any,
         num_samples: int = 1000,
         num_chains: int = 1,
+        num_steps: int | None = None,
         adjust: int | None = None,
         resample: bool | None = None,
         **kwargs: Any,
@@ -197,62 +215,38 @@ class ShortRunGuide(DensityGuide):
         """Runs, vectorised.
 
         :param num_samples: draws per chain (the leading dimension, for ArviZ); a run for each.
+        :param num_steps: steps of these runs, the guide's by default; with a :class:`Persistent` start they begin at
+            the prior, for data that were never seen.
         :param adjust: how many Metropolis-adjusted steps follow each run and take away what is left of its bias
             (``guide.info.acceptance``); by default 20 from a :class:`Gaussian` start, and none from others.
         :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7)
             before that; by default 100 or more from a :class:`Gaussian` start, if adjusted, up to a k-hat of 1.
-        :return: dict from site to ``(num_chains, num_samples, *site shape)``.
+        :return: dict from site to ``(num_chains, num_samples, *site shape)``, ``pyro.deterministic`` ones too.
         """
-        check_count("num_samples", num_samples)
-        check_count("num_chains", num_chains)
+        check_draws(num_samples, num_chains, adjust, resample)
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
-            plan = Plan.of(self._start, self.objective, num_samples * num_chains, adjust, resample)
-            drawn = self._repeat(call, num_samples * num_chains, plan.resample is not False and self._start.has_density)
-            if not plan.is_empty:
-                step_size = self.dynamics.step_size(call.density.layout, self.num_steps).mean(0)
-                drawn, acceptance, k_hat, moving = refine(call, drawn, plan, self._start.frame, step_size)
-                self._watch.weights(k_hat, moving)
-                self.info = self.info and replace(self.info, acceptance=acceptance, k_hat=k_hat)
-        return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in drawn.values.items()}
+            self._memory.note(call.bind, training=False)
+            values = posterior_draws(self, call, num_samples * num_chains, num_steps, adjust, resample)
+        return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in values.items()}
 
     @torch.no_grad()
     def weighted_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Call, WeightedDraws]:
         """Independent runs with their log densities, and the call they were made in; for exporters."""
         with ordinary_autograd(), poutine.block():
             call = self._bind(args, kwargs)
-            return call, self._repeat(call, count, account=self._start.has_density and self.objective.weighs)
-
-    def _repeat(self, call: Call, count: int, account: bool) -> WeightedDraws:
-        parts, at_once = [], self._simulation.chains_at_once(call.density.layout)
-        while count:
-            drawn, result = self._run(call, min(count, at_once), account, Gradients.NONE)
-            self._heed(call, result)
-            parts.append(weigh(call, drawn, result, account))
-            count -= min(count, at_once)
-        return WeightedDraws.join(parts)
+            return call, repeated(self, call, count, account=self._start.has_density and self.objective.weighs)
 
     def trajectory(self, *args: Any, num_chains: int = 1, **kwargs: Any) -> dict[str, Tensor]:
         """The states of a run along its steps, dict from site to ``(num_steps + 1, num_chains, *site shape)``."""
         check_count("num_chains", num_chains)
         with ordinary_autograd(), poutine.block():
-            call = self._bind(args, kwargs)
-            _, result = self._run(call, num_chains, False, Gradients.NONE, keep_states=True)
-            self._heed(call, result)
-            assert result.states is not None
-            values, _ = call.model.constrain(result.states.flatten(0, 1))
-        return {k: v.detach().unflatten(0, result.states.shape[:2]) for k, v in values.items()}
+            return trajectories(self, self._bind(args, kwargs), num_chains)
 
     def pretrain(self, *args: Any, **kwargs: Any) -> ShortRunGuide:
         """Fit the :class:`Gaussian` start, and choose the step size if nobody has given one, at the model's parameters
         as they are. The first use does it by itself; a later call fits again, from where the start is."""
-        before = self._first
-        self.setup(*args, **kwargs)
-        if not isinstance(self.start, Gaussian):
-            raise ValueError(f"pretrain is for start=Gaussian(), and this guide has {type(self.start).__name__}.")
-        if before is not None:
-            with ordinary_autograd(), poutine.block(), self._pyro_context:
-                fit_start(self._simulation, self._bind(args, kwargs), self._chooses_step)
+        pretrain(self, args, kwargs)
         return self
 
     @property
@@ -273,19 +267,29 @@ class ShortRunGuide(DensityGuide):
         if isinstance(self.start, Start):
             return self.start
         if not self._adapter:
-            self._adapter = (FromGuide(self.start),)
+            self._adapter = (FromGuide(self.start, everywhere=self.objective.tempers),)
         return self._adapter[0]
 
     @property
     def _simulation(self) -> Simulation:
-        return Simulation(self.num_steps, self.dynamics, self.objective, self._start, self.checkpoint)
+        return Simulation(self.num_steps, self.dynamics, self.objective, self._start, self.checkpoint, self.metric)
 
     @property
     def _reads_prior(self) -> bool:
         return isinstance(self._start, Prior)
 
-    def _read(self, draw: Callable[..., Reading]) -> Reading:
+    @property
+    def adapts(self) -> bool:
+        """Whether the step size follows the acceptance after the next training call."""
+        return self._acceptance is not None and self._acceptance.is_due(self._calls + 1)
+
+    def _density(self, call: Call) -> Density:  # with few gradients in a call, every run of the model counts
+        return recalled(call) if not self.objective.tunes_steps and self._compiler is None else super()._density(call)
+
+    def _read(self, draw: Invocation) -> Reading:
         """One run of the model, its latents drawn from the prior where the start is that."""
+        if not self.objective.tunes_steps and (known := reading_ahead(self._start, draw)) is not None:
+            return known
         with torch.set_grad_enabled(self.full_gradient):  # the start of a run is a draw, unless all is differentiated
             if not self._reads_prior:  # improper priors cannot be drawn from
                 return super()._read(draw)
@@ -298,7 +302,7 @@ class ShortRunGuide(DensityGuide):
             self.start = default_start(structure, self._subsamples, bool(self._binder and self._binder.program.hides))
             self.objective = default_objective(self.start, self.dynamics) if self._chooses[1] else self.objective
             self.objective.check(self.dynamics)
-        structure = self._start.arrange(structure)
+        structure = arrange(structure, self._start, self.metric)
         check_latents(self._first, structure, self._start.has_density)
         return structure
 
@@ -308,29 +312,25 @@ class ShortRunGuide(DensityGuide):
         self._start.setup(call.density)
         if isinstance(self._start, FromGuide):
             self._start.draw(call, 1)  # creates a lazily built guide's parameters
+            if not self.objective.tunes_steps:
+                self._start.require_pathwise("Refine")
 
     def _prepare(self, call: Call) -> None:
         self._start.look(call)
-        prepare(self._simulation, call, self._chooses_step, self._backs_off)
+        prepare(self._simulation, call, self._chooses_step, self._backs_off, self._acceptance)
 
     def _tunes(self, training: bool) -> bool:
         """Whether this call differentiates in the guide's parameters; counts training calls."""
         if not (training and self.training):
             return training and self._start.has_density
         self._calls += 1
-        return self._start.has_density and (self._calls - 1) % self.tune_every == 0
+        due = (self._calls - 1) % self.tune_every == 0 or not self.objective.tunes_steps
+        return self._start.has_density and due
 
     def _run(
         self, call: Call, chains: int, account: bool, gradients: Gradients, keep_states: bool = False
     ) -> tuple[StartDraw, ShortRun]:
-        # Where nothing is differentiated, no pyro.param statement may show: SVI's optimiser moves every parameter it
-        # sees, by momentum, even if its gradient is zero.
-        silent = poutine.block() if gradients is Gradients.NONE else nullcontext()
-        with silent:
-            step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
-            simulation, learns = self._simulation, self.training and gradients is not Gradients.NONE
-            objective = simulation.informed(call, step_size, learns) if account else self.objective
-            drawn, result = simulation.run(call, chains, step_size, objective, account, gradients, keep_states)
+        drawn, result = self._simulation.make(call, chains, account, gradients, self.training, keep_states)
         self.info = result.info
         return drawn, result
 
@@ -341,7 +341,7 @@ class ShortRunGuide(DensityGuide):
     def _heed(self, call: Call, result: ShortRun) -> None:
         """Refuse a run in which nothing could move, and tell what else is wrong with it."""
         require_movable(call, self._start, result.start, result.end, result.info.frozen)
-        self._watch(result.info)
+        self._watch(result.info, call.density.layout.row_weight)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "info": None, "_adapter": ()}

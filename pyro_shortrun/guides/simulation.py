@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..density.affine import Affine, AffineDensity
 from ..density.call import Call
 from ..density.layout import Layout
 from ..density.structure import check_masks
+from ..dynamics.acceptance import Acceptance
 from ..dynamics.dynamics import Dynamics
 from ..objectives.objective import Objective
+from ..runs.course import astray
 from ..runs.pilot import pilot_chains, pilot_fails
 from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients, run
 from ..starts.finite import require_finite, require_movable
 from ..starts.start import Start, StartDraw
+from .metric import Metric
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _NOISE_AT_ONCE = 2**24  # numbers
@@ -32,6 +38,7 @@ class Simulation:
     """How runs go.
 
     :param checkpoint: whether tuned runs keep few of their states.
+    :param metric: coordinates to move in, if the start has none of its own.
     """
 
     num_steps: int
@@ -39,6 +46,12 @@ class Simulation:
     objective: Objective
     start: Start
     checkpoint: bool = False
+    metric: Metric | None = None
+
+    @property
+    def frame(self) -> Affine | None:
+        """Coordinates in which runs move, if they are not the latents' own."""
+        return self.start.frame if self.metric is None else self.metric.frame
 
     def chains_at_once(self, layout: Layout) -> int:
         """How many chains to run together."""
@@ -59,6 +72,27 @@ class Simulation:
                 self.run(replace(call, spare=[]), chains, step_size, pilots, True, Gradients.NONE)
                 missing -= chains
         return pilots.objective()
+
+    def make(
+        self,
+        call: Call,
+        chains: int,
+        account: bool,
+        gradients: Gradients,
+        training: bool = False,
+        keep_states: bool = False,
+    ) -> tuple[StartDraw, ShortRun]:
+        """``chains`` draws, with the step sizes as they are and what the objective learns from pilots.
+
+        What is not differentiated does not show: SVI's optimiser moves every parameter it sees, by momentum, even if
+        its gradient is zero.
+        """
+        silent = gradients is Gradients.NONE
+        with _hidden(silent or not self.objective.tunes_steps):
+            step_size = self.dynamics.step_size(call.density.layout, self.num_steps)
+        with _hidden(silent):
+            objective = self.informed(call, step_size, training and not silent) if account else self.objective
+            return self.run(call, chains, step_size, objective, account, gradients, keep_states)
 
     def run(
         self,
@@ -94,11 +128,34 @@ class Simulation:
         attached = gradients is Gradients.FULL or (self.start.is_learned and gradients is Gradients.GUIDE)
         with torch.set_grad_enabled(attached):
             drawn = self.start.draw(call, chains)
+            drawn = drawn if self.metric is None else self.metric.framed(drawn)
         if call.density.is_traced:
             return drawn if attached else drawn.detached()
         what = "the model's log density is not finite at the start of the run"
         require_finite(drawn.finite, call.model, drawn.state, what)
         return drawn if attached else drawn.detached()
+
+    @torch.no_grad()
+    def follow(self, acceptance: Acceptance, call: Call, drawn: StartDraw, end: Tensor) -> None:
+        """Let the step size follow the acceptance, by steps from where a run has ended."""
+        density, state = call.density, end.detach()
+        if drawn.framed is not None:
+            frame = drawn.framed.frame
+            density, state = AffineDensity(density, frame), frame.inward(state)
+        with poutine.block():
+            acceptance.adapt(density, state, self.dynamics, self.num_steps)
+
+    @torch.no_grad()
+    def search(self, acceptance: Acceptance, call: Call) -> None:
+        """Lower the first step size until steps are accepted, where runs begin and where they end."""
+        with poutine.block():
+            density, start = self.draw_start(call, pilot_chains(call.density.layout), Gradients.NONE).inside(
+                call.density
+            )
+            acceptance.search(density, start.state, self.dynamics, self.num_steps)
+            step_size = self.dynamics.step_size(density.layout, self.num_steps)
+            ended = run(density, self.dynamics, self.objective, start, step_size, account=False)
+            acceptance.search(density, ended.end, self.dynamics, self.num_steps)
 
     @torch.no_grad()
     def require_movable(self, call: Call) -> None:
@@ -116,14 +173,26 @@ class Simulation:
             return pilot_fails(density, self.dynamics, start.state, step_size)
 
 
+def _hidden(yes: bool) -> AbstractContextManager[Any]:
+    """Whether statements inside show to no handler outside."""
+    return poutine.block() if yes else nullcontext()
+
+
 class Watch:
     """Tells once what is wrong with runs."""
 
     def __init__(self) -> None:
-        self._froze = self._folded = self._heavy = False
+        self._froze = self._folded = self._strayed = self._heavy = False
 
-    def __call__(self, info: RunInfo) -> None:
-        """Told of every run."""
+    def __call__(self, info: RunInfo, weight: float = 1.0) -> None:
+        """Told of every run.
+
+        :param weight: how many rows each row stands for.
+        """
+        reason = None if self._strayed else astray(info, weight)
+        if reason is not None:
+            self._strayed = True
+            _LOGGER.warning("%s (guide.info.log_density; told once.)", reason)
         if not self._folded and info.singular.float().mean() > MUCH:
             self._folded = True
             _LOGGER.warning(

@@ -22,7 +22,7 @@ from ..compile.whole import TracedDensity, Whole
 from ..objectives.transition import settings
 from ..runs.record import RunInfo
 from ..runs.run import Gradients
-from ..tensors import plain, random_state, set_random_state
+from ..tensors import apart, plain, random_state, set_random_state
 from .simulation import MUCH
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -183,6 +183,8 @@ class Training:
         step = self._known(request, live)
         if step is None:
             return None, ()
+        if request.guide.adapts:  # by a step from where the run ends, which the graph does not say
+            return request.eager(), ()
         step.taken += 1
         before = random_state(request.device) if step.is_due else None
         found = step.whole(live)
@@ -300,7 +302,7 @@ class _Computation:
         found = torch.autograd.grad(loss, [leaves[i] for i in wanted], allow_unused=True)
         pairs = [(i, g) for i, g in zip(wanted, found, strict=True) if g is not None]
         self.names, self.trained = tuple(names), tuple(i for i, _ in pairs)
-        return [g for _, g in pairs]
+        return apart([g.contiguous() for _, g in pairs])  # as they may be changed in place
 
 
 def _marks(names: tuple[str, ...]) -> Hashable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..checks import check_count, check_kind
+from ..checks import check_count, check_kind, check_share
 from ..density.call import Call
 from ..runs.record import ShortRun
 from ..runs.run import Gradients
@@ -97,8 +97,9 @@ class Trials:
             call = guide._bind(self._args, self._kwargs)
             own = guide.dynamics.step_size(call.density.layout, guide.num_steps).detach()
             eta = factor * own[torch.arange(steps, device=own.device) * guide.num_steps // steps]
-            account, simulation = guide.has_density, guide._simulation
-            objective = simulation.informed(call, eta, training=False) if account else guide.objective
+            account, resized = guide.has_density, guide.objective.resized(steps)
+            simulation = replace(guide._simulation, num_steps=steps, objective=resized)
+            objective = simulation.informed(call, eta, training=False) if account else resized
             return Trial(call, *simulation.run(call, self._count, eta, objective, account, Gradients.NONE))
 
 
@@ -137,10 +138,9 @@ def tune_on_grid(
     4.0
     """
     check_count("num_particles", num_particles)
-    if not 0 <= max_invalid <= 1:
-        raise ValueError(f"max_invalid is a share between 0 and 1, got {max_invalid!r}.")
-    if not isinstance(factors, Sequence) or not all(isinstance(f, (int, float)) for f in factors):
-        raise ValueError(f"factors must be a sequence of numbers, got {factors!r}.")
+    check_share("max_invalid", max_invalid, "0.05")
+    if not (isinstance(factors, Sequence) and factors and all(isinstance(f, (int, float)) and f > 0 for f in factors)):
+        raise ValueError(f"factors must be a sequence of numbers > 0, got {factors!r}.")
     trials = Trials(guide, args, kwargs, num_particles)
     if not guide.has_density:
         raise NotImplementedError(f"{type(guide.start).__name__} starts have no density, and so there is no bound.")

@@ -12,7 +12,8 @@ from pyro.infer import MCMC
 from torch import Tensor
 
 from ..amortized.guide import LangevinEncoderGuide
-from ..checks import check_count
+from ..checks import check_count, check_flags, check_kind
+from ..guides.base import DensityGuide
 from ..guides.short_run import ShortRunGuide
 from ..mcmc.vectorized import VectorizedMCMC
 from ..tensors import plain
@@ -73,15 +74,18 @@ def to_arviz(
     :param dims: names of dimensions of a variable, instead of those from plates.
     :raises ValueError: for sources that keep no draws, and where ``dims`` names what is not exported.
     """
-    if num_prior != 0:
-        check_count("num_prior", num_prior)
+    check_count("num_prior", num_prior, least=0)
+    check_flags(log_likelihood=log_likelihood, posterior_predictive=posterior_predictive)
+    check_kind("dims", dims, Mapping, "{'x': ['row', 'column']}")
+    check_kind("coords", coords, Mapping, "{'row': ['a', 'b']}")
+    if (dims or coords) and isinstance(source, DensityGuide):  # before minutes are spent on draws
+        _named(ModelAtDraws(source.call(args, kwargs)), (), dims or {}, coords or {})
     posterior = posterior_of(source, plain(args), plain(kwargs), num_samples, num_chains)
     groups: dict[str, Draws] = {"posterior": dict(posterior.draws)}
     model = None if posterior.call is None else ModelAtDraws(posterior.call)
-    names = variables([*posterior.draws, *(() if model is None else model.sites)])
-    axes, seen = Axes(), {}
+    names, axes = _named(model, posterior.draws, dims or {}, coords or {})
+    seen: dict[str, np.ndarray] = {}
     if model is not None:
-        axes = model.axes(names)
         missing = [s.name for s in model.call.density.layout.sites if s.name not in posterior.draws]
         if missing:
             _LOGGER.warning("draws of %s were not kept: nothing that needs them is exported.", missing)
@@ -98,17 +102,39 @@ def to_arviz(
         groups |= model.prior(num_prior)
         groups["observed_data"] = model.data
         seen = {names[k]: v.cpu().numpy() for k, v in model.seen.items()}
-    axes.dims.update({k: list(v) for k, v in (dims or {}).items()})
-    axes.coords.update(coords or {})
     arrays = {k: {names[name]: _numpy(v) for name, v in group.items()} for k, group in groups.items() if group}
     if posterior.stats:
         arrays["sample_stats"] = {k: _numpy(v) for k, v in posterior.stats.items()}
-    if unknown := sorted(set(dims or {}) - {name for group in arrays.values() for name in group}):
-        raise ValueError(f"dims names '{unknown[0]}', which is not exported; there are {sorted(names.values())}.")
     if not (seen and "log_likelihood" in arrays):
         return _from_dict(arrays, axes)
     terms, own = _only_seen(arrays.pop("log_likelihood"), seen, axes)
     return _joined(_from_dict(arrays, axes), _from_dict({"log_likelihood": terms}, own) if terms else None)
+
+
+def _named(
+    model: ModelAtDraws | None, draws: Iterable[str], dims: Mapping[str, list[str]], coords: Mapping[str, Any]
+) -> tuple[dict[str, str], Axes]:
+    """Names of variables by site, and their dimensions and coordinates, some of them as the user wants.
+
+    :raises ValueError: for names that are not exported, and where there are more or fewer than wanted.
+    """
+    names = variables(dict.fromkeys([*draws, *(() if model is None else model.sites)]))
+    axes = Axes() if model is None else model.axes(names)
+    for name, given in dims.items():
+        if name not in names.values():
+            raise ValueError(f"dims names '{name}', which is not exported; there are {sorted(names.values())}.")
+        if len(given) != len(axes.dims.get(name, given)):
+            raise ValueError(f"dims['{name}'] must name {len(axes.dims[name])} dimensions, got {given!r}.")
+    sizes = {name: len(index) for name, index in axes.coords.items()}
+    axes.dims.update({k: list(v) for k, v in dims.items()})
+    there = {*_chained(axes.dims.values()), *sizes}
+    for name, labels in coords.items():
+        if name not in there and model is not None:
+            raise ValueError(f"coords names '{name}', which is no dimension; there are {sorted(there)}.")
+        if len(labels) != sizes.get(name, len(labels)):
+            raise ValueError(f"coords['{name}'] must have {sizes[name]} labels, got {len(labels)}.")
+    axes.coords.update(coords)
+    return names, axes
 
 
 def _only_seen(

@@ -66,8 +66,8 @@ def posterior_of(
     if isinstance(source, StreamingMCMC):
         raise ValueError("StreamingMCMC keeps no draws to export; use MCMC or VectorizedMCMC.")
     raise ValueError(
-        "to_arviz takes a ShortRunGuide, a LangevinEncoderGuide, or a pyro.infer.MCMC or VectorizedMCMC that has run, "
-        f"got {type(source)!r}."
+        "source must be a ShortRunGuide, a LangevinEncoderGuide, or a pyro.infer.MCMC or VectorizedMCMC that has run, "
+        f"got a {type(source).__name__}."
     )
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import glob
 import os
-import secrets
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,11 @@ from torch import Tensor
 
 from ..tensors import random_state, set_random_state
 from .description import described, drift_limit, misfit
+from .files import remove_leftovers, replacing
 
 FORMAT = 1
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _SCALARS = (np.bool_, np.integer, np.floating)
-_FORGOTTEN = 3600.0  # seconds after which a file that nobody goes on writing belongs to a process that is dead
 
 
 def save_state(path: str | os.PathLike[str], /, **parts: Any) -> None:
@@ -40,7 +37,7 @@ def save_state(path: str | os.PathLike[str], /, **parts: Any) -> None:
 
     The file is written beside ``path`` and renamed when it is on disk: whenever the process ends, ``path`` holds the
     old state or the new one, whole; of several processes that write to it, that of the last. What a killed process
-    leaves (``.run.pt.*.part``) goes at a later call, when it is an hour old.
+    leaves (``.run.pt.*.part``) goes at the next call on the same machine, and on others when it is an hour old.
 
     >>> import tempfile, torch
     >>> from pyro_shortrun import load_state, save_state
@@ -54,9 +51,15 @@ def save_state(path: str | os.PathLike[str], /, **parts: Any) -> None:
     :param parts: what to save, by names that :func:`load_state` is given again.
     :raises TypeError: for a part, or something in it, that cannot be loaded without running foreign code
         (``torch.load(..., weights_only=True)``).
-    :raises ValueError: for a Pyro optimiser of parameters that Pyro's store has no names for.
+    :raises ValueError: for a Pyro optimiser of parameters that Pyro's store has no names for, and for parameters that
+        are NaN: a run that has diverged does not replace one that has not.
     :raises OSError: where the file cannot be written, such as on a full disk; ``path`` holds what it held.
     """
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: make its folder first, which is not there.")
+    for name, part in parts.items():
+        if bad := _not_a_number(part, None):
+            raise ValueError(f"{bad} of {name!r} is NaN: the run has diverged, and {path} holds what it held.")
     content = {
         "format": FORMAT,
         "version": _version(),
@@ -72,29 +75,6 @@ def save_state(path: str | os.PathLike[str], /, **parts: Any) -> None:
     remove_leftovers(Path(path).parent, Path(path).name)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside ``path``, no other process's, which takes its place at the end; or goes, after an
-    exception."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield scratch
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Files that :func:`replacing` had begun for ``name``, or any, when its process was killed."""
-    pattern = "*" if name is None else glob.escape(name)
-    for scratch in folder.glob(f".{pattern}.*.part"):
-        with suppress(FileNotFoundError):  # its process may be alive after all
-            if time.time() - scratch.stat().st_mtime > _FORGOTTEN:
-                scratch.unlink()
-
-
 def load_state(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
     """Restore objects and random number generators from :func:`save_state`, so that a run goes on bit for bit.
 
@@ -105,9 +85,9 @@ def load_state(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
     :param parts: all objects that were saved, by the same names.
     :returns: the plain values that were saved, by name (tensors on the CPU).
     :raises ValueError: where the file is no such file, damaged (by its checksums), or of a newer version; where parts
-        are missing, unknown, or of another type; where a part's tensors have other names, shapes or dtypes; where a
-        guide has other latents, another number of steps, dynamics, objective or start, or step sizes with another
-        ``max``. (The dynamics' ``max_drift``, which backing off may have set, is restored.)
+        are missing, unknown, or of another type; where parameters are NaN; where a part's tensors have other names,
+        shapes or dtypes; where a guide has other latents, another number of steps, dynamics, objective or start, or
+        step sizes with another ``max``. (The dynamics' ``max_drift``, which backing off may have set, is restored.)
     """
     content = _read(path)
     saved = content["parts"]
@@ -118,6 +98,8 @@ def load_state(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
                 f"{name!r} in {path}, of pyro_shortrun {content.get('version', '0.1.0')}, {wrong}: build it as it was "
                 f"when saved (nothing was changed; this is version {_version()})."
             )
+        if bad := _not_a_number(part, saved[name]["state"]):
+            raise ValueError(f"{bad} of {name!r} in {path} is NaN (nothing was changed): take an earlier file.")
     with ExitStack() as undo:
         undo.callback(set_random_state, random_state())
         for name, part in parts.items():
@@ -169,6 +151,19 @@ def _state(part: Any) -> Any:
     if isinstance(part, ParamStoreDict):
         return {name: part._params[name].detach() for name in part.keys()}
     return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def _not_a_number(part: Any, state: Any | None) -> str | None:
+    """The first parameter of a module or of Pyro's store that is NaN, in a saved state or now. (Buffers may be.)"""
+    if isinstance(part, ParamStoreDict):
+        names = set(part.keys())
+    elif isinstance(part, torch.nn.Module):
+        names = {name for name, _ in part.named_parameters()}
+    else:
+        return None
+    values = _state(part) if state is None else state if isinstance(state, Mapping) else {}
+    bad = (k for k in names & set(values) if isinstance(values[k], Tensor) and values[k].isnan().any())
+    return next((f"parameter {k!r}" for k in sorted(bad)), None)
 
 
 def _way_back(part: Any) -> Callable[[], None]:
@@ -270,10 +265,12 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         with zipfile.ZipFile(path) as parts:
             damaged = parts.testzip()  # torch does not look at checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as reason:
+        raise FileNotFoundError(
+            f"there is no file {path}: give the path of one that save_state has written."
+        ) from reason
     except Exception as reason:
-        raise ValueError(f"{path} is no file of save_state, or is damaged: {reason}") from reason
+        raise ValueError(f"{path} is no file of save_state, or is damaged ({reason}): give another one.") from reason
     if damaged is not None:
         raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is wrong. Take an earlier file.")
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
@@ -286,10 +283,20 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is no file of save_state: it has no {sorted(missing)}.")
     parts = content["parts"]
     entries = list(parts.values()) if isinstance(parts, dict) else [None]
-    whole = all(isinstance(e, dict) and "type" in e and ("state" in e) != ("value" in e) for e in entries)
-    if not (whole and isinstance(content["random"], dict)):
+    if not (all(map(_is_entry, entries)) and isinstance(content["random"], dict)):
         raise ValueError(f"{path} is no file of save_state: its parts are not what save_state writes.")
     return content
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is what :func:`_saved` makes of a part."""
+    if not (
+        isinstance(entry, dict) and isinstance(entry.get("type"), str) and ("state" in entry) != ("value" in entry)
+    ):
+        return False
+    about, limit = entry.get("about", {}), entry.get("max_drift")
+    plain = isinstance(about, dict) and all(isinstance(v, bool | int | float | str | list) for v in about.values())
+    return plain and (limit is None or (isinstance(limit, int | float) and limit > 0))
 
 
 def _version() -> str:

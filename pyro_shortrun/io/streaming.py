@@ -17,12 +17,15 @@ import pyro
 import torch
 from torch import Tensor
 
+from ..amortized.guide import LangevinEncoderGuide
 from ..checks import check_count
 from ..guides.short_run import ShortRunGuide
 from .arviz import to_arviz
-from .saving import remove_leftovers, replacing
+from .files import Checksums, remove_leftovers, replacing, reserve
 
-_RECORD = "stream.json"
+_RECORD, _SUMS = "stream.json", "stream.sha256"
+_SUM = "checksum"
+_OF_GROUP = 2**16  # bytes besides values
 
 
 def stream_posterior(
@@ -44,6 +47,8 @@ def stream_posterior(
 
     A folder belongs to one job: ``stream.json`` there says which (seed, options that are numbers or strings, number of
     batches if it is known, digests of parameters), and another is refused. That batches are the same is not checked.
+    ``stream.sha256`` has the checksums of the parts, as ``sha256sum -c`` reads them; parts that are there are compared
+    with them, and drawn where they have none, as after a crash.
 
     >>> import tempfile, arviz, pyro, pyro.distributions as dist, torch
     >>> from pyro_shortrun import ShortRunGuide
@@ -71,25 +76,31 @@ def stream_posterior(
     :param options: of :func:`~pyro_shortrun.to_arviz`, such as ``num_samples``, ``log_likelihood=False``.
     :returns: this rank's files, in order.
     :raises TypeError: where a batch is neither a tensor nor a tuple.
-    :raises ValueError: where ``rank`` is not below ``ranks``, ``seed`` is negative, ``batches`` is one tensor, or the
-        folder has parts of another job.
+    :raises ValueError: where ``rank`` is not below ``ranks``, ``seed`` is negative, ``batches`` is one tensor, the
+        folder has parts of another job, or a file in it is damaged.
+    :raises OSError: where a part cannot be written, such as on a full disk; the parts before it are whole.
     """
     check_count("ranks", ranks)
-    if not 0 <= rank < ranks:
+    check_count("rank", rank, least=0)
+    check_count("seed", seed, least=0)
+    if not isinstance(guide, ShortRunGuide | LangevinEncoderGuide):
+        raise ValueError(f"guide must be a ShortRunGuide(model) or LangevinEncoderGuide, got a {type(guide).__name__}.")
+    if rank >= ranks:
         raise ValueError(f"rank must be one of 0, ..., ranks - 1 = {ranks - 1}, got {rank!r}.")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed!r}.")
     if isinstance(batches, Tensor):
         raise ValueError("batches is one tensor, whose rows would be taken for batches: give x.split(size).")
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"batches must be a list of tensors or tuples, or another iterable, got {batches!r}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     _claim(folder, _job(guide, batches, seed, options))
-    paths = []
+    sums, paths = Checksums(folder / _SUMS), []
     for i, read in _share(batches, rank, ranks):
         paths.append(folder / f"part-{i:05d}.nc")
-        if not paths[-1].exists():
+        if not sums.has(paths[-1]):
             _write(guide, _arguments(i, read()), paths[-1], (seed, i), options)
+            sums.add(paths[-1])
     return paths
 
 
@@ -114,11 +125,20 @@ def _claim(folder: Path, job: dict[str, Any]) -> None:
     path = folder / _RECORD
     if not path.exists():
         with replacing(path) as scratch:
-            scratch.write_text(json.dumps(job, indent=1))
-    other = json.loads(path.read_text())
+            scratch.write_text(json.dumps({**job, _SUM: _sum_of(job)}, indent=1))
+    try:
+        other = json.loads(path.read_text())
+    except ValueError:
+        other = None
+    if not isinstance(other, dict) or (_SUM in other and other.pop(_SUM) != _sum_of(other)):  # 0.1.0 wrote none
+        raise ValueError(f"{path} is damaged: delete it, if this is the job that the parts in {folder} are of.")
     differ = [k for k in job if k in other and job[k] != other[k]]
     if differ:
         raise ValueError(f"{folder} has draws of a job with another {differ[0]}: give this one a folder of its own.")
+
+
+def _sum_of(job: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _share(batches: Iterable[Any], rank: int, ranks: int) -> Iterator[tuple[int, Callable[[], Any]]]:
@@ -148,5 +168,18 @@ def _write(
     with torch.random.fork_rng(devices):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
         found = to_arviz(guide, *args, **options)
-    with replacing(path) as scratch:
-        found.to_netcdf(scratch)
+    try:
+        with replacing(path) as scratch:
+            reserve(scratch, _size_of(found))  # HDF5 ends the process where a disk is full
+            found.to_netcdf(scratch)
+    except (OSError, RuntimeError) as reason:
+        first = str(reason).splitlines()[0]
+        raise OSError(
+            f"{path} could not be written ({first}): make room, and call again, which goes on with this part."
+        ) from reason
+
+
+def _size_of(found: Any) -> int:
+    """Bytes of a file of these groups, at most."""
+    groups = [found[name] for name in (found.groups() if callable(found.groups) else found.children)]
+    return sum(int(1.1 * group.nbytes) + _OF_GROUP for group in groups)

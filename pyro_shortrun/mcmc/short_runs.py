@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch.nn import Parameter
 
 from ..dynamics.dynamics import Dynamics
 from ..objectives.objective import Objective
+from ..runs.course import astray
 from ..runs.run import Gradients, run
-from ..starts.start import StartDraw
 from .sampler import ChainState, Sampler, Stats, draw_stats
 from .target import Target
 
@@ -41,6 +42,8 @@ class ShortRuns(Sampler):
         structure = target.density.structure
         like = torch.zeros((), dtype=structure.dtype, device=structure.device)
         self._objective = objective
+        self._reason: str | None = None  # what is wrong with the last runs
+        objective.setup(num_steps, target.density.layout, like)
         self._set_step_size(like, guess and tune)
         raw = list(dynamics.step_size.parameters()) if tune and warmup else []
         self._ascent = BoundAscent(raw, warmup) if raw else None
@@ -54,12 +57,15 @@ class ShortRuns(Sampler):
         tunes = ascent is not None
         drawn = self.target.start(len(state.u))
         noise = self.dynamics.draw_noise(self.num_steps, drawn.state)
-        ends, frozen = [], []
+        ends, frozen, self._reason = [], [], None
         parts = zip(
             *map(self._split, (drawn.state, drawn.log_q, drawn.log_density)), self._split(noise, 1), strict=True
         )
         for *start, part in parts:
-            begin, density = StartDraw(*start), self.target.current(len(start[0]))
+            begin, density = (
+                replace(drawn, state=start[0], log_q=start[1], log_density=start[2]),
+                self.target.current(len(start[0])),
+            )
             eta = self.dynamics.step_size.forward(density.layout, self.num_steps)
             gradients = Gradients.GUIDE if tunes else Gradients.NONE
             result = run(density, self.dynamics, self._objective, begin, eta, part, account=tunes, gradients=gradients)
@@ -68,14 +74,18 @@ class ShortRuns(Sampler):
                 ascent.collect(bound.sum() / drawn.log_q.numel())
             ends.append(result.end.detach())
             frozen.append(result.info.frozen)
+            self._reason = self._reason or astray(result.info)
         if ascent is not None:
             ascent.step()
         return self._record(torch.cat(ends), torch.cat(frozen))
 
+    def fault(self, state: ChainState, stats: Stats, warming: bool) -> str | None:
+        return super().fault(state, stats, warming) or (None if warming else self._reason)
+
     def _record(self, end: Tensor, frozen: Tensor) -> tuple[ChainState, Stats]:
         state = self.evaluate(end)
         eta = self.dynamics.step_size.forward(self.target.density.layout, self.num_steps).detach().mean(0)
-        stats = draw_stats(state, (~frozen).to(end), frozen.to(end), eta)
+        stats = draw_stats(state, (~frozen).to(end), frozen.to(end), eta, self.target.log_scale)
         return state, stats
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from .logdet import Automatic, Exact, Lanczos, LogDet
 from .mixture import Mixture
 from .objective import Objective
 from .path import PathDensity
+from .refine import Refine
 from .reverse import GaussianReverse
 from .transition import Column, Departure, Transition
 
@@ -22,5 +23,6 @@ __all__ = [
     "Mixture",
     "Objective",
     "PathDensity",
+    "Refine",
     "Transition",
 ]

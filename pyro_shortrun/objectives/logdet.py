@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..density.layout import Arrow, Layout
 
 Product = Callable[[Tensor], Tensor]
@@ -157,8 +158,8 @@ class Lanczos(LogDet):
     """
 
     def __init__(self, num_probes: int = 4, num_iterations: int = 15) -> None:
-        if num_probes < 1 or num_iterations < 1:
-            raise ValueError("num_probes and num_iterations must be at least 1.")
+        check_count("num_probes", num_probes)
+        check_count("num_iterations", num_iterations)
         self.num_probes, self.num_iterations = num_probes, num_iterations
 
     def probes(self, like: Tensor, layout: Layout) -> Tensor:
@@ -242,6 +243,7 @@ class Automatic(LogDet):
     """
 
     def __init__(self, max_products: int = 64) -> None:
+        check_count("max_products", max_products)
         self.max_products = max_products
         self._exact, self._stochastic = Exact(), Lanczos()
 

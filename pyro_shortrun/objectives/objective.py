@@ -26,6 +26,7 @@ class Objective:
     weighs = True  # whether E[exp(log w)] = p(x), so that log q makes importance weights
     takes_masks = True  # whether latents that poutine.mask takes out of the density may be there
     carries = True  # whether increments cost so much that calls between tunings take those of the last tuned one
+    tunes_steps = True  # whether step sizes are tuned by the weight of the run
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -45,10 +46,15 @@ class Objective:
         """Create parameters (once), in the dtype and on the device of ``like``."""
         return None
 
+    def resized(self, num_steps: int) -> Objective:
+        """The objective, set up, of runs of another length."""
+        return self
+
     def check(self, dynamics: Dynamics) -> None:
         """Refuse a dynamics that does not go with this objective."""
         if dynamics.has_momentum:
             raise ValueError(f"{type(dynamics).__name__} is for objective=Annealed(), not {type(self).__name__}.")
+        check_inertia(self, dynamics)
 
     def pilots(self, layout: Layout, step_size: Tensor, training: bool) -> Pilots | None:
         """What is to be found out by other runs before each run that is weighed, if anything."""
@@ -67,6 +73,13 @@ class Pilots(Objective):
     def objective(self) -> Objective:
         """How to weigh a run, from what was learned."""
         raise NotImplementedError
+
+
+def check_inertia(objective: Objective, dynamics: Dynamics) -> None:
+    """Refuse steps that depend on the one before, where log q is made of steps of positions alone."""
+    if dynamics.inertia:
+        kind, name = type(dynamics).__name__, type(objective).__name__
+        raise ValueError(f"there is no log q of {kind} steps, which {name} needs: use objective=Refine().")
 
 
 def check_jacobian(objective: Objective, dynamics: Dynamics) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import check_kind
 from ..density.interface import Density
 from ..density.layout import Layout
 from ..dynamics.dynamics import Dynamics
@@ -69,6 +70,7 @@ class PathDensity(Objective):
     """
 
     def __init__(self, logdet: LogDet | None = None) -> None:
+        check_kind("logdet", logdet, LogDet, "Exact()")
         self.logdet = Automatic() if logdet is None else logdet
 
     def transition(self, dynamics: Dynamics, base: Base | None, account: bool) -> Transition:

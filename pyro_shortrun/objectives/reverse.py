@@ -6,7 +6,7 @@ from copy import copy
 
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_flags
 from ..density.layout import Layout
 from ..dynamics.dynamics import Dynamics
 from ..starts.base import Base, Untempered
@@ -67,8 +67,7 @@ class GaussianReverse(Annealed):
         super().__init__(learnable)
         check_count("pilots", pilots)
         check_count("fresh", fresh)
-        if not isinstance(tempered, bool):
-            raise ValueError(f"tempered must be True or False, got {tempered!r}.")
+        check_flags(tempered=tempered, dense=dense)
         self.tempers, self.dense, self.num_pilots, self.fresh = tempered, dense, pilots, fresh
 
     def setup(self, num_steps: int, layout: Layout, like: Tensor) -> None:

@@ -51,13 +51,15 @@ class Transition(ABC):
 
     ``offset`` is how many steps' noise :meth:`begin` takes; ``ends_at_arrival`` tells whether the end of the last
     step is an arrival too, so that there are ``K + 1``, and not ``K``; ``looks_back`` whether :meth:`move` reads
-    ``state[0]``; ``pays_ahead`` whether :meth:`departure` depends on the state and the values.
+    ``state[0]``; ``pays_ahead`` whether :meth:`departure` depends on the state and the values; ``detaches`` whether
+    no gradient goes through the steps, so that there are only those which :meth:`finish` gives.
     """
 
     offset = 0
     ends_at_arrival = False
     looks_back = False
     pays_ahead = False
+    detaches = False
 
     @property
     @abstractmethod
@@ -117,6 +119,11 @@ class Transition(ABC):
         """
         return None
 
+    def land(self, others: State, value: Tensor, arrived: Tensor) -> State:
+        """What else the run carries once the last proposal has been judged: its log density, ``(chains, rows)``, and
+        the rows that have it as their end. Not asked where the run ends at an arrival."""
+        return others
+
     def finish(self, first: State, last: State, step_size: Tensor, log_q: Tensor | None) -> Tensor | None:
         """What first and last state add to the log weight, ``(chains, rows)``, if anything.
 
@@ -132,7 +139,11 @@ class Transition(ABC):
 
 @dataclass(frozen=True)
 class Plain(Transition):
-    """Steps of the dynamics as they are, which add nothing."""
+    """Steps of the dynamics as they are, which add nothing.
+
+    Where the dynamics has inertia, the last of the state is the position before the proposal, which lies beyond the
+    next one; the end of a run does not.
+    """
 
     dynamics: Dynamics
 
@@ -140,8 +151,18 @@ class Plain(Transition):
     def key(self) -> tuple[Any, ...]:
         return type(self), self.dynamics, settings(self.dynamics)
 
+    def begin(self, density: Density, start: Tensor, step_size: Tensor, noise: Tensor) -> State:
+        return (start, start, start) if self.dynamics.inertia else (start, start)
+
     def values(self, step_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
         return (step_size,)
+
+    def constants(self, step_size: Tensor) -> tuple[Tensor, ...]:
+        if not self.dynamics.inertia:
+            return ()
+        beyond = step_size.new_full((len(step_size), 1), self.dynamics.inertia)
+        beyond[-1] = 0
+        return (beyond,)
 
     def evaluate(
         self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool
@@ -152,7 +173,10 @@ class Plain(Transition):
         self, density: Density, state: State, found: Sequence[Tensor], column: Column
     ) -> tuple[State, Tensor | None]:
         u, (eta,) = state[1], column.values
-        return (u, self.dynamics.step(u, found[0], eta, column.noise, column.scale)), None
+        moved = self.dynamics.step(u, found[0], eta, column.noise, column.scale)
+        if not self.dynamics.inertia:
+            return (u, moved), None
+        return (u, moved + column.constants[-1] * (moved - state[-1]), moved), None
 
 
 def check_whole(density: Density, objective: str) -> None:

@@ -136,7 +136,8 @@ class Loop:
         end, total, self.arrived, *self._last = self._density.execute(Last(graph), (u, proposal, alive, pending, total))
         self._landed = tuple(self._last[2:]) if not self._density.is_traced and self.arrived.all() else ()
         self._states.append(end.detach().unsqueeze(0))
-        return end, proposal, *others, total
+        weight = self._density.layout.row_weight
+        return end, proposal, *self.transition.land(tuple(others), self._last[2] / weight, self.arrived), total
 
     @property
     def invalid(self) -> Tensor:

@@ -78,7 +78,8 @@ def run(
         loop = Loop(density, transition, noise, step_size, len(first), shared, keep_states, checkpoint)
         *last, total = _walked(loop, (*first, *values, *transition.tensors), gradients)
         added = transition.finish(first, tuple(last), step_size, log_q)
-        if added is not None and gradients is Gradients.GUIDE:  # of an invalid row nothing counts but its pull
+        if added is not None and gradients is Gradients.GUIDE and not transition.detaches:
+            # Of an invalid row nothing counts but its pull.
             added = torch.where(loop.invalid, added.detach(), added)
         increment = total if added is None else total + added
     if transition.learns:
@@ -88,6 +89,8 @@ def run(
 
 
 def _walked(loop: Loop, inputs: tuple[Tensor, ...], gradients: Gradients) -> tuple[Tensor, ...]:
+    if loop.transition.detaches:
+        return loop.forward(*(t.detach() for t in inputs))
     if gradients is Gradients.FULL:
         return loop.forward(*inputs, graph=True)
     if gradients is Gradients.GUIDE and any(t.requires_grad for t in inputs):

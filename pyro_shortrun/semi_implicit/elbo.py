@@ -8,6 +8,7 @@ from typing import Any
 
 from pyro.infer import Trace_ELBO
 
+from ..checks import check_count
 from .site import Scope, check_mixtures, scoped
 
 
@@ -36,6 +37,7 @@ class SemiImplicit_ELBO(Trace_ELBO):
 
     def __init__(self, num_mixtures: int = 50, **options: Any) -> None:
         check_mixtures(num_mixtures)
+        check_count("num_particles", options.get("num_particles", 1))
         self.num_mixtures = num_mixtures
         self._checked = False
         super().__init__(**options)

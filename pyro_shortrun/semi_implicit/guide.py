@@ -14,7 +14,7 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from ..checks import check_between, check_count
+from ..checks import check_between, check_count, check_function
 from ..density.call import Call
 from ..density.structure import Structure
 from ..guides.base import DensityGuide
@@ -89,6 +89,8 @@ class SemiImplicitGuide(DensityGuide):
     ) -> None:
         super().__init__(model, compile=False, create_plates=create_plates)
         check_mixtures(num_mixtures)
+        check_function("mixing", mixing, "MixingNetwork(8, 2)")
+        check_function("conditional", conditional, "lambda psi: Normal(psi, 0.1).to_event(1)")
         check_between("init_scale", init_scale, 0, math.inf, "0.1")
         self.num_mixtures, self.init_scale = num_mixtures, init_scale
         self.mixing, self.conditional, self.noise = mixing, conditional, noise

@@ -15,7 +15,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from ..checks import check_count
+from ..checks import check_count, check_counts, check_function
 
 
 @dataclass
@@ -111,6 +111,8 @@ class SemiImplicit(TorchDistribution):
         batch_shape: Sequence[int] = (),
     ) -> None:
         check_mixtures(num_mixtures)
+        for name, value in (("mixing", mixing), ("conditional", conditional)):
+            check_function(name, value, "MixingNetwork(8, 2)" if name == "mixing" else "lambda psi: Normal(psi, 0.1)")
         self.mixing, self.conditional, self.num_mixtures = mixing, conditional, num_mixtures
         self.noise = noise_law(noise, _network_tensor(mixing))
         self.components: Distribution | None = None  # q(. | psi_k) of the last draw
@@ -275,10 +277,15 @@ class MixingNetwork(nn.Module):
     :param size: number of outputs.
     :param hidden: widths of the hidden layers.
     :param context: number of context dims, 0 for none.
+    :raises ValueError: for numbers and widths that are not positive.
     """
 
     def __init__(self, noise: int, size: int, hidden: Sequence[int] = (64, 64), context: int = 0) -> None:
         super().__init__()
+        check_count("noise", noise)
+        check_count("size", size)
+        check_counts("hidden", hidden)
+        check_count("context", context, least=0)
         self.size = size
         self.noise = nn.Linear(noise, hidden[0])
         self.context = nn.Linear(context, hidden[0], bias=False) if context else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from abc import ABCMeta
 from dataclasses import replace
@@ -28,6 +29,7 @@ from .target import Target
 _LOGGER = logging.getLogger("pyro_shortrun")
 MAX_SIZE = 300  # latents: its cost grows with the cube
 _GAIN = 0.1  # of what is trained: an optimiser moves every parameter by about its learning rate
+_BEYOND = 1e12  # nats: no data have such a density
 _UNIFORM, _PRIOR, _WIDTH = 2, 2, 3.0  # places where a fit begins, besides zero, and how far out they may be
 
 
@@ -55,8 +57,8 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
     JMLR 2022.
 
     :ivar fit: the last :class:`~pyro_shortrun.starts.Fit`, or None.
-    :raises ValueError: at set-up, for more than 300 latents or subsampled ones, and where no Gaussian is stationary;
-        ``pretrain`` then goes on from what was found.
+    :raises ValueError: at set-up, for more than 300 latents or subsampled ones, for a log density without an upper
+        bound, and where no Gaussian is stationary; ``pretrain`` then goes on from what was found.
     """
 
     is_learned = True
@@ -95,6 +97,11 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
             )
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether it has been fitted."""
+        return "fitted" in self._buffers and bool(self.fitted)
+
+    @property
     def loc(self) -> Tensor:
         """The mean in unconstrained space, ``(size,)``."""
         return self.frame.outward(self._inside[0])
@@ -108,6 +115,13 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
     def frame(self) -> Affine:
         """The coordinates that runs move in."""
         return Affine(self.center, self.factor)
+
+    def at(self, frame: Affine) -> Gaussian:
+        """The Gaussian that has these coordinates, mean zero and unit covariance in them."""
+        other = copy.deepcopy(self)
+        other.center, other.factor = frame.center, frame.factor
+        other.shift, other.stretch = torch.zeros_like(self.shift), torch.zeros_like(self.stretch)
+        return other
 
     @property
     def _inside(self) -> tuple[Tensor, Tensor]:
@@ -140,6 +154,7 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
             places = _places(call)
             require_gradient(call.model, places.to(self.center).unsqueeze(1))
             fit = fit_normal(target, places, first)
+        _check_bounded(fit, call, target)
         normal = fit.normal
         self.center.copy_(normal.loc)
         self.factor.copy_(normal.factor)
@@ -192,6 +207,16 @@ def _report(fit: Fit, call: Call) -> None:
             "the posterior has another mode, of about the same height, at other values of %s: the Gaussian start "
             "covers one, and draws stay there. Where names can be exchanged, order them; else compare with chains.",
             _sites(gap.abs() > 3 * size, call),
+        )
+
+
+def _check_bounded(fit: Fit, call: Call, target: Target) -> None:
+    """Refuse a density that was still rising where no data can have taken it, or where a nat is lost to rounding."""
+    if not fit.converged and fit.bound > min(_BEYOND, 1 / target.rounding):
+        raise ValueError(
+            f"the log density has no upper bound: fitting a Gaussian, it rose to {fit.bound:.2g} nats along "
+            f"{_moving(fit, call) or 'all latents'}. Look for a pyro.factor of the wrong sign, or a latent that "
+            "neither prior nor data hold."
         )
 
 

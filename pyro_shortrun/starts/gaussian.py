@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import check_between, check_function
 from ..density.call import Call
 from .start import Start, StartDraw
 
@@ -23,8 +25,8 @@ class Init(Start):
     """
 
     def __init__(self, init_loc_fn: Callable[..., Any], scale: float = 0.1) -> None:
-        if not scale > 0:
-            raise ValueError(f"scale must be > 0, got {scale!r}.")
+        check_function("init_loc_fn", init_loc_fn, "pyro.infer.autoguide.init_to_median")
+        check_between("scale", scale, 0, math.inf, "0.1")
         self.init_loc_fn, self.scale = init_loc_fn, scale
 
     def draw(self, call: Call, chains: int) -> StartDraw:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count
+from ..checks import check_count, check_share
 from ..density.call import Call
 from ..density.interface import Density
 from ..density.rows import sum_to_rows
@@ -22,13 +21,18 @@ class Persistent(nn.Module, Start):
     r"""Each datum's run starts where its last run ended; the first one starts at the prior.
 
     This is alternating back-propagation (Han, Lu, Zhu, Wu, AAAI 2017). The law of such a start is not known, so there
-    is no bound: the loss that SVI prints is ``-log p(x, z_K)`` alone, and the step size stays as it is. In ``eval()``
-    mode nothing is stored. States are kept by the indices of the plate that holds the latents. Where it has none (it is
-    not subsampled), rows are told apart by their position: where their data are then others than before, training
-    warns, and in ``eval()`` mode they start at the prior.
+    is no bound: the loss that SVI prints is ``-log p(x, z_K)`` alone. A first guess of the step size follows the
+    acceptance of one Langevin step (:class:`~pyro_shortrun.dynamics.Acceptance`); a ``StepSize`` stays as it is. In
+    ``eval()`` mode nothing is stored.
+
+    States are kept by the indices of the plate that holds the latents, ``pyro.plate(name, size, subsample=index)``.
+    Where it has none (it is not subsampled), rows are told apart by their position, and data that are others than
+    before are refused in training; in ``eval()`` mode they start at the prior. For data never seen,
+    ``guide.sample_posterior(new_x, num_steps=40)`` makes longer runs from the prior.
 
     :param refresh: probability with which a row starts at the prior all the same.
-    :raises ValueError: where ``refresh`` is not in ``[0, 1]``.
+    :raises ValueError: where ``refresh`` is not in ``[0, 1]``; in training, where rows without indices have other data
+        than before.
     """
 
     has_density = False
@@ -38,9 +42,7 @@ class Persistent(nn.Module, Start):
 
     def __init__(self, refresh: float = 0.0) -> None:
         super().__init__()
-        self._told = False
-        if not 0 <= refresh <= 1:
-            raise ValueError(f"refresh is a probability, got {refresh!r}.")
+        check_share("refresh", refresh, "0.05")
         self.refresh = refresh
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -99,16 +101,12 @@ class Persistent(nn.Module, Start):
         changed = self.visited[index] & ~before.isnan() & ~now.isnan() & (before != now)
         if not (self.training and changed.any()):
             return changed
-        if not self._told:
-            self._told = True
-            names = ", ".join(f"'{p.name}'" for p in call.density.layout.row_plates)
-            warnings.warn(
-                f"the data of plate {names} are others than before, and Persistent tells its elements apart by "
-                "position alone: they go on from the chains of other data. Make the plate over the whole data set and "
-                "pass it the indices of the batch, pyro.plate(name, size, subsample=index), or use Prior().",
-                stacklevel=2,
-            )
-        return torch.zeros_like(changed)
+        names = ", ".join(f"'{p.name}'" for p in call.density.layout.row_plates)
+        raise ValueError(
+            f"the data of plate {names} are others than before, and Persistent tells its elements apart by position "
+            "alone: they would go on from the chains of other data. Make the plate over the whole data set and pass it "
+            "the indices of the batch, pyro.plate(name, size, subsample=index), or use Prior()."
+        )
 
     def finish(self, call: Call, end: Tensor) -> None:
         if end.shape[0] != 1:
@@ -168,8 +166,7 @@ class Replay(nn.Module, Start):
     def __init__(self, size: int = 10_000, refresh: float = 0.05) -> None:
         super().__init__()
         check_count("size", size)
-        if not 0 <= refresh <= 1:
-            raise ValueError(f"refresh is a probability, got {refresh!r}.")
+        check_share("refresh", refresh, "0.05")
         self.size, self.refresh = size, refresh
         self.register_buffer("written", torch.zeros((), dtype=torch.long))
 

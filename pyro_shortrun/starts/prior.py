@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..density.call import Call
 from ..density.rows import joint_and_prior
 from ..tensors import keep_rows
@@ -31,6 +32,7 @@ class Prior(Start):
     """
 
     def __init__(self, tries: int = 20) -> None:
+        check_count("tries", tries)
         self.tries = tries
         self._told = False
 

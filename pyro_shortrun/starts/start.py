@@ -10,6 +10,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from ..checks import is_silent
 from ..density.affine import Affine, AffineDensity
 from ..density.call import Call
 from ..density.interface import Density
@@ -24,7 +25,7 @@ class Framed:
 
     frame: Affine
     state: Tensor
-    base: Base
+    base: Base | None
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class Start(ABC):
 
 def check_start(start: Any) -> None:
     """Refuse what is neither a Start nor a guide."""
-    if start is not None and (isinstance(start, type) or not (isinstance(start, Start) or callable(start))):
+    kind = start is None or isinstance(start, Start) or (callable(start) and not is_silent(start))
+    if isinstance(start, type) or not kind:
         raise ValueError(f"start must be Prior(), Gaussian(), Persistent(), Init(...) or a Pyro guide, got {start!r}.")
     if isinstance(start, PyroModule) and start._pyro_context.used:
         raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ..checks import check_function, check_model
 from ..density.call import Call
 from ..density.handlers import Hold
 from ..density.program import Program, Reading
@@ -54,8 +55,8 @@ class AncestralSampler(Start):
         site: str | None = None,
         output: Callable[[Any], Tensor] = operator.attrgetter("mean"),
     ) -> None:
-        if not callable(model):
-            raise ValueError(f"the sampler needs a Pyro model, got {model!r}.")
+        check_model(model)
+        check_function("output", output, "lambda fn: fn.sample()")
         self.model, self.site, self.output = model, site, output
         self._part = PriorPart()
         self._latents: dict[str, Tensor] | None = None
@@ -117,7 +118,7 @@ class AncestralSampler(Start):
             return found[0]
         if self.site is None or self.site not in found:
             asked = "which one is x?" if self.site is None else f"'{self.site}' is not one of them."
-            raise ValueError(f"the generator's observed sites are {found}: {asked} Set AncestralSampler(site=...).")
+            raise ValueError(f"the model's observed sites are {found}: {asked} Give AncestralSampler(model, site=...).")
         return self.site
 
 

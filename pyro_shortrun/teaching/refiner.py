@@ -13,7 +13,7 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
-from ..checks import check_count, check_kind, of_module, one_kind
+from ..checks import check_count, check_flags, check_kind, of_module, one_kind
 from ..density.call import Call
 from ..density.interface import Density
 from ..dynamics.dynamics import Dynamics
@@ -123,10 +123,12 @@ class Refiner:
         check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
         if dynamics is not None and (step_size is not None or noise != 1.0):
             raise ValueError("pass step_size and noise, or dynamics: Langevin(step_size) is the default dynamics.")
+        check_flags(compile=compile)
         self.energy, self.reference, self.replay = energy, reference, replay
         self._schedules = num_steps, 0.1 if step_size is None else step_size, noise
         self._scheduled = dynamics is None
         self.num_steps(0)
+        _factor(scheduled(noise, 0))
         self._dynamics = _NoiseScaled(scheduled(self._schedules[1], 0)) if dynamics is None else dynamics
         self._compile, self._prior = compile, TiltedPrior(self._model, compile)
 
@@ -266,8 +268,8 @@ def _steps(count: Any) -> int:
 
 
 def _factor(noise: Any) -> Tensor:
-    if not 0 <= float(noise) < float("inf"):
-        raise ValueError(f"noise is the factor of a standard deviation, a finite number >= 0, got {noise!r}.")
+    if isinstance(noise, str) or not 0 <= float(noise) < float("inf"):
+        raise ValueError(f"noise, the factor of a standard deviation, must be a finite number >= 0, got {noise!r}.")
     return torch.tensor(float(noise), device="cpu")
 
 

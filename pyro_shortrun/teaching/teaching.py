@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,11 +13,14 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checks import of_arguments, of_module, one_kind
+from ..checks import check_weight, of_arguments, of_module, one_kind
+from ..runs.course import astray
 from .ancestral import AncestralSampler
 from .learning import check_optim, learn
 from .refiner import Refined, Refiner, of_rows
 from .students import Students, several
+
+_LOGGER = logging.getLogger("pyro_shortrun")
 
 
 @dataclass(frozen=True)
@@ -127,15 +131,16 @@ class MCMCTeaching:
     ) -> None:
         if not isinstance(refiner, Refiner):
             raise ValueError(f"refiner must be a Refiner(energy, ...), got {refiner!r}.")
-        if not (l2 >= 0 and l2 < float("inf")):
-            raise ValueError(f"l2 must be a finite number >= 0, got {l2!r}.")
+        if not callable(sampler):
+            raise ValueError(f"sampler must be an AncestralSampler(generator), or a generator, got {sampler!r}.")
+        check_weight("l2", l2)
         self.sampler = sampler if isinstance(sampler, AncestralSampler) else AncestralSampler(sampler)
         self.refiner, self.optim, self.l2 = refiner, optim, float(l2)
         self.student, self.dual = several("student", student), several("dual", dual)
         self.iteration = 0
         self.info: TeachingInfo | None = None
         self._students = Students()
-        self._warned = False
+        self._warned = self._strayed = False
         check_optim(self.energy, optim)
         self._check_latents()
 
@@ -220,6 +225,10 @@ class MCMCTeaching:
     def _noted(self, refined: Refined) -> Refined:
         """The sampler keeps the latents of these; runs that were dropped are warned about."""
         self.sampler.keep(refined.rows if self.refiner.replay is None else None)
+        reason = None if self._strayed or refined.run is None else astray(refined.run)
+        if reason is not None:
+            self._strayed = True
+            _LOGGER.warning("in the energy-based model, %s (MCMCTeaching.info.run.log_density; told once.)", reason)
         if refined.nonfinite and not self._warned:
             self._warned = True
             warnings.warn(

@@ -86,3 +86,17 @@ def test_packing_keeps_every_tensor():
     assert len(packed) == 3  # two of (2, 3), numbers and booleans of (2,), integers
     for found, known in zip(packing.unpack(packed), tensors, strict=True):
         assert torch.equal(found, known) and found.dtype == known.dtype
+
+
+def test_packing_does_not_round():
+    tensors = [
+        torch.tensor([True]),
+        torch.rand(1, dtype=torch.float32),
+        torch.rand(1, dtype=torch.float64),
+        torch.tensor([1 / 3]).double(),
+    ]
+    packing = Packing(tensors)
+    packed = packing.pack(tensors, 0)
+    assert [t.dtype for t in packed] == [torch.float32, torch.float64]
+    for found, known in zip(packing.unpack(packed), tensors, strict=True):
+        assert torch.equal(found, known) and found.dtype == known.dtype

@@ -14,12 +14,14 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import test_density as laws
 import torch
-from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from hypothesis import strategies as st
 from programs import traced
 from pyro import poutine
@@ -27,7 +29,17 @@ from pyro.infer import ELBO, HMC, SVI, Trace_ELBO, TraceEnum_ELBO, config_enumer
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_shortrun import Prior, ShortRunGuide, ShortRunLangevin, StepSize, VectorizedMCMC
+from pyro_shortrun import (
+    Annealed,
+    PathDensity,
+    Prior,
+    ShortRunELBO,
+    ShortRunGuide,
+    ShortRunLangevin,
+    StepSize,
+    VectorizedMCMC,
+)
+from pyro_shortrun.compile import Compiler, Untouched
 
 Family = Callable[[Tensor], dist.TorchDistribution]
 
@@ -187,6 +199,7 @@ def many(count: int) -> Callable:
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
     )
 
 
@@ -238,6 +251,45 @@ def test_guide_trains_and_predicts(program: RandomProgram) -> None:
     draws = guide.sample_posterior(num_samples=3)
     assert sorted(draws) == program.latents
     assert all(torch.isfinite(v).all() for v in draws.values())
+
+
+def training_steps(model: Callable, objective: Any, compile: bool) -> tuple[ShortRunGuide, list[float], list[Tensor]]:
+    """The guide, losses of some steps, and gradients of the last one, by graphs as they are traced or eagerly."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = ShortRunGuide(model, num_steps=2, step_size=StepSize(0.01), start=Prior(), objective=objective())
+    if compile:
+        guide._compiler = Compiler(Untouched())
+    losses = []
+    for _ in range(4):
+        for p in pyro.get_param_store()._params.values():
+            p.grad = None
+        losses.append(ShortRunELBO().loss_and_grads(model, guide))
+    leaves = sorted(pyro.get_param_store()._params.items())
+    return guide, losses, [torch.zeros_like(p) if p.grad is None else p.grad for _, p in leaves]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of rows that freeze
+@pytest.mark.parametrize("objective", [PathDensity, Annealed])
+@many(12)
+@given(program=programs(kinds="latent latent discrete data factor holes"))
+def test_training_steps_by_graphs_are_the_eager_ones(objective: Any, program: RandomProgram) -> None:
+    """In loss and gradients, whether there is one graph, several, or none."""
+    assume_pyro_takes(program)
+    model = config_enumerate(program)
+    try:
+        _, losses, grads = training_steps(model, objective, compile=False)
+    except NotImplementedError:  # of a mini-batch whose log q cannot be scaled
+        assume(False)
+    guide, found, others = training_steps(model, objective, compile=True)
+    event("one graph" if guide.steps._steps else "several")
+    precise = torch.get_default_dtype() == torch.float64
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-9 if precise else 1e-4, atol=1e-5)
+    for grad, other in zip(grads, others, strict=True):
+        scale = 1 + other.abs().max().item()
+        torch.testing.assert_close(
+            grad, other, rtol=1e-6 if precise else 1e-2, atol=scale * (1e-8 if precise else 1e-3)
+        )
 
 
 @many(200)

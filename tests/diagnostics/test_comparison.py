@@ -133,7 +133,7 @@ def test_bad_arguments_are_refused():
         compare_with_nuts(model, {"y": exact(50)}, reference=good)
     with pytest.raises(ValueError, match="draws of 'z' have shape"):
         compare_with_nuts(model, {"z": torch.zeros(50, 3)}, reference=good)
-    with pytest.raises(ValueError, match="a guide, a finished"):
+    with pytest.raises(ValueError, match="source must be a guide"):
         compare_with_nuts(model, 3, reference=good)
     with pytest.raises(ValueError, match=">= 4 draws"):
         compare_with_nuts(model, good, reference={"z": exact(2, 3)})

@@ -155,7 +155,7 @@ def test_a_step_size_object_is_taken_as_it_is_and_its_singular_steps_are_reporte
     guide()
     assert guide.step_sizes().item() == pytest.approx(0.1)
     assert guide.info.noninvertible == 1
-    assert "too large" not in caplog.text and "not reliable" in caplog.text
+    assert "is too large for this model" not in caplog.text and "not reliable" in caplog.text
 
 
 def test_a_number_that_fits_is_kept(caplog):

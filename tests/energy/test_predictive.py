@@ -200,7 +200,7 @@ def test_refusals():
         sample_prior(layered, given={"w": torch.zeros(4)})
     with pytest.raises(ValueError, match="given names 'x'"):
         sample_prior(layered, torch.zeros(4), given={"x": torch.zeros(4)})
-    with pytest.raises(ValueError, match=r"given\['z1'\] has shape \(3,\); the site has shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"given\['z1'\] has shape \(3,\); it must have the site's, \(4,\)"):
         sample_prior(layered, given={"z1": torch.zeros(3)})
     with pytest.raises(NotImplementedError, match="have no trace"):
         EnergyPredictive(layered, num_samples=2).get_vectorized_trace()

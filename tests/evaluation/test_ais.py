@@ -128,7 +128,7 @@ def test_simplex():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="num_chains >= 2"):
+    with pytest.raises(ValueError, match="num_chains must be an integer >= 2"):
         ais(tilted, torch.zeros(3, 2), num_chains=1)
     with pytest.raises(ValueError, match="num_temperatures"):
         ais(tilted, torch.zeros(3, 2), num_temperatures=0)

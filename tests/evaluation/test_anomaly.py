@@ -141,7 +141,7 @@ def test_refusals():
     x = data()
     with pytest.raises(ValueError, match="score must be a Score object"):
         anomaly_score(model, guide, x, score=Joint)
-    with pytest.raises(ValueError, match="needs the names"):
+    with pytest.raises(ValueError, match="sites must be names"):
         Above()
     with pytest.raises(ValueError, match="does not sample 'z9'"):
         anomaly_score(model, guide, x, score=Above("z9"))

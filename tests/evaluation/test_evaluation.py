@@ -95,7 +95,7 @@ def test_squared_mmd_far_from_zero():
 
 @pytest.mark.parametrize("measure", [frechet_distance, squared_mmd])
 def test_samples_that_cannot_be_compared(measure):
-    with pytest.raises(ValueError, match="needs samples"):
+    with pytest.raises(ValueError, match="a and b must be samples"):
         measure(torch.zeros(5, 2), torch.zeros(5, 3))
     with pytest.raises(ValueError, match="not finite"):
         measure(torch.full((5, 2), torch.nan), torch.zeros(5, 2))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from programs import ALL, seeded
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 
 from pyro_shortrun import Langevin, Prior, ShortRunGuide, StepSize
@@ -96,3 +96,14 @@ def test_states_enumerated_along_markov_train():
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), TraceEnum_ELBO(max_plate_nesting=1))
     assert all(math.isfinite(svi.step(y[:2, :3])) for _ in range(2))
     assert set(guide(y[:2, :3])) == {"transition", "locs", "scale"}
+
+
+def test_a_support_that_depends_on_what_is_enumerated_is_refused_by_name():
+    @config_enumerate
+    def model():
+        b = pyro.sample("b", dist.Bernoulli(0.5))
+        pyro.sample("z", dist.Uniform(-1.0, 1.0 + b))
+
+    guide = ShortRunGuide(model, num_steps=2, start=Prior())
+    with pytest.raises(NotImplementedError, match="support of latent site 'z' depends on a site that is enumerated"):
+        guide.log_weight()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -125,6 +126,17 @@ def test_hidden_discrete_latent_with_infinite_support():
 
     guide = ShortRunGuide(poutine.block(model, hide=["k"]), start=Prior())
     refuses(guide, (torch.tensor(1.0),), ValueError, "'k'", "infinite support")
+
+
+@pytest.mark.parametrize("make", [ShortRunGuide, lambda m: ShortRunGuide(m, start=Prior()), SemiImplicitGuide])
+@pytest.mark.parametrize("plates", [True, False])
+def test_latents_without_values(make, plates):
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)) if plates else nullcontext():
+            z = pyro.sample("z", dist.Normal(torch.zeros(0), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x if plates else x[0])
+
+    refuses(make(model), (torch.ones(3),), ValueError, "'z' has no values", "size 0", "Leave it out")
 
 
 @pytest.mark.parametrize("observed", [True, False])
@@ -319,7 +331,7 @@ def test_latents_that_change():
 def test_observed_site_that_is_not_observed_at_prediction():
     x, y = torch.ones(4), torch.zeros(4)
     guide = ShortRunGuide(regression, num_steps=2, step_size=0.01, start=Prior())
-    guide(x, y)
+    guide(x, y), guide(x, y + 1)
     for call in (guide, guide.sample_posterior, guide.median, Predictive(regression, guide=guide, num_samples=2)):
         with pytest.raises(ValueError, match=r"site 'y' was observed.*guide.condition_on\(\*training_args\)"):
             call(torch.ones(2))
@@ -444,7 +456,7 @@ def test_source_without_draws_is_refused_before_the_reference_runs():
     def untouched(x: Tensor) -> None:
         raise AssertionError("the model ran")
 
-    with pytest.raises(ValueError, match="draws come from a guide.*AutoNormal"):
+    with pytest.raises(ValueError, match="source must be a guide.*AutoNormal"):
         compare_with_nuts(untouched, AutoNormal, torch.ones(3))
     with pytest.raises(ValueError, match="call mcmc.run"):
         compare_with_nuts(untouched, VectorizedMCMC(ShortRunLangevin(untouched), num_samples=4), torch.ones(3))

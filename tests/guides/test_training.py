@@ -25,6 +25,7 @@ from pyro_shortrun import (
     Mixture,
     PathDensity,
     Prior,
+    Refine,
     ShortRunELBO,
     ShortRunGuide,
     StepSize,
@@ -90,6 +91,12 @@ def curved(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z.sin().sum(-1), scale), obs=x)
 
 
+def encoder(x: Tensor) -> None:
+    weight = pyro.param("weight", torch.tensor([0.3, -0.2]))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x.unsqueeze(-1) * weight, 0.5).to_event(1))
+
+
 ROWS: dict[str, dict[str, Any]] = {
     "path": dict(objective=PathDensity),
     "annealed": dict(objective=Annealed),
@@ -102,6 +109,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "noise_free": dict(objective=PathDensity, dynamics=lambda: Langevin(StepSize(0.01, per="dim"), noise=False)),
     "init": dict(objective=PathDensity, start=lambda: Init(pyro.infer.autoguide.init_to_sample)),
     "path_4": dict(objective=PathDensity, num_particles=4),
+    "refine": dict(objective=Refine, start="diagonal"),
+    "refine_encoder": dict(objective=Refine, start=lambda: encoder),
 }
 
 
@@ -259,6 +268,54 @@ def test_weights_of_a_network_get_their_gradients():
     assert_same(found, steps(model, (x,), False)[0])
 
 
+def test_gradients_may_be_changed_in_place(caplog):
+    """Clipped together, for one: parameters that are added up have one gradient, that of a sum is one number."""
+
+    def model(x: Tensor) -> None:
+        a, b, c = (pyro.param(name, torch.zeros(4)) for name in "abc")
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.factor("f", c.sum())
+        pyro.sample("x", dist.Normal(z + (a + b), 1.0).to_event(1), obs=x)
+
+    guide, x = guide_of(model), torch.randn(4)
+    losses(guide, x, count=3)
+    before = gradients(guide, x)  # from the graph alone
+    store = pyro.get_param_store()._params
+    store["a"].grad.mul_(2.0)
+    store["c"].grad.mul_(3.0)
+    assert not warned(caplog)
+    for name, factor in dict(a=2.0, b=1.0, c=3.0).items():
+        torch.testing.assert_close(store[name].grad, factor * before[name])
+
+
+def test_tensors_that_are_not_contiguous(caplog):
+    """As the columns of a data frame are: what is a view of them stays one in the graph."""
+    first, second = torch.randn(2, 5).t(), torch.randn(2, 5).t()
+
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        terms = [(m.t().reshape(-1).view(2, 5) * w.unsqueeze(-1)).sum(0) for m in (first, second)]
+        pyro.sample("x", dist.Normal(terms[0] + terms[1].sin(), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(5)
+    found, guide = steps(model, (x,), True)
+    assert not guide.steps.given_up, warned(caplog)
+    assert_same(found, steps(model, (x,), False)[0])
+
+
+def test_what_is_drawn_may_depend_on_what_was_filled_in_place(caplog):
+    def model(x: Tensor) -> None:
+        shape = torch.ones(3)
+        shape[0] = pyro.param("a", torch.tensor(2.0), constraint=dist.constraints.positive)
+        z = pyro.sample("z", dist.Gamma(shape, 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(), 1.0), obs=x)
+
+    x = torch.tensor(2.0)
+    found, guide = steps(model, (x,), True)
+    assert not guide.steps.given_up, warned(caplog)
+    assert_same(found, steps(model, (x,), False)[0])
+
+
 # ---------------------------------------------------------------- what is noticed in every call
 
 
@@ -320,17 +377,23 @@ def test_one_tensor_as_two_arguments_and_in_a_closure():
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["weights of its own", "an object", "a changing buffer"])
+NETS = ["weights of its own", "a changing buffer"]
+
+
+@pytest.mark.parametrize("kind", [*NETS, "an object", "a part of a buffer"])
 def test_what_a_graph_would_get_wrong_is_eager(kind, caplog):
     net = nn.BatchNorm1d(2) if kind == "a changing buffer" else nn.Linear(2, 2)
+    calls = torch.zeros(2)
 
     def model(x: Any) -> None:
         data = x.data if isinstance(x, Batch) else x
         if kind == "a changing buffer":
             pyro.module("net", net)
+        elif kind == "a part of a buffer":
+            calls[0] += 1.0
         with pyro.plate("data", len(data)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z if kind == "an object" else net(z), 1.0).to_event(1), obs=data)
+            pyro.sample("x", dist.Normal(net(z) if kind in NETS else z, 1.0).to_event(1), obs=data)
 
     class Batch:
         data = torch.randn(4, 2)

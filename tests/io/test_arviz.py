@@ -366,7 +366,7 @@ def streaming() -> StreamingMCMC:
 ERRORS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "a model": (lambda: model, {}, "ShortRunGuide.*function"),
     "another guide": (lambda: AutoNormal(model), {}, "ShortRunGuide.*AutoNormal"),
-    "a class": (lambda: ShortRunGuide, {}, "to_arviz takes"),
+    "a class": (lambda: ShortRunGuide, {}, "source must be"),
     "StreamingMCMC": (streaming, {}, "StreamingMCMC"),
     "MCMC not run": (lambda: MCMC(NUTS(model), 3), {}, "run"),
     "VectorizedMCMC not run": (lambda: VectorizedMCMC(ShortRunLangevin(model), 3), {}, "run"),

@@ -37,7 +37,7 @@ from pyro_shortrun import (
     to_arviz,
 )
 from pyro_shortrun.io import stream_posterior, streaming
-from pyro_shortrun.io.saving import replacing
+from pyro_shortrun.io.files import replacing
 from pyro_shortrun.starts import Replay
 
 X = torch.tensor([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.8]], dtype=torch.float64)
@@ -351,9 +351,7 @@ def test_twenty_kills_leave_a_whole_file(tmp_path):
         counts.append(load_state(path, net=net)["count"])
         assert counts[-1] == 0 or ((net.weight == counts[-1]).all() and (net.bias == counts[-1]).all())
     assert counts == sorted(counts) and counts[-1] > 0
-    for left in tmp_path.glob(".run.pt.*.part"):
-        os.utime(left, (0, 0))
-    save_state(path, net=net)
+    save_state(path, net=net)  # removes what the dead have left
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
 
@@ -373,6 +371,15 @@ def test_the_file_of_a_process_that_is_alive_stays(tmp_path):
         assert scratch.exists()
 
 
+def test_files_of_other_machines_go_when_they_are_old(tmp_path):
+    """Whether their processes are alive cannot be known."""
+    new, old = (tmp_path / f".run.pt.{name}.part" for name in ("elsewhere-1-ab", "cd"))
+    new.touch(), old.touch()
+    os.utime(old, (0, 0))
+    save_state(tmp_path / "run.pt")
+    assert new.exists() and not old.exists()
+
+
 # ---------------------------------------------------------------- posteriors batch by batch
 
 
@@ -383,7 +390,7 @@ def rows(x: torch.Tensor) -> None:
 
 
 def parts_in(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.name != "stream.json")
+    return sorted(p.name for p in folder.iterdir() if p.stem != "stream")
 
 
 def draws_of(paths: list) -> list:

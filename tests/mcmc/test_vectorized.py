@@ -113,6 +113,14 @@ def test_operation_that_cannot_be_vectorised_is_named(model, line):
     quiet(ShortRunLangevin(model, 2, adjust=True), 5, 5, 1).run()  # one chain needs no vmap
 
 
+def test_code_without_lines_is_named_by_its_function():
+    """As that of exec, or of a notebook that is gone."""
+    names = {"pyro": pyro, "dist": dist}
+    exec("def typed_in():\n    z = pyro.sample('z', dist.Normal(0.0, 1.0))\n    abs(z) if z > 0 else z\n", names)
+    with pytest.raises(NotImplementedError, match=r"over chains in `typed_in` \(<string>:3\)"):
+        quiet(ShortRunLangevin(names["typed_in"], 2, adjust=True), 5, 5, 2).run()
+
+
 def test_site_that_cannot_be_vectorised_is_named():
     def model() -> None:
         logits = pyro.sample("logits", dist.Normal(torch.zeros(3), 1.0).to_event(1))
@@ -244,7 +252,7 @@ def test_default_warm_up_is_the_number_of_samples():
     "options, message",
     [
         (dict(num_samples=0), "num_samples must be an integer >= 1"),
-        (dict(warmup_steps=-1), "warmup_steps must be an integer >= 1"),
+        (dict(warmup_steps=-1), "warmup_steps must be an integer >= 0"),
         (dict(num_chains=0), "num_chains must be an integer >= 1"),
         (dict(chain_batch_size=0), "chain_batch_size must be an integer >= 1"),
         (dict(kernel="mala"), "kernel must be a ShortRunLangevin"),

@@ -410,5 +410,5 @@ def test_automatic_counts_hessian_products() -> None:
 
 @pytest.mark.parametrize("counts", [(0, 1), (1, 0), (-1, 5)])
 def test_lanczos_needs_probes_and_iterations(counts: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="num_(probes|iterations) must be an integer >= 1"):
         Lanczos(*counts)

@@ -30,6 +30,7 @@ EXPECTED = {
     "fabric": ("gradient of 2 ranks", {"fabric.txt"}),
     "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
     "langevin_autoencoder": ("std of codes", {"reconstructions.png", "samples.png", "posterior.png", "training.png"}),
+    "many_guides": ("alive", {"table.txt", "results.json"}),
     "lae": ("-log p(x)", {"lae.txt", "lae.json", "results.json"}),
     "coopnets": ("taught by regression", {"coopnets.txt", "samples.png", "chains.png"}),
     "variational_teaching": ("dual", {"teaching.txt", "samples.png", "chains.png"}),
@@ -42,6 +43,7 @@ EXPECTED = {
     "gradients": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
     "posteriors": ("Right in all three", {"table.txt", "results.json", "errors.png"}),
     "scaling": ("SIMULATED", {"scaling.txt", "results.json"}),
+    "generators": ("CPU seconds each", {"generators.txt", "results.json"}),
     "soak": ("drift of frozen", {"soak.txt", "results.json", "soak.png"}),
     "speed": ("Peak memory", {"speed.txt", "results.json"}),
     "walk": ("changes of module", {"walk.txt", "results.json"}),
@@ -50,6 +52,7 @@ EXPECTED = {
 # Imported by an example.
 MODULES = {"gradients_dais", "gradients_rivals", "posteriordb_models", "record", "speed_models", "speed_jax"}
 MODULES |= {"posteriors_language", "posteriors_methods", "posteriors_models", "posteriors_numpyro", "teaching_images"}
+MODULES |= {"generators_data", "generators_methods"}
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in MODULES], ids=lambda p: p.stem)

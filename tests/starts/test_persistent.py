@@ -112,19 +112,15 @@ def pairs(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("model, x", [(local, data()), (pairs, data().unsqueeze(-1).repeat(1, 2))])
-def test_other_data_in_the_same_rows_are_told_once_and_start_at_the_prior_in_eval(model, x):
+def test_other_data_in_the_same_rows_are_refused_and_start_at_the_prior_in_eval(model, x):
     guide = kept(model, x)
     first = guide(x)["z"]
-    with pytest.warns(UserWarning, match=r"data of plate 'data' are others.*subsample=index"):
-        again = guide(x + 1)["z"]
-    torch.testing.assert_close(again, first, rtol=0, atol=1e-4)
-    guide(x)  # neither the same data nor a second change are told
-    guide(x + 1)
+    with pytest.raises(ValueError, match=r"data of plate 'data' are others.*subsample=index"):
+        guide(x + 1)
+    torch.testing.assert_close(guide(x)["z"], first, rtol=0, atol=1e-4)  # the same data, and nothing was lost
     guide.eval()
-    torch.testing.assert_close(guide(x + 1)["z"], first, rtol=0, atol=1e-4)
-    moved = x.clone()
-    moved[0] += 2
-    fresh = guide(moved)["z"]
+    torch.testing.assert_close(guide(x)["z"], first, rtol=0, atol=1e-4)
+    fresh = guide(x + 1)["z"]
     assert (fresh - first).abs().min() > 1e-3
 
 
@@ -161,3 +157,20 @@ def test_states_of_the_first_version_load():
     again = ShortRunGuide(local, num_steps=1, dynamics=frozen(), start=Persistent()).setup(x)
     again.load_state_dict(state)
     torch.testing.assert_close(again(x + 1)["z"], guide.eval()(x)["z"], rtol=0, atol=1e-4)
+
+
+def test_longer_runs_from_the_prior_for_data_never_seen():
+    """Their number may be another one; what is kept stays as it is."""
+    guide = ShortRunGuide(local, num_steps=2, dynamics=contraction(0.1), start=Persistent())
+    guide(data())
+    kept_before = guide.start.store.clone()
+    new = torch.linspace(-2.0, 2.0, 7)
+    draws = guide.sample_posterior(new, num_samples=50, num_steps=60)["z"]
+    torch.testing.assert_close(draws, (new / 2).expand(1, 50, 7), rtol=1e-3, atol=1e-3)
+    assert guide.start.store.equal(kept_before) and guide.num_steps == 2
+    for wrong in (0, 1.5):
+        with pytest.raises(ValueError, match="num_steps"):
+            guide.sample_posterior(new, num_steps=wrong)
+    steps = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.1, per="step"), start=Persistent())
+    with pytest.raises(ValueError, match="num_steps is for runs without"):
+        steps.sample_posterior(new, num_steps=3)

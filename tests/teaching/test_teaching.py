@@ -382,7 +382,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "energy": (lambda: Refiner(lambda x: x), "energy must be an nn.Module"),
     "steps": (lambda: Refiner(Gaussian(), num_steps=-1), "num_steps must be an integer"),
     "step size": (lambda: Refiner(Gaussian(), step_size=-1.0), "step_size must be a finite number > 0"),
-    "noise": (lambda: Refiner(Gaussian(), noise=-1.0)(X), "noise is the factor"),
+    "noise": (lambda: Refiner(Gaussian(), noise=-1.0)(X), "noise, the factor"),
     "both": (lambda: Refiner(Gaussian(), step_size=0.1, dynamics=Langevin(0.1)), "or dynamics"),
     "reference": (lambda: Refiner(Gaussian(), reference=1.0), "reference must be"),
     "replay": (lambda: Refiner(Gaussian(), replay=10), "replay must be"),

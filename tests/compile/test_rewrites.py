@@ -1,0 +1,70 @@
+"""Operations in another form give the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_shortrun.compile import inductor
+from pyro_shortrun.compile.graph import Live, trace
+from pyro_shortrun.compile.rewrites import rewrite
+from pyro_shortrun.compile.scan import Scan
+from pyro_shortrun.density.recurrence import Recurrence
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "is_rewritten"), [((5,), 0, True), ((2, 5), -1, True), ((2, 5), 0, False), ((70,), 0, False)]
+)
+def test_cumulative_sums(shape, dim, is_rewritten):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    x.view(-1)[-1] = float("inf")  # must not spoil what comes before
+    module = make_fx(lambda x: (x.cumsum(dim),))(x)
+    rewrite(module)
+    assert ("cumsum" not in module.code) is is_rewritten
+    torch.testing.assert_close(module(x)[0], x.cumsum(dim))
+
+
+@pytest.mark.parametrize(
+    ("turn", "is_transposed"),
+    [
+        (lambda x: x.t(), True),
+        (lambda x: x.permute(-1, 0), True),
+        (lambda x: x.transpose(0, -1), True),
+        (lambda x: x.permute(0, 1), False),
+        (lambda x: x.permute(-2, 1), False),
+        (lambda x: x.transpose(1, 1), False),
+    ],
+    ids=["t", "permute", "transpose", "as it is", "as it is, from the end", "with itself"],
+)
+def test_products_with_large_transposed_matrices(turn, is_transposed):
+    torch.manual_seed(0)
+    x, r = torch.randn(400, 60, dtype=torch.float64), torch.randn(400 if is_transposed else 60, dtype=torch.float64)
+    module = make_fx(lambda x, r: (torch.mv(turn(x), r),))(x, r)
+    rewrite(module)
+    assert ("aten.mv" not in module.code) is is_transposed
+    torch.testing.assert_close(module(x, r)[0], turn(x) @ r)
+
+
+def test_small_buffers_of_loops_are_on_the_stack(monkeypatch):
+    """That is: what is written for them compiles, and nothing else is tried."""
+
+    def refuse() -> None:
+        raise AssertionError
+
+    def block(u, eta):
+        means = []
+        for step in eta:
+            u = u + step * (u.softmax(-1) - u.logsumexp(-1, keepdim=True))
+            means.append(u.mean())
+        return u, torch.stack(means)
+
+    monkeypatch.setattr(inductor, "nullcontext", refuse)
+    given = torch.randn(2, 6), torch.rand(4, 1)
+    module, constants = trace(Scan(block, Recurrence(1, 1)), given, Live({}, ()))
+    run = inductor.Inductor().build(module, [*given, *constants])
+    for found, known in zip(run(*given, *constants), block(*given), strict=True):
+        torch.testing.assert_close(found, known)
+    again = [t.clone() for t in run(*given, *constants)]
+    assert all(torch.equal(a, b) for a, b in zip(again, run(*given, *constants), strict=True))
