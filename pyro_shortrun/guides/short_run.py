@@ -210,17 +210,18 @@ class ShortRunGuide(DensityGuide):
         num_chains: int = 1,
         num_steps: int | None = None,
         adjust: int | None = None,
-        resample: bool = False,
+        resample: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Independent runs, vectorised.
+        """Runs, vectorised.
 
-        :param num_samples: draws per chain (the leading dimension, for ArviZ); every draw is a run of its own.
+        :param num_samples: draws per chain (the leading dimension, for ArviZ); a run for each.
         :param num_steps: steps of these runs, the guide's by default; with a :class:`Persistent` start they begin at
             the prior, for data that were never seen.
         :param adjust: how many Metropolis-adjusted steps follow each run and take away what is left of its bias
             (``guide.info.acceptance``); by default 20 from a :class:`Gaussian` start, and none from others.
-        :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7).
+        :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7)
+            before that; by default 100 or more from a :class:`Gaussian` start, if adjusted, up to a k-hat of 1.
         :return: dict from site to ``(num_chains, num_samples, *site shape)``, ``pyro.deterministic`` ones too.
         """
         check_draws(num_samples, num_chains, adjust, resample)
