@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from threading import RLock
 from typing import Any
 
 from torch._inductor import config
@@ -16,6 +17,8 @@ from torch._inductor.codegen.cpp_wrapper_cpu_array_ref import CppWrapperCpuArray
 from torch._inductor.graph import GraphLowering
 
 __all__ = ["on_the_stack"]
+
+_ONE_AT_A_TIME = RLock()  # what inductor knows of the CPU is shared by all threads
 
 
 class _Wrapper(CppWrapperCpuArrayRef):
@@ -41,16 +44,17 @@ def on_the_stack() -> Iterator[None]:
     compiler would refuse.
     """
     init_backend_registration()
-    known = device_codegens["cpu"]
-    device_codegens["cpu"] = replace(known, cpp_wrapper_codegen=_Wrapper)
     settings = {
         "aot_inductor.allow_stack_allocation": True,
         "allow_buffer_reuse": False,
         "inplace_buffers": False,
         "cpp.vec_isa_ok": True,
     }
-    try:
-        with config.patch(settings):
-            yield
-    finally:
-        device_codegens["cpu"] = known
+    with _ONE_AT_A_TIME:
+        known = device_codegens["cpu"]
+        device_codegens["cpu"] = replace(known, cpp_wrapper_codegen=_Wrapper)
+        try:
+            with config.patch(settings):
+                yield
+        finally:
+            device_codegens["cpu"] = known
