@@ -40,7 +40,6 @@ from .posterior import posterior_draws, repeated, trajectories
 from .preparation import prepare, pretrain
 from .reading import read_from_prior, reading_ahead, recalled
 from .simulation import Simulation, Watch
-from .summary import summary
 from .training import Training
 
 
@@ -230,10 +229,6 @@ class ShortRunGuide(DensityGuide):
             self._memory.note(call.bind, training=False)
             values = posterior_draws(self, call, num_samples * num_chains, num_steps, adjust, resample)
         return {k: v.reshape(num_chains, num_samples, *v.shape[1:]) for k, v in values.items()}
-
-    def summary(self, *args: Any, num_samples: int = 1000, prob: float = 0.9, **kwargs: Any) -> None:
-        """Print means, deviations, medians and intervals, the acceptance, and the Pareto k of runs."""
-        print(summary(self, args, kwargs, num_samples, prob))
 
     @torch.no_grad()
     def weighted_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Call, WeightedDraws]:

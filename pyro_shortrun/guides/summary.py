@@ -18,17 +18,21 @@ GOOD_K_HAT = 0.7
 
 
 def summary(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int, prob: float) -> str:
-    """Of a :class:`~pyro_shortrun.ShortRunGuide`; draws and, apart from them, runs that are weighed.
+    """Of a guide's draws, and of runs apart from them, if it is one of runs, that are weighed.
 
     :raises ValueError: for fewer than two draws, and no probability.
     """
     check_count("num_samples", num_samples, least=2)
     check_between("prob", prob, 0, 1, "0.9")
     draws = guide.sample_posterior(*args, num_samples=num_samples, **kwargs)
-    rate = guide.info.acceptance
-    adjusted = "" if rate is None else f"\nAcceptance of the adjusted steps: {rate:.3f}"
-    _, runs = guide.weighted_draws(args, kwargs, num_samples)
-    return table({k: v[0] for k, v in draws.items()}, prob) + adjusted + _reliability(runs)
+    parts = [table({k: v[0] for k, v in draws.items()}, prob)]
+    info = getattr(guide, "info", None)
+    if info is not None and info.acceptance is not None:
+        parts.append(f"Acceptance of the adjusted steps: {info.acceptance:.3f}")
+    if hasattr(guide, "weighted_draws"):
+        _, runs = guide.weighted_draws(args, kwargs, num_samples)
+        parts += _reliability(runs)
+    return "\n".join(parts)
 
 
 def table(draws: Mapping[str, Tensor], prob: float) -> str:
@@ -51,10 +55,10 @@ def _rows(name: str, values: Tensor, prob: float) -> Iterator[tuple[str, ...]]:
         yield f"{name}[{index}]" if place else name, *(f"{x:.2f}" for x in row)
 
 
-def _reliability(drawn: WeightedDraws) -> str:
+def _reliability(drawn: WeightedDraws) -> list[str]:
     """The Pareto k of runs' weights, if they have any."""
     if drawn.log_p is None or drawn.log_q is None:
-        return ""
+        return []
     _, k_hat = smoothed((drawn.log_p - drawn.log_q).double().cpu().numpy())
     verdict = "good" if k_hat <= GOOD_K_HAT else "they are far from the posterior"
-    return f"\nPareto k of the runs by themselves: {float(k_hat):.2f}, {verdict} (good to {GOOD_K_HAT})"
+    return [f"Pareto k of the runs by themselves: {float(k_hat):.2f}, {verdict} (good to {GOOD_K_HAT})"]

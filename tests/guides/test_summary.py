@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_shortrun import Prior, ShortRunGuide, StepSize
+from pyro_shortrun import Prior, SemiImplicitGuide, ShortRunGuide, StepSize
 from pyro_shortrun.guides.summary import table
 
 
@@ -47,3 +47,8 @@ def test_runs_far_from_the_posterior_are_called_so(capsys):
 def test_bad_input(options, name):
     with pytest.raises(ValueError, match=name):
         ShortRunGuide(model).summary(torch.ones(2), **options)
+
+
+def test_other_guides_print_their_draws(capsys):
+    SemiImplicitGuide(model).summary(torch.ones(3), num_samples=50)
+    assert len(capsys.readouterr().out.splitlines()) == 3 - 1
