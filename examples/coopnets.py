@@ -64,6 +64,7 @@ class Problem:
     draw: Callable[[plt.Axes, Tensor, str], None]
     sigma: float
     last: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...] = ()
 
 
 def eight(n: int) -> Tensor:
@@ -82,11 +83,13 @@ def make_problem(args: argparse.Namespace) -> Problem:
     torch.manual_seed(0)
     if args.toy:
         return Problem(eight(5000), squared_mmd, "squared MMD", plane, 0.1, lambda h: h)
-    x, y = images(args.data, args.images)
+    x, y, shape = images(args.data, args.images, labels=False)
     features = Features(x, y, args.classifier)
-    return Problem(
-        x, features.distance, "Frechet distance", lambda ax, x, title: show(ax, x[:64], 8, title), SIGMA, torch.tanh
-    )
+
+    def drawn(ax: plt.Axes, x: Tensor, title: str) -> None:
+        show(ax, x[:64], 8, shape, title)
+
+    return Problem(x, features.distance, "Frechet distance", drawn, SIGMA, torch.tanh, shape)
 
 
 def make_generator(problem: Problem, args: argparse.Namespace) -> Callable:
@@ -153,7 +156,7 @@ def pictures(problem: Problem, teaching: MCMCTeaching, snapshots: list[Tensor], 
     else:
         figure, ax = plt.subplots(figsize=(5, 5), layout="constrained")
         rows = torch.stack([x[:8] for x in states], 1).flatten(0, 1)
-        show(ax, rows, len(states), "along a row: from the generator's draw to the refined sample")
+        show(ax, rows, len(states), problem.shape, "along a row: from the generator's draw to the refined sample")
     figure.savefig(Path(args.output) / "chains.png", dpi=150)
 
 
@@ -191,9 +194,9 @@ def main(args: argparse.Namespace) -> None:
                 k: problem.distance(v, problem.data) for k, v in (("generator", drawn.start), ("refined", drawn.end))
             }
             found[name].append({**distances, "seconds": seconds})
-        pictures(problem, teaching, snapshots, args)
     title = f"{problem.name} to the data, {args.iterations} iterations, {args.seeds} seeds"
     finish(args, table(title, found), "coopnets.txt")
+    pictures(problem, teaching, snapshots, args)
     print(f"coopnets.txt, samples.png and chains.png are in {folder}/")
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from benchmarks.anomaly import Kind, batches, load, make_guide, make_model
+from benchmarks.anomaly import Kind, batches, make_guide, make_model
+from benchmarks.image_files import read_images
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor
@@ -86,13 +87,13 @@ def main(args: argparse.Namespace) -> None:
     if args.smoke:
         args.epochs, args.images, args.hidden, args.prior_steps, args.posterior_steps = 1, 100, 32, 3, 3
         args.batch, args.compile = 50, False
-    train_x, _, test_x, _ = load(args.data)
-    train_x, test_x = train_x[: args.images or None], test_x[:1000]
+    data = read_images(args.data)
+    train_x, test_x = data.train[: args.images or None], data.test[:1000]
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{'generator':<30}{'MMD^2 of N(0, I)':>18}{'with energy':>13}{'seconds':>9}"]
-    figure, axes = plt.subplots(2, len(KINDS), figsize=(3 * len(KINDS), 6), layout="constrained")
-    for kind, (above, below) in zip(KINDS, axes.T, strict=True):
+    drawn = []
+    for kind in KINDS:
         pyro.clear_param_store()
         pyro.set_rng_seed(args.seed)
         model = make_model(kind, train_x.shape[1], args.hidden)
@@ -106,17 +107,22 @@ def main(args: argparse.Namespace) -> None:
         plain, tilted = priors(model, test_x, args)
         before, after = (mmd(flat(sites, kind), posterior) for sites in (plain, tilted))
         lines.append(f"{kind.name:<30}{before:>18.4f}{after:>13.4f}{seconds:>9.0f}")
-        plot_images(plain["image"][:64], above, columns=8, title=f"{kind.name}: N(0, I)")
-        plot_images(tilted["image"][:64], below, columns=8, title="with its energy")
+        count = min(64, len(test_x) // 8 * 8)  # rows of eight
+        drawn.append((plain["image"][:count], tilted["image"][:count]))
+    print("\n".join(lines))
+    (folder / "images.txt").write_text("\n".join(lines) + "\n")
+    figure, axes = plt.subplots(2, len(KINDS), figsize=(3 * len(KINDS), 6), layout="constrained")
+    for kind, images, (above, below) in zip(KINDS, drawn, axes.T, strict=True):
+        plot_images(images[0], above, columns=8, shape=data.shape, title=f"{kind.name}: N(0, I)")
+        plot_images(images[1], below, columns=8, shape=data.shape, title="with its energy")
     figure.savefig(folder / "samples.png", dpi=150)
     layers = vary(model, kind, test_x[:6], args)
     figure, panels = plt.subplots(1, len(layers), figsize=(4 * len(layers), 3), layout="constrained")
     for i, (ax, images) in enumerate(zip(panels, layers, strict=True)):
-        plot_images(images, ax, columns=images.shape[1], title=f"only z{i + 1} drawn anew along a row")
+        title = f"only z{i + 1} drawn anew along a row"
+        plot_images(images, ax, columns=images.shape[1], shape=data.shape, title=title)
     figure.savefig(folder / "layers.png", dpi=150)
     plt.close("all")
-    print("\n".join(lines))
-    (folder / "images.txt").write_text("\n".join(lines) + "\n")
     print(f"images.txt, samples.png and layers.png are in {folder}/")
 
 

@@ -1,23 +1,29 @@
-"""Train one generator by a VAE and by short-run inference, which needs no encoder.
+"""Train one generator by a VAE and by short runs, for the same time.
 
-    python examples/quickstart.py                      # scikit-learn's handwritten digits, about two minutes
-    python examples/quickstart.py --data mnist.npz     # x_train and x_test, images of any size
+    python examples/quickstart.py                      # scikit-learn's handwritten digits, less than three minutes
+    python examples/quickstart.py --data mnist.npz     # x_train and x_test (or x), grey or colour images of any size
     python examples/quickstart.py --smoke              # seconds, to see that it runs
 
 The model is a two-layer generator z2 -> z1 -> x written as a Pyro program. All methods see the same decoder, the same
-initial weights, the same batches and the same number of updates. The short runs are gradient ascent from random starts
-with a step size that is kept, as in the papers' code for images, and Langevin dynamics whose step size and temperatures
-the bound of `Annealed` tunes. The table compares what needs no bound; column "folded" is the share of training images
-for which a gradient step was not invertible, so that the loss of those runs bounds nothing. The results are one table,
-four pictures and an ArviZ file with posterior draws for test images.
+initial weights, the same batches and the same CPU seconds:
+
+    VAE                   an encoder, trained with the decoder by the evidence lower bound
+    encoder + short run   the same encoder, by the same bound; the decoder learns from where K = 5 Langevin steps from
+                          the encoder's draws end (`Refine`)
+    short run, gradient   no encoder: gradient ascent from draws of the prior, as in the papers' code for images
+    short run, Langevin   the same with noise, weighed by `Annealed`, whose bound tunes step size and temperatures
+
+The table has rows for equal time first, then for equal updates, which are many for a VAE and few for runs of K = 20.
+The results are the table, four pictures and an ArviZ file with posterior draws for test images.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +39,16 @@ from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_shortrun import Annealed, Langevin, PathDensity, ShortRunGuide, StepSize
-from pyro_shortrun.diagnostics import plot_images, plot_reconstructions
-from pyro_shortrun.evaluation import importance_log_likelihood
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+from image_files import Images, read_images  # noqa: E402
+
+from pyro_shortrun import Annealed, Langevin, Refine, ShortRunGuide, StepSize  # noqa: E402
+from pyro_shortrun.diagnostics import plot_images, plot_reconstructions  # noqa: E402
+from pyro_shortrun.evaluation import importance_log_likelihood  # noqa: E402
 
 TOP, BOTTOM = 4, 8  # latent dimensions of z2 and z1
 SIGMA = 0.15  # noise of a pixel, on images in [0, 1]
+FEWEST = 10  # effective importance samples that an estimate is reliable with
 
 
 class Generator(nn.Module):
@@ -97,51 +107,48 @@ def _normal(out: Tensor) -> dist.TorchDistribution:
 
 @dataclass
 class Result:
-    """A trained model and what training it looked like."""
+    """A method, its trained model, and what training looked like."""
 
     name: str
     model: Callable
     draw: Callable[[Tensor, int], dict[str, Tensor]]
     guide: Callable
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0  # of CPU time
+    updates: int = 0
+    losses: list[float] = field(default_factory=list)  # of updates, per image
     steps: list[float] = field(default_factory=list)
-    folded: str = "-"
+    early: str = ""  # row of the table after few updates
 
 
-def batches(x: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    yield from x[torch.randperm(len(x), generator=generator).to(x.device)].split(size)
-
-
-def train(result: Result, x: Tensor, epochs: int, batch: int, lr: float) -> Result:
-    """SVI with plain Trace_ELBO, the same for both methods."""
-    # Step sizes are few and well determined: they may move faster than a network's weights.
-    optimiser = pyro.optim.Adam(lambda name: {"lr": 50 * lr if "step_size" in name else lr})
-    svi = SVI(result.model, result.guide, optimiser, Trace_ELBO())
+def batches(x: Tensor, size: int) -> Iterator[Tensor]:
+    """The same for all methods."""
     order = torch.Generator().manual_seed(0)
-    began = time.perf_counter()
-    for _ in tqdm(range(epochs), desc=result.name, unit="epoch"):
-        total = 0.0
-        for part in batches(x, batch, order):
-            total += svi.step(part)
+    while True:
+        yield from x[torch.randperm(len(x), generator=order).to(x.device)].split(size)
+
+
+def train(result: Result, x: Tensor, test_x: Tensor, args: argparse.Namespace) -> Result:
+    """SVI with plain Trace_ELBO, the same for all methods, until the time is used up."""
+    # Step sizes are few and well determined: they may move faster than a network's weights.
+    optimiser = pyro.optim.Adam(lambda name: {"lr": 20 * args.lr if "step_size" in name else args.lr})
+    svi = SVI(result.model, result.guide, optimiser, Trace_ELBO())
+    parts = batches(x, args.batch)
+    with tqdm(total=100, desc=result.name, bar_format="{desc:<20} {percentage:3.0f}%|{bar}|") as bar:
+        while result.seconds < args.seconds or result.updates < args.updates:
+            part = next(parts)
+            began = time.process_time()
+            result.losses.append(-svi.step(part) / len(part))
+            result.seconds += time.process_time() - began
+            result.updates += 1
             if isinstance(result.guide, ShortRunGuide):
                 result.steps.append(float(result.guide.step_sizes()))
-        result.losses.append(-total / len(x))
-    result.seconds = time.perf_counter() - began
-    if isinstance(result.guide, ShortRunGuide) and isinstance(result.guide.objective, PathDensity):
-        result.folded = folded(result.guide, x[:200])
+            if result.updates == args.updates:
+                result.early = row(result, test_x, args.draws)
+            bar.update(min(100 * result.seconds / args.seconds, 100) - bar.n)
     return result
 
 
-@torch.no_grad()
-def folded(guide: ShortRunGuide, x: Tensor) -> str:
-    """Share of images whose run takes a step that is not invertible, so that log q is no density there."""
-    guide(x)
-    assert guide.info is not None
-    return f"{guide.info.noninvertible / len(x):.0%}"
-
-
-def vae(pixels: int, device: torch.device) -> Result:
+def vae(pixels: int, device: torch.device, args: argparse.Namespace) -> Result:
     torch.manual_seed(1)
     generator, encoder = Generator(pixels).to(device), Encoder(pixels).to(device)
     model = make_model(generator)
@@ -153,19 +160,31 @@ def vae(pixels: int, device: torch.device) -> Result:
     return Result("VAE", model, draw, encoder.guide)
 
 
-def gradient() -> dict[str, Any]:
-    # Log-determinants only tell the loss here: every tenth run is enough.
-    return {"dynamics": Langevin(StepSize(0.03, learnable=False), noise=False), "tune_every": 10}
-
-
-def annealed() -> dict[str, Any]:
-    return {"dynamics": Langevin(StepSize(0.02, max=0.1)), "objective": Annealed()}
-
-
-def short_run(name: str, options: dict[str, Any], pixels: int, device: torch.device, num_steps: int) -> Result:
+def refined(pixels: int, device: torch.device, args: argparse.Namespace) -> Result:
     torch.manual_seed(1)
-    model = make_model(Generator(pixels).to(device))
-    guide = ShortRunGuide(model, num_steps=num_steps, **options)
+    generator, encoder = Generator(pixels).to(device), Encoder(pixels).to(device)
+    options = {"num_steps": 5, "start": encoder.guide, "objective": Refine()}
+    return short_run("encoder + short run", make_model(generator), options)
+
+
+def gradient(pixels: int, device: torch.device, args: argparse.Namespace) -> Result:
+    # Nothing tunes the step, so that no log-determinant is asked for but in every tenth call, for the loss.
+    dynamics = Langevin(StepSize(0.03, learnable=False), noise=False)
+    return from_prior("short run, gradient", pixels, device, args, dynamics=dynamics, tune_every=10)
+
+
+def annealed(pixels: int, device: torch.device, args: argparse.Namespace) -> Result:
+    dynamics = Langevin(StepSize(0.02, max=0.1))
+    return from_prior("short run, Langevin", pixels, device, args, dynamics=dynamics, objective=Annealed())
+
+
+def from_prior(name: str, pixels: int, device: torch.device, args: argparse.Namespace, **options: Any) -> Result:
+    torch.manual_seed(1)
+    return short_run(name, make_model(Generator(pixels).to(device)), {"num_steps": args.num_steps, **options})
+
+
+def short_run(name: str, model: Callable, options: dict[str, Any]) -> Result:
+    guide = ShortRunGuide(model, **options)
 
     def draw(x: Tensor, count: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in guide.sample_posterior(x, num_samples=count).items()}
@@ -179,45 +198,50 @@ def reconstruct(model: Callable, draws: dict[str, Tensor], x: Tensor) -> Tensor:
         return poutine.condition(model, {k: v[0] for k, v in draws.items()})(x)
 
 
-def evaluate(results: list[Result], x: Tensor, num_draws: int) -> str:
-    """The table: for 95 % of the images, at least ``ess`` of the 1000 importance samples of log p(x) are effective."""
-    rows = [
-        f"{'method':<22}{'test MSE':>9}{'log p(x), nats':>17}{'ess':>6}{'step size':>11}{'folded':>8}{'seconds':>9}"
-    ]
-    for result in results:
-        draws = result.draw(x, num_draws)
-        mse = (reconstruct(result.model, draws, x) - x).square().mean().item()
-        likelihood = importance_log_likelihood(result.model, draws, x)
-        step = f"{result.steps[-1]:.4f}" if result.steps else "-"
-        value = f"{likelihood.mean:.2f} +- {likelihood.mean_error:.2f}"
-        ess = likelihood.ess.quantile(0.05).item()
-        rows.append(
-            f"{result.name:<22}{mse:>9.5f}{value:>17}{ess:>6.0f}{step:>11}{result.folded:>8}{result.seconds:>9.1f}"
-        )
-    return "\n".join(rows)
+def row(result: Result, x: Tensor, num_draws: int) -> str:
+    """A line of the table. For 95 % of the images, at least ``ess`` of the 1000 importance samples of log p(x) are
+    effective; where these are few, log p(x) is too low by an unknown amount."""
+    draws = result.draw(x, num_draws)
+    mse = (reconstruct(result.model, draws, x) - x).square().mean().item()
+    likelihood = importance_log_likelihood(result.model, draws, x)
+    ess = likelihood.ess.quantile(0.05).item()
+    error = f"+- {likelihood.mean_error:.2f}" if ess >= FEWEST else "unreliable"
+    step = f"{result.steps[-1]:.4f}" if result.steps else "-"
+    line = f"{result.name:<20}{mse:>9.5f}{likelihood.mean:>12.2f} {error:<10}{ess:>6.0f}{step:>10}"
+    return f"{line}{result.updates:>9}{result.seconds:>9.1f}"
 
 
-def draw_pictures(results: list[Result], x: Tensor, folder: Path) -> None:
-    some = x[:16]
+def table(results: list[Result], x: Tensor, args: argparse.Namespace) -> str:
+    """Equal time first."""
+    head = f"{'method':<20}{'test MSE':>9}{'log p(x)':>12} {'nats':<10}{'ess':>6}{'step size':>10}"
+    head += f"{'updates':>9}{'CPU s':>9}"
+    late, early = f"After {args.seconds:g} CPU seconds of each:", f"After {args.updates} updates of each:"
+    rows = [late, head, *(row(r, x, args.draws) for r in results)]
+    return "\n".join([*rows, "", early, head, *(r.early for r in results)])
+
+
+def draw_pictures(results: list[Result], data: Images, folder: Path) -> None:
+    some = data.test[:16]
     found = {f"reconstructed by {r.name}": reconstruct(r.model, r.draw(some, 1), some) for r in results}
-    axes = plot_reconstructions(some, found)
+    axes = plot_reconstructions(some, found, shape=data.shape)
     axes[0].figure.savefig(folder / "reconstructions.png", dpi=150)
 
-    figure, axes = plt.subplots(1, len(results), figsize=(12, 4.4), layout="constrained")
+    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 4.4), layout="constrained")
     for ax, result in zip(np.atleast_1d(axes), results, strict=True):
         with torch.no_grad():
-            images = result.model(x.new_zeros(64, x.shape[1]))
-        plot_images(images, ax, columns=8, title=f"samples, model trained by {result.name}")
+            images = result.model(some.new_zeros(64, some.shape[1]))
+        plot_images(images, ax, columns=8, shape=data.shape, title=f"samples, model trained by {result.name}")
     figure.savefig(folder / "samples.png", dpi=150)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for color, result in zip(("C0", "C1", "C2"), results, strict=True):
-        axes[0].plot(result.losses, color, label=result.name)
+    for i, result in enumerate(results):
+        seconds = np.linspace(0, result.seconds, len(result.losses) + 1)[1:]
+        axes[0].plot(seconds, smooth(result.losses), f"C{i}", label=result.name)
         if result.steps:
-            axes[1].plot(result.steps, color, label=result.name)
-    axes[0].set(xlabel="epoch", ylabel="minus the loss, nats per image", ylim=_upper(results))
-    axes[1].set(xlabel="update", ylabel="step size")
-    axes[0].legend()
+            axes[1].plot(seconds, result.steps, f"C{i}", label=result.name)
+    axes[0].set(xlabel="CPU seconds", ylabel="minus the loss, nats per image", ylim=_range(results))
+    axes[1].set(xlabel="CPU seconds", ylabel="step size", yscale="log")
+    axes[0].legend(fontsize=8)
     figure.savefig(folder / "training.png", dpi=150)
 
     guide = next(r.guide for r in results if isinstance(r.guide, ShortRunGuide))
@@ -226,7 +250,7 @@ def draw_pictures(results: list[Result], x: Tensor, folder: Path) -> None:
     axes[0].plot(path[..., 0], color="C0", alpha=0.4, lw=0.8)
     axes[0].set(xlabel="step k", ylabel="first coordinate of z2")
     axes[1].plot(path[..., 0], path[..., 1], color="C0", alpha=0.3, lw=0.8)
-    axes[1].scatter(*path[0, :, :2].T, s=12, color="C2", label="start: the prior", zorder=3)
+    axes[1].scatter(*path[0, :, :2].T, s=12, color="C2", label="start: the encoder's draw", zorder=3)
     axes[1].scatter(*path[-1, :, :2].T, s=12, color="C3", label="end of the run", zorder=3)
     axes[1].set(xlabel="first coordinate of z2", ylabel="second")
     axes[1].legend(fontsize=8)
@@ -234,9 +258,15 @@ def draw_pictures(results: list[Result], x: Tensor, folder: Path) -> None:
     plt.close("all")
 
 
-def _upper(results: list[Result]) -> tuple[float, float]:
-    """Axis limits that leave out the first epochs' collapse."""
-    values = np.concatenate([r.losses[len(r.losses) // 10 :] for r in results])
+def smooth(losses: list[float], width: int = 20) -> np.ndarray:
+    """Means of neighbours."""
+    kernel = np.ones(min(width, len(losses)))
+    return np.convolve(losses, kernel, "same") / np.convolve(np.ones(len(losses)), kernel, "same")
+
+
+def _range(results: list[Result]) -> tuple[float, float]:
+    """Axis limits that leave out the collapse of the first updates."""
+    values = np.concatenate([smooth(r.losses)[len(r.losses) // 5 :] for r in results])
     margin = 0.05 * (values.max() - values.min()) + 1e-3
     return float(values.min() - margin), float(values.max() + margin)
 
@@ -253,57 +283,39 @@ def save_posterior(guide: ShortRunGuide, x: Tensor, draws: int, path: Path) -> N
     data.to_netcdf(str(path))
 
 
-def load(path: str | None) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1], flattened: (train, test)."""
-    if path is None:
-        from sklearn.datasets import load_digits
-
-        x = torch.tensor(load_digits().data, dtype=torch.get_default_dtype()) / 16
-        x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-        return x[:-297], x[-297:]
-    with np.load(path) as file:
-        train, test = (torch.tensor(file[k]).flatten(1) for k in ("x_train", "x_test"))
-    scale = 255.0 if train.dtype == torch.uint8 else 1.0
-    dtype = torch.get_default_dtype()
-    return train.to(dtype) / scale, test.to(dtype) / scale
-
-
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    train_x, test_x = (x.to(device) for x in load(args.data))
-    test_x = test_x[:300]
+    data = read_images(args.data)
+    data = replace(data, train=data.train.to(device), test=data.test[:300].to(device))
     if args.smoke:
-        train_x, test_x, args.epochs, args.num_steps = train_x[:128], test_x[:32], 2, 4
-    pixels = train_x.shape[1]
+        data = replace(data, train=data.train[:128], test=data.test[:32])
+        args.seconds, args.updates, args.num_steps, args.draws = 0.1, 2, 4, 20
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    makers = [
-        lambda: vae(pixels, device),
-        lambda: short_run("short run, gradient", gradient(), pixels, device, args.num_steps),
-        lambda: short_run("short run, Langevin", annealed(), pixels, device, args.num_steps),
-    ]
     results = []
-    for make in makers:
+    for make in (vae, refined, gradient, annealed):
         pyro.clear_param_store()
-        results.append(train(make(), train_x, args.epochs, args.batch, args.lr))
-    table = evaluate(results, test_x, num_draws=20 if args.smoke else 100)
-    print(table)
-    (folder / "table.txt").write_text(table + "\n")
-    draw_pictures(results, test_x, folder)
-    guide = results[-1].guide
+        results.append(train(make(data.train.shape[1], device, args), data.train, data.test, args))
+    found = table(results, data.test, args)
+    print(found)
+    (folder / "table.txt").write_text(found + "\n")
+    guide = results[1].guide
     assert isinstance(guide, ShortRunGuide)
-    save_posterior(guide, test_x[:50], 10 if args.smoke else 250, folder / "posterior.nc")
+    save_posterior(guide, data.test[:50], 10 if args.smoke else 250, folder / "posterior.nc")
+    draw_pictures(results, data, folder)
     print(f"pictures, table and posterior.nc are in {folder}/")
 
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out.add_argument("--data", help="npz file with x_train and x_test; default: scikit-learn's digits")
-    out.add_argument("--epochs", type=int, default=25)
+    out.add_argument("--data", help="npz file with x_train and x_test, or x; default: scikit-learn's digits")
+    out.add_argument("--seconds", type=float, default=25.0, help="CPU seconds of each method")
+    out.add_argument("--updates", type=int, default=150, help="after which methods are compared, too")
     out.add_argument("--batch", type=int, default=125)
-    out.add_argument("--lr", type=float, default=1e-3)
-    out.add_argument("--num-steps", type=int, default=20, help="K, steps of a short run")
+    out.add_argument("--lr", type=float, default=2e-3)
+    out.add_argument("--num-steps", type=int, default=20, help="K of the short runs without an encoder")
+    out.add_argument("--draws", type=int, default=100, help="posterior draws by which log p(x) is found")
     out.add_argument("--output", default="demo-output")
     out.add_argument("--device", default="cpu")
     out.add_argument("--threads", type=int, default=1, help="CPU threads; small images gain nothing from more")

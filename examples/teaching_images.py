@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from benchmarks.anomaly import load
+from benchmarks.image_files import read_images
 from torch import Tensor, nn
 
 from pyro_shortrun import MCMCTeaching, Refiner
@@ -36,16 +37,30 @@ class Energy(nn.Module):
         return self.net(torch.cat([x, *context], -1)).squeeze(-1)
 
 
-def images(path: str | None, count: int = 0) -> tuple[Tensor, Tensor]:
-    """Images in [-1, 1], flattened, and labels; those of 28 x 28 pixels are averaged to 14 x 14."""
-    x, y, test_x, test_y = load(path)
-    if path is None:  # few enough to need them all
-        x, y = torch.cat([x, test_x]), torch.cat([y, test_y])
+class Pictures(NamedTuple):
+    """Images in [-1, 1], flattened, their labels, and the shape of one."""
+
+    x: Tensor
+    y: Tensor
+    shape: tuple[int, ...]
+
+
+def images(path: str | None, count: int = 0, labels: bool = True) -> Pictures:
+    """Images of a file; those of 28 x 28 pixels are averaged to 14 x 14. Where there are no labels, those of ten
+    clusters stand in for them."""
+    found = read_images(path, labels)
+    x, y, shape = found.train, found.train_labels, found.shape
+    if path is None and y is not None and found.test_labels is not None:  # few enough to need them all
+        x, y = torch.cat([x, found.test]), torch.cat([y, found.test_labels])
     if count:
-        x, y = x[:count], y[:count]
-    if x.shape[1] == 28 * 28:
-        x = nn.functional.avg_pool2d(x.reshape(-1, 1, 28, 28), 2).flatten(1)
-    return 2 * x - 1, y
+        x, y = x[:count], None if y is None else y[:count]
+    if y is None:
+        from sklearn.cluster import KMeans
+
+        y = torch.tensor(KMeans(10, n_init=1, random_state=0).fit_predict(x.numpy()), dtype=torch.long)
+    if shape == (28, 28):
+        x, shape = nn.functional.avg_pool2d(x.reshape(-1, 1, 28, 28), 2).flatten(1), (14, 14)
+    return Pictures(2 * x - 1, y, shape)
 
 
 class Features:
@@ -105,9 +120,10 @@ def chain(teaching: MCMCTeaching, args: argparse.Namespace, x: Tensor, *context:
     return states
 
 
-def show(ax: plt.Axes, x: Tensor, columns: int, title: str = "") -> None:
+def show(ax: plt.Axes, x: Tensor, columns: int, shape: tuple[int, ...], title: str = "") -> None:
     """Images in a grid, row by row."""
-    plot_images(x, ax, columns=columns, title=title, vmin=-1, vmax=1)
+    x = x[: len(x) // columns * columns]
+    plot_images(((x + 1) / 2).clamp(0, 1), ax, columns=columns, shape=shape, title=title)
 
 
 def table(title: str, found: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
@@ -133,8 +149,7 @@ def _cell(values: list[float]) -> str:
 
 
 def finish(args: argparse.Namespace, lines: list[str], name: str) -> None:
-    """Print the table, and keep it."""
-    plt.close("all")
+    """Print the table, and keep it, before pictures are drawn."""
     print("\n".join(lines))
     (Path(args.output) / name).write_text("\n".join(lines) + "\n")
 

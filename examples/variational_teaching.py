@@ -58,6 +58,8 @@ METHODS = ("VAE alone", "taught", "dual")
 class Task(ABC):
     """What is drawn and what it is conditioned on."""
 
+    shape: tuple[int, ...]  # of an image
+
     def __init__(self, images: Tensor, labels: Tensor, features: Features) -> None:
         self.images, self.labels, self.features = images, labels, features
         self.data, self.context = self.split()
@@ -178,14 +180,14 @@ def train(teaching: MCMCTeaching, name: str, task: Task, args: argparse.Namespac
 def pictures(task: Task, teaching: MCMCTeaching, snapshots: list[Tensor], args: argparse.Namespace) -> None:
     figure, axes = plt.subplots(1, len(snapshots) + 1, figsize=(3 * len(snapshots) + 3, 3.2), layout="constrained")
     for i, (ax, x) in enumerate(zip(axes, snapshots, strict=False)):
-        show(ax, x, 8, f"refined, {i + 1}/{len(snapshots)} of training")
-    show(axes[-1], task.images[:64], 8, "data")
+        show(ax, x, 8, task.shape, f"refined, {i + 1}/{len(snapshots)} of training")
+    show(axes[-1], task.images[:64], 8, task.shape, "data")
     figure.savefig(Path(args.output) / "samples.png", dpi=150)
     some = [part[:8] for part in (task.data, *task.context)]
     states = [task.whole(x, *some[1:]) for x in chain(teaching, args, *some)]
     figure, ax = plt.subplots(figsize=(5, 5), layout="constrained")
     rows = torch.stack(states, 1).flatten(0, 1)
-    show(ax, rows, len(states), "along a row: from the VAE's draw to the refined sample")
+    show(ax, rows, len(states), task.shape, "along a row: from the VAE's draw to the refined sample")
     figure.savefig(Path(args.output) / "chains.png", dpi=150)
 
 
@@ -201,8 +203,9 @@ def main(args: argparse.Namespace) -> None:
         args.samples, args.seeds, args.classifier, args.warm, args.alone = 100, 2, 20, 4, 8
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    x, y = images(args.data, args.images)
+    x, y, shape = images(args.data, args.images, labels=args.condition != "none")
     task = TASKS[args.condition](x, y, Features(x, y, args.classifier))
+    task.shape = shape
     half = task.images[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
     floor = task.features.distance(*half.tensor_split(2))
     found: dict[str, list[dict[str, float]]] = {"data (one half to the other)": [{"distance, generator": floor}]}
@@ -219,12 +222,12 @@ def main(args: argparse.Namespace) -> None:
                 drawn = draw(teaching, args, *like)
                 row = named(task.scores(drawn.start), "generator") | named(task.scores(drawn.end), "refined")
             found.setdefault(method, []).append({**row, "seconds": time.perf_counter() - began})
-        if args.methods != ["VAE alone"]:
-            pictures(task, teaching, snapshots, args)
     title = (
         f"Frechet distance to the data, {args.iterations} iterations, {args.seeds} seeds, condition {args.condition}"
     )
     finish(args, table(title, found), "teaching.txt")
+    if args.methods != ["VAE alone"]:
+        pictures(task, teaching, snapshots, args)
     print(f"teaching.txt, samples.png and chains.png are in {folder}/")
 
 

@@ -22,6 +22,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import pyro_shortrun as short
 import pyro_shortrun.objectives
 from pyro_shortrun.compile import Compiler
+from pyro_shortrun.density.handlers import init_uniform
 
 NUMBERS = Path(__file__).with_name("frozen.json")
 CASES = {case.name: case for case in [*zoo.CASES, *zoo.EXTRA]}
@@ -120,9 +121,16 @@ def _trace_elbo(case: zoo.Case) -> Any:
     return TraceEnum_ELBO(max_plate_nesting=1) if case.discrete else Trace_ELBO()
 
 
+def _kernel(model: Any, options: dict[str, Any]) -> short.ShortRunLangevin:
+    """As it was by default before it began at a fitted Gaussian."""
+    runs = not (options.get("persistent") or options.get("adjust"))
+    start = short.Prior() if runs or options.get("persistent") is False else short.Init(init_uniform)
+    return short.ShortRunLangevin(model, **{"start": start, **options})
+
+
 def _chain(program: str, options: dict[str, Any]) -> dict[str, Any]:
     model, args = CASES[program].make()
-    kernel = short.ShortRunLangevin(model, **options)
+    kernel = _kernel(model, options)
     mcmc = MCMC(kernel, num_samples=4, warmup_steps=6, disable_progbar=True)
     mcmc.run(*args)
     return {k: _summary(v) for k, v in sorted(mcmc.get_samples().items())}
@@ -130,7 +138,7 @@ def _chain(program: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _vectorized(program: str, options: dict[str, Any]) -> dict[str, Any]:
     model, args = CASES[program].make()
-    kernel = short.ShortRunLangevin(model, **options)
+    kernel = _kernel(model, options)
     mcmc = short.VectorizedMCMC(kernel, num_samples=4, warmup_steps=6, num_chains=3, disable_progbar=True)
     mcmc.run(*args)
     return {k: _summary(v) for k, v in sorted(mcmc.get_samples().items())}

@@ -299,11 +299,19 @@ print(guide.step_sizes())
 #
 # | you have | use |
 # |---|---|
-# | N(0, 1) latents and a generator to train | `PathDensity()`, `Langevin(noise=False)`: an exact bound |
+# | a generator to train, and an encoder | `Refine()`: no bound of the run, its step by acceptance |
+# | a generator to train and no encoder | `PathDensity()`, `Langevin(noise=False)`: an exact bound |
 # | the papers' runs with noise | `PathDensity()`, or a step you choose: `StepSize(eta, learnable=False)` |
 # | noise, and a step that is right with it | `GaussianReverse()`, with more `fresh` pilots if they are cheap |
 # | a good start | `Annealed()` with `start=AutoNormal(model)` |
 # | several scales | `StepSize(0.01, per="site")` or `per="dim"` |
+#
+# *Without a bound.* A run whose log q nobody asks for needs no objective to tune its step by. `Refine`, whose
+# decoder learns from where runs end that begin at an encoder's draws, and runs from `Persistent()` let it follow
+# the acceptance of one Langevin step from there (`pyro_shortrun.dynamics.Acceptance`, .75 by default): two
+# gradients at every fiftieth update, and no determinant. That is how generators win at equal time in [the second
+# notebook](02_hierarchical_generator.ipynb). In few dimensions .75 is a long step, whose draws are too wide; ask
+# for more there, `Refine(accept=0.95)`.
 #
 # All of this is for Gaussians, where a step can be judged by a formula. On other posteriors the same terms
 # are there, but nobody computes the mutual information for you, and `GaussianReverse` is a bound that is no

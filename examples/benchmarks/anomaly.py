@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -45,6 +44,7 @@ from pyro_shortrun import EnergyELBO, Langevin, ShortRunGuide, StepSize, energy_
 from pyro_shortrun.evaluation import Bound, Energies, Joint, Latents, Reconstruction, Score, anomaly_scores
 
 sys.path.append(str(Path(__file__).parent))  # where an example outside this folder imports this one
+from image_files import read_images  # noqa: E402
 from record import Table, record  # noqa: E402
 
 SCORES: dict[str, Score] = {"joint": Joint(), "data": Reconstruction(), "latents": Latents()}
@@ -219,7 +219,7 @@ def run(kind: Kind, train: Tensor, test: Tensor, anomalous: Tensor, args: argpar
         columns = evaluate(kind, model, guide, train, test, anomalous, len(test) if kind.amortised else dear)
         for name, value in columns.items():
             found.setdefault(name, []).append(value)
-    out = {name: float(np.mean(values)) for name, values in found.items()}
+    out = {name: sum(values) / len(values) for name, values in found.items()}
     if isinstance(loss, EnergyELBO) and loss.info:
         out["gap"] = loss.info.gap["ebm"]
     return {**out, "s/epoch": seconds / args.epochs}
@@ -234,19 +234,10 @@ def line(digit: int, name: str, r: dict[str, float]) -> str:
 
 
 def load(path: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images in [0, 1], flattened, and labels: (train, labels, test, labels). A folder is looked through for an npz."""
-    if path is not None and Path(path).is_dir():
-        path = str(sorted(Path(path).glob("*.npz"))[0])
-    if path is None:
-        from sklearn.datasets import load_digits
-
-        x, y = (torch.tensor(v) for v in load_digits(return_X_y=True))
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-        x, y = (x / 16).float()[order], y[order]
-        return x[:-397], y[:-397], x[-397:], y[-397:]
-    with np.load(path) as file:
-        x, y, test_x, test_y = (torch.tensor(file[k]) for k in ("x_train", "y_train", "x_test", "y_test"))
-    return x.flatten(1) / 255.0, y.long(), test_x.flatten(1) / 255.0, test_y.long()
+    """Images in [0, 1], flattened, and labels: (train, labels, test, labels)."""
+    found = read_images(path, labels=True)
+    assert found.train_labels is not None and found.test_labels is not None
+    return found.train, found.train_labels, found.test, found.test_labels
 
 
 def main(args: argparse.Namespace) -> None:

@@ -155,6 +155,7 @@ class LangevinEncoderGuide(DensityGuide):
             outer = outer_shape()
             trains = grad_enabled and not is_masked_out()
             call = self._bind(args, kwargs, outer.numel())
+            self._memory.note(call.bind, self.training and grad_enabled)
             encoding = self._encoding(call, trains, check=True)
             stores = trains and self.training
             steps = self.num_steps if stores else self.eval_steps

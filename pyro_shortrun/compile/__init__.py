@@ -2,13 +2,14 @@
 
 from .compiler import Compiler
 from .executor import CompiledDensity, density_of
-from .inductor import Backend, Inductor, Untouched
+from .inductor import Backend, Inductor, Scripted, Untouched
 
 __all__ = [
     "Backend",
     "CompiledDensity",
     "Compiler",
     "Inductor",
+    "Scripted",
     "Untouched",
     "density_of",
 ]

@@ -24,10 +24,14 @@ _LOOPED_AT_MOST = 8  # chains whose copies of the model may stand side by side i
 
 
 class Compiler:
-    """The graphs of one guide or kernel, by function, structure and shapes."""
+    """The graphs of one guide or kernel, by function, structure and shapes.
 
-    def __init__(self, backend: Backend | None = None) -> None:
+    :param asked: whether somebody asked for graphs, and is to be told where there are none.
+    """
+
+    def __init__(self, backend: Backend | None = None, asked: bool = True) -> None:
         self.backend = Inductor() if backend is None else backend
+        self._level = logging.WARNING if asked else logging.DEBUG
         self._graphs: dict[Hashable, Graph] = {}
         self._given_up: set[str] = set()
         self._renewals = 0
@@ -81,19 +85,22 @@ class Compiler:
         text = str(reason).strip().split("\n")[0]
         if what is None:
             self.is_eager = True
-            _LOGGER.warning(
-                "compile=True has no effect: the model runs eagerly, as it cannot be traced or compiled (%s).", text
+            _LOGGER.log(
+                self._level,
+                "compile=True has no effect: the model runs eagerly, as it cannot be traced or compiled (%s).",
+                text,
             )
         else:
             self._given_up.add(what)
-            _LOGGER.warning(
+            _LOGGER.log(
+                self._level,
                 "compile=True has no effect on the %s part of a run, which cannot be traced or compiled (%s).",
                 what,
                 text,
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(Compiler(self.backend))}
+        return {**vars(Compiler(self.backend)), "_level": self._level}
 
 
 class CallGraphs:
@@ -107,6 +114,8 @@ class CallGraphs:
     def run(self, fn: Block, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``fn(density, *inputs)``, without gradients; eager where it cannot be traced."""
         with torch.no_grad():
+            if getattr(fn, "recurrence", None) is not None and not self.compiler.backend.takes_loops:
+                return self._without(fn, inputs)
             ready = prepared(inputs)
             run = self._of_call(fn, ready)
             return self._without(fn, inputs) if run is None else run(*ready)

@@ -77,12 +77,13 @@ class CompiledDensity(Density):
         """Whether graphs no longer are the model's, which is asked once for each expectation; then they are dropped,
         and given up if new ones are no better.
 
-        :param value: ``log pi(u)`` of the graphs; if ``u`` is not what was expected, they are asked for that.
+        :param value: ``log pi(u)`` of the graphs; if ``u`` is not what was expected, the model is run there.
         """
         known, self._known = self._known, None
         assert known is not None
         if known[0].shape != u.shape or not torch.equal(known[0], u.detach()):
-            (value,) = self._outputs(_VALUE, known[:1])
+            with torch.no_grad():
+                known = u.detach(), self._model(u.detach())
         compiler = self._graphs.compiler
         if compiler.agrees(known[1], value.detach()):
             return False

@@ -30,6 +30,10 @@ class Affine:
         gap = (u - self.center).unsqueeze(-1)
         return torch.linalg.solve_triangular(self.factor, gap, upper=False).squeeze(-1)
 
+    def is_equal(self, other: Affine | None) -> bool:
+        """Whether these are the same coordinates."""
+        return other is not None and self.center.equal(other.center) and self.factor.equal(other.factor)
+
     @property
     def log_scale(self) -> Tensor:
         """``log |du/dv|``."""

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
+import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .interface import Density
 from .program import Binding, Program, Reading
 from .rows import Rows
+from .sites import is_computed
 from .structure import Structure
 from .vectorize import map_chains, require_vmap
 
@@ -120,6 +122,21 @@ class LogDensity(Density):
 
         *values, jacobian = self.over(u, take)
         return dict(zip(self.structure.latents, values, strict=True)), jacobian
+
+    def computed(self, u: Tensor, reading: Reading) -> dict[str, Tensor]:
+        """Values of ``pyro.deterministic`` sites, ``(chains, *shape)``; of those that depend on no site that is summed
+        out.
+
+        :param reading: a run of the model forwards, which tells their shapes.
+        """
+        shapes = {k: torch.as_tensor(s["value"]).shape for k, s in reading.trace.nodes.items() if is_computed(s)}
+
+        def take(one: Reading) -> tuple[Tensor, ...]:
+            return tuple(torch.as_tensor(one.trace.nodes[name]["value"]) for name in shapes)
+
+        with torch.no_grad():
+            found = dict(zip(shapes, self.over(u, take), strict=True)) if shapes else {}
+        return {k: v for k, v in found.items() if v.shape[1:] == shapes[k]}
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Site values of one chain to ``(rows, size)``."""

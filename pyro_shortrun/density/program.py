@@ -16,6 +16,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import config_enumerate
 from pyro.infer.discrete import infer_discrete
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -117,11 +118,14 @@ class Program:
     """A Pyro model, looked at through its ``poutine.block`` wrappers.
 
     :param model: any callable with Pyro primitives.
+    :param enumerates: whether discrete latents are summed out without having been told to.
     """
 
-    def __init__(self, model: Callable[..., Any]) -> None:
+    def __init__(self, model: Callable[..., Any], enumerates: bool = False) -> None:
         check_model(model)
         self._model, self._hidden = look_through_blocks(model)
+        if enumerates:
+            self._model = config_enumerate(self._model)
         self._shows = False
 
     @contextmanager
@@ -276,7 +280,7 @@ class Program:
             with own_dims(), shown, tracer, enumerate_, reader:
                 model(*bind.args, **bind.kwargs)
         except (TypeError, ZeroDivisionError, RuntimeError) as reason:
-            explain(reason, model, bind.args, bind.kwargs, tracer.trace)
+            explain(reason, self._model, bind.args, bind.kwargs, tracer.trace)
             raise
         if free is not None and len(reader.unconstrained) < len(free):
             gone = next(name for name in free if name not in reader.unconstrained)

@@ -150,10 +150,15 @@ def _reaches(term: Any, leaves: list[Tensor]) -> bool:
     return any(g is not None for g in grads)
 
 
+def missing_data(first: Structure, reading: Reading) -> list[str]:
+    """Sites of the set-up's data that a call does not observe."""
+    nodes = reading.trace.nodes.items()
+    return sorted(first.data - {k for k, s in nodes if s["type"] == "sample" and s["is_observed"]})
+
+
 def check_data(first: Structure, reading: Reading) -> None:
     """Refuse a call in which a site of the set-up's data is not observed."""
-    nodes = reading.trace.nodes.items()
-    missing = sorted(first.data - {k for k, s in nodes if s["type"] == "sample" and s["is_observed"]})
+    missing = missing_data(first, reading)
     if missing:
         raise ValueError(
             f"site '{missing[0]}' was observed when the guide was set up and is not now. The posterior depends "
@@ -197,13 +202,17 @@ def check_shapes(
     program: Program, conditioned: tuple[tuple[Any, ...], dict[str, Any]], now: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> None:
     """Refuse latents drawn for conditioned arguments where this call's arguments want other shapes."""
-    wanted = program.draw(*now).unconstrained
+    try:
+        wanted = program.draw(*now).unconstrained
+    except Exception:  # a model that forecasts does not run without the handlers of a Forecaster
+        return
     for name, value in program.draw(*conditioned).unconstrained.items():
         if name in wanted and wanted[name].shape != value.shape:
             raise ValueError(
                 f"latent site '{name}' has unconstrained shape {tuple(value.shape)} for the arguments given "
-                f"to condition_on but {tuple(wanted[name].shape)} for this call's arguments: local latents of the "
-                "training data do not fit other data. Call guide.forget() to infer the new data's latents."
+                f"to condition_on (or to training calls) but {tuple(wanted[name].shape)} for this call's arguments: "
+                "local latents of the training data do not fit other data. Call guide.forget() to infer the new data's "
+                "latents, or guide.condition_on(*args) with data that fit."
             )
 
 

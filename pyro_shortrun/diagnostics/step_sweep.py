@@ -130,9 +130,8 @@ def step_sweep(
 
     :param guide: trained, or not even set up.
     :param args: the model's arguments, as ``kwargs``: preferably data that was not trained on.
-    :param num_steps: numbers of steps; by default a quarter, half, once, twice and four times the guide's, or only the
-        guide's where its objective has a temperature for each step (:class:`Annealed`). Step sizes of single steps are
-        stretched over the run.
+    :param num_steps: numbers of steps; by default a quarter, half, once, twice and four times the guide's. Step sizes
+        of single steps, and the temperatures of :class:`Annealed`, are stretched over the run.
     :param factors: of the step sizes, > 0; step sizes above ``StepSize.max`` are tried too.
     :param num_samples: runs for each cell, at once; at least 2.
     :raises ValueError: where an argument is out of range.
@@ -153,15 +152,10 @@ def _lengths(guide: ShortRunGuide, num_steps: Sequence[int] | None) -> tuple[int
     own = guide.num_steps
     if num_steps is None:
         usual = dict.fromkeys(max(1, k) for k in (own // 4, own // 2, own, 2 * own, 4 * own))
-        return (own,) if guide.objective.tempers else tuple(usual)
+        return tuple(usual)
     check_counts("num_steps", num_steps)
-    if not num_steps or guide.objective.tempers and set(num_steps) != {own}:
-        raise ValueError(
-            f"{type(guide.objective).__name__} has a temperature for each of {own} steps, and no others can be tried: "
-            f"num_steps must be ({own},)."
-            if num_steps
-            else "num_steps must be a sequence of integers >= 1, got none."
-        )
+    if not num_steps:
+        raise ValueError("num_steps must be a sequence of integers >= 1, got none.")
     return tuple(num_steps)
 
 

@@ -139,6 +139,7 @@ class EnergyELBO(ELBO):
         self._compile = compile
         self._prior: TiltedPrior | None = None
         self._warned = self._strayed = False
+        self._updates = 0
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The base's loss: there is no negative phase, which would not change the value."""
@@ -192,6 +193,8 @@ class EnergyELBO(ELBO):
     def _keep(self, call: Call, done: ShortRun) -> None:
         """Tell the start where the runs ended; rows that froze would freeze again, and begin anew."""
         end = done.end
+        self._updates += 1
+        self.runs.follow(call, end, self._updates)
         if done.info.nonfinite:
             end = keep_rows(done.info.frozen, call.prior(len(end)), end)
         self.runs.begins.finish(call, end)

@@ -11,8 +11,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..checks import check_count, check_kind
+from ..checks import check_between, check_count, check_kind
 from ..density.call import Call
+from ..dynamics.acceptance import Acceptance
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
 from ..dynamics.step_size import StepSize
@@ -46,6 +47,9 @@ class PriorRuns:
     :param dynamics: instead of ``step_size``; it is not tuned.
     :param start: where runs start: :class:`~pyro_shortrun.Prior` (default, fresh for every call),
         :class:`~pyro_shortrun.starts.Replay`, :class:`~pyro_shortrun.Persistent` or a guide.
+    :param accept: let the step size follow this acceptance of one Langevin step, in the training of an
+        :class:`~pyro_shortrun.EnergyELBO` (:class:`~pyro_shortrun.dynamics.Acceptance`); None for a step that stays.
+        The same object then makes the runs of the trained model.
     :raises ValueError: for arguments out of range, and for both ``step_size`` and ``dynamics``.
     """
 
@@ -53,8 +57,11 @@ class PriorRuns:
     step_size: float | None = None
     dynamics: Dynamics | None = None
     start: Start | Callable[..., Any] | None = None
+    accept: float | None = None
 
     def __post_init__(self) -> None:
+        if self.accept is not None:
+            check_between("accept", self.accept, 0, 1, "0.75")
         check_count("num_steps", self.num_steps)
         check_start(self.start)
         if self.dynamics is not None and self.step_size is not None:
@@ -89,6 +96,16 @@ class PriorRuns:
     def begins(self) -> Start:
         """The start given, guides as such, or the prior."""
         return as_start(Prior() if self.start is None else self.start)
+
+    @cached_property
+    def _acceptance(self) -> Acceptance | None:
+        return None if self.accept is None else Acceptance(self.accept)
+
+    def follow(self, call: Call, end: Tensor, count: int) -> None:
+        """Told where the ``count``-th runs of a training ended, ``(chains, rows, size)``."""
+        if self._acceptance is not None and self._acceptance.is_due(count):
+            with poutine.block():
+                self._acceptance.adapt(call.density, end, self.moves, self.num_steps)
 
     def make(self, call: Call, chains: int) -> ShortRun:
         """``chains`` runs of every row, without graphs; nothing that is learnable shows to Pyro.

@@ -1,7 +1,7 @@
 """Short runs as Pyro guides, their loss and fit, and the tuning of their steps."""
 
+from ..starts.rule import default_start
 from .base import DensityGuide
-from .choice import default_start
 from .elbo import ShortRunELBO
 from .fit import ShortRunSVI
 from .short_run import ShortRunGuide

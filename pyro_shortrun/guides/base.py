@@ -21,19 +21,20 @@ from ..density.call import Binder, Call
 from ..density.handlers import init_uniform
 from ..density.interface import Density
 from ..density.program import Invocation, Program, Reading
-from ..density.structure import Structure, check_data, check_latents, check_shapes
+from ..density.structure import Structure, check_data, check_latents, check_shapes, missing_data
 from ..density.trust import warn_if_rows_mix
 from ..tensors import ordinary_autograd, plain
 from .draws import check_levels
 from .emit import values_of_other_parts
 from .lists import draws_of_part, keep_values
+from .memory import Arguments, Memory
 from .pickling import without_model
 from .plates import check_plates, create_given, create_missing
+from .summary import summary
 
 _QUANTILE_DRAWS = 1000
 _DRAWS_OF_LISTS = 200
 _Guide = TypeVar("_Guide", bound="DensityGuide")
-_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class DensityGuide(AutoGuide):
@@ -51,7 +52,8 @@ class DensityGuide(AutoGuide):
         super().__init__(model, create_plates=create_plates)
         self._binder: Binder | None = Binder(Program(model))
         self._first: Structure | None = None
-        self._conditioned: _Arguments | None = None
+        self._conditioned: Arguments | None = None
+        self._memory = Memory()
         self._compiler = Compiler() if compile else None
 
     # ---------------------------------------------------------------- what subclasses say
@@ -110,7 +112,7 @@ class DensityGuide(AutoGuide):
 
         :return: the guide itself.
         """
-        self.call(args, kwargs)
+        self._memory.note(self.call(args, kwargs).bind, training=False)
         return self
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -134,15 +136,22 @@ class DensityGuide(AutoGuide):
             draws = draws_of_part(self, _DRAWS_OF_LISTS, args, kwargs)
         else:
             chains = self.sample_posterior(*args, num_samples=_QUANTILE_DRAWS, **kwargs)
-            draws = {k: v[0] for k, v in chains.items()}
+            names = {s.name for s in self._first.layout.sites} if self._first else set(chains)
+            draws = {k: v[0] for k, v in chains.items() if k in names}
         levels = torch.as_tensor(quantiles)
         return {k: v.quantile(levels.to(v), dim=0) for k, v in draws.items()}
+
+    def summary(self, *args: Any, num_samples: int = 1000, prob: float = 0.9, **kwargs: Any) -> None:
+        """Print means, deviations, medians and intervals, and how far to trust them: the acceptance of adjusted steps,
+        and the Pareto k of runs, where there are such."""
+        print(summary(self, args, kwargs, num_samples, prob))
 
     def condition_on(self: _Guide, *args: Any, **kwargs: Any) -> _Guide:
         """Keep these model arguments for all later calls, whatever arguments those have.
 
-        The posterior depends on the data, so ``Predictive(model, guide=guide)`` on new inputs, which passes *its*
-        arguments to the guide, is right only after ``guide.condition_on(*training_args)``.
+        The posterior depends on the data, and ``Predictive(model, guide=guide)`` on new inputs passes *its* arguments
+        to the guide. Where all training calls had the same arguments, the guide remembers them, and takes them for a
+        call in which data are missing; where they differed (mini-batches), this says what to condition on.
 
         :return: the guide itself. See :meth:`forget`.
         """
@@ -199,6 +208,10 @@ class DensityGuide(AutoGuide):
                 "of them per call: use num_particles without vectorize_particles, and Predictive(parallel=False)."
             )
         if self._first is not None:
+            known = self._memory.known if missing_data(self._first, reading) else None
+            if known is not None:
+                check_shapes(program, known, (args, kwargs))
+                return self._bind(*known, chains)
             check_data(self._first, reading)
         call = self._binder(reading, args, kwargs, given, self._admit)
         is_draw = self._reads_prior or reading.origin is not None  # from the start
@@ -231,7 +244,7 @@ class DensityGuide(AutoGuide):
         for parameter in self.parameters():  # the weak references of Pyro's store, as PyroModule does with its own
             parameter.__dict__.pop("unconstrained", None)
         state = self.__dict__.copy()
-        state.update(_model=None, _binder=None, _master=None, plates={}, _conditioned=None)
+        state.update(_model=None, _binder=None, _master=None, plates={}, _conditioned=None, _memory=Memory())
         state["_modules"] = {k: without_model(m) for k, m in self._modules.items()}
         return state
 
@@ -248,11 +261,11 @@ class DensityGuide(AutoGuide):
             if isinstance(old, AutoGuide):
                 own.__dict__["_model"] = old._model
         new._binder = None if self._binder is None else Binder(self._binder.program)
-        new._conditioned = self._conditioned
+        new._conditioned, new._memory = self._conditioned, copy.copy(self._memory)
         return new
 
 
-def _instead(conditioned: _Arguments, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+def _instead(conditioned: Arguments, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """The conditioned arguments instead of a call's own."""
     if args or kwargs:  # the model will run on these with latents drawn for the conditioned ones
         check_shapes(program, conditioned, (args, kwargs))

@@ -1,4 +1,4 @@
-"""The default rule: where runs start and how they are weighed, if nobody says."""
+"""What a ShortRunGuide is made of: its parts checked, those that nobody gave, and how it is described."""
 
 from __future__ import annotations
 
@@ -7,34 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_kind, check_unused
-from ..density.structure import Structure
 from ..dynamics.acceptance import Acceptance
 from ..dynamics.dynamics import Dynamics
+from ..dynamics.metric import Preconditioner
 from ..dynamics.step_size import StepSize
 from ..objectives.annealed import Annealed
 from ..objectives.objective import Objective
 from ..objectives.path import PathDensity
 from ..objectives.refine import Refine
-from ..starts.fitted import MAX_SIZE, Gaussian
-from ..starts.prior import Prior
+from ..starts.fitted import Gaussian
 from ..starts.start import Start, check_start
-
-
-def default_start(structure: Structure, subsamples: bool, partial: bool) -> Start:
-    """Where runs start.
-
-    * ``Gaussian()``, fitted at set-up: where all latents together are one row of at most 300 values, that is, where
-      some latent lies in no plate, or something couples the plates' elements; with all data at every call.
-    * ``Prior()``, as in the papers: where every latent lies in a plate whose elements are independent (a generator:
-      rows of data), where a plate is subsampled or the guide is a part of an ``AutoGuideList`` (what a Gaussian is
-      fitted to would change from call to call), and for more latents.
-
-    :param subsamples: whether the model draws a subsample in some plate.
-    :param partial: whether other sites of the model are inferred by other guides.
-    """
-    layout = structure.layout
-    small = layout.rows == 1 and layout.size <= MAX_SIZE and (layout.is_arrow or not layout.row_plates)
-    return Gaussian() if small and not (subsamples or partial) else Prior()
 
 
 def by_acceptance(objective: Objective, start: object, step_size: StepSize, is_guess: bool) -> Acceptance | None:
@@ -45,7 +27,7 @@ def by_acceptance(objective: Objective, start: object, step_size: StepSize, is_g
     return Acceptance() if is_guess and isinstance(start, Start) and not start.has_density else None
 
 
-def check_parts(step_size: Any, dynamics: Any, start: Any, objective: Any, full_gradient: bool) -> None:
+def check_parts(step_size: Any, dynamics: Any, start: Any, objective: Any, full_gradient: bool, metric: Any) -> None:
     """Refuse what is not a part of a run, or does not go together."""
     if dynamics is not None and step_size is not None:
         raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
@@ -53,6 +35,7 @@ def check_parts(step_size: Any, dynamics: Any, start: Any, objective: Any, full_
     check_kind("objective", objective, Objective, "PathDensity()")
     if full_gradient and isinstance(objective, Refine):
         raise ValueError("Refine() has no bound of the run whose full gradient there could be: full_gradient=False.")
+    check_kind("metric", metric, Preconditioner, "Diagonal()")
     check_start(start)
     check_unused(step_size=step_size, dynamics=dynamics, objective=objective)
 

@@ -33,6 +33,10 @@ class WeightedDraws:
     end: Tensor
     row_log_q: Tensor | None
 
+    def values_and_computed(self, call: Call) -> dict[str, Tensor]:
+        """``values``, and those of sites that the model computes from them (``pyro.deterministic``)."""
+        return {**self.values, **call.model.computed(self.end, call.reading)}
+
     @staticmethod
     def join(parts: Sequence[WeightedDraws]) -> WeightedDraws:
         """Parts one after the other."""
@@ -51,7 +55,8 @@ def check_draws(num_samples: Any, num_chains: Any, adjust: Any, resample: Any) -
     check_count("num_chains", num_chains)
     if adjust is not None:
         check_count("adjust", adjust, least=0)
-    check_flags(resample=resample)
+    if resample is not None:
+        check_flags(resample=resample)
 
 
 def check_levels(quantiles: Any) -> None:

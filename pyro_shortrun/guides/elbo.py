@@ -70,6 +70,7 @@ class ShortRunELBO(ELBO):
         self.check(model, guide)
         known = guide.steps(Request(guide, args, kwargs, self.num_particles))
         if known is not None:
+            guide._memory.note_arguments((args, kwargs))
             return known
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:

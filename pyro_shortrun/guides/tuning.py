@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -97,8 +97,9 @@ class Trials:
             call = guide._bind(self._args, self._kwargs)
             own = guide.dynamics.step_size(call.density.layout, guide.num_steps).detach()
             eta = factor * own[torch.arange(steps, device=own.device) * guide.num_steps // steps]
-            account, simulation = guide.has_density, guide._simulation
-            objective = simulation.informed(call, eta, training=False) if account else guide.objective
+            account, resized = guide.has_density, guide.objective.resized(steps)
+            simulation = replace(guide._simulation, num_steps=steps, objective=resized)
+            objective = simulation.informed(call, eta, training=False) if account else resized
             return Trial(call, *simulation.run(call, self._count, eta, objective, account, Gradients.NONE))
 
 

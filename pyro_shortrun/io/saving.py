@@ -283,10 +283,20 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is no file of save_state: it has no {sorted(missing)}.")
     parts = content["parts"]
     entries = list(parts.values()) if isinstance(parts, dict) else [None]
-    whole = all(isinstance(e, dict) and "type" in e and ("state" in e) != ("value" in e) for e in entries)
-    if not (whole and isinstance(content["random"], dict)):
+    if not (all(map(_is_entry, entries)) and isinstance(content["random"], dict)):
         raise ValueError(f"{path} is no file of save_state: its parts are not what save_state writes.")
     return content
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is what :func:`_saved` makes of a part."""
+    if not (
+        isinstance(entry, dict) and isinstance(entry.get("type"), str) and ("state" in entry) != ("value" in entry)
+    ):
+        return False
+    about, limit = entry.get("about", {}), entry.get("max_drift")
+    plain = isinstance(about, dict) and all(isinstance(v, bool | int | float | str | list) for v in about.values())
+    return plain and (limit is None or (isinstance(limit, int | float) and limit > 0))
 
 
 def _version() -> str:

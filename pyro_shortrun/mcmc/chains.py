@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..density.affine import Affine
 from ..tensors import moved, ordinary_autograd
+from .pace import Pace, Stage
 from .sampler import ChainState, Sampler, Stats
-from .target import Target
+from .target import ModelTarget, Target
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,16 @@ class StatsRecord:
 
 
 class Session:
-    """Chains under way: a sampler, its state, and the statistics of every kept draw."""
+    """Chains under way: a sampler, its state, and the statistics of every kept draw.
 
-    def __init__(self, sampler: Sampler, warmup_steps: int) -> None:
+    :param stages: graphs that may be taken up on the way.
+    """
+
+    def __init__(self, sampler: Sampler, warmup_steps: int, stages: Sequence[Stage] = ()) -> None:
         self.sampler, self.warmup_steps = sampler, warmup_steps
+        self.total: int | None = None  # draws that are wanted, warm-up included, where that is known
+        target = sampler.target
+        self._pace = Pace(target, stages, self._expect) if isinstance(target, ModelTarget) and stages else None
         self.done = 0  # draws, warm-up included
         self.record = StatsRecord()
         self._warned = False
@@ -112,22 +121,31 @@ class Session:
         """Values of all chains."""
         return {k: v.clone() for k, v in self.target.params(self.state.u).items()}
 
-    def draw(self) -> None:
-        """One draw of every chain."""
-        warming = self.done < self.warmup_steps
+    def draw(self, most: int = 1) -> list[Tensor]:
+        """At least one and at most so many draws of every chain, all of the warm-up or none: their states."""
+        warming, began = self.done < self.warmup_steps, time.perf_counter()
         with ordinary_autograd():
-            self.state, stats = self.sampler.draw(self.state, warming)
-        self.done += 1
-        self._warn_once(stats, warming)
-        self.record.add(stats, kept=not warming)
+            drawn = self.sampler.draws(self.state, most, warming)
+        for state, stats in drawn:
+            self._warn_once(state, stats, warming)
+            self.record.add(stats, kept=not warming)
+        self.state = drawn[-1][0]
+        self.done += len(drawn)
+        if self._pace is not None:
+            left = None if self.total is None else self.total - self.done
+            self._pace(time.perf_counter() - began, len(drawn), left)
+        return [state.u for state, _ in drawn]
+
+    def _expect(self) -> None:
+        self.target.density.expect(self.state.u, self.state.log_density)
 
     def forget_after(self, kept: int) -> None:
         """Drop what was noted of draws beyond so many kept ones: an interrupt may come before a draw is kept."""
         self.record.forget_after(kept)
         self.done = min(self.done, self.warmup_steps + kept)
 
-    def _warn_once(self, stats: Stats, warming: bool) -> None:
-        fault = None if self._warned else self.sampler.fault(self.state, stats, warming)
+    def _warn_once(self, state: ChainState, stats: Stats, warming: bool) -> None:
+        fault = None if self._warned else self.sampler.fault(state, stats, warming)
         if fault is not None:
             self._warned = True
             warnings.warn(f"{fault} (This warning is shown once.)", stacklevel=4)
@@ -138,11 +156,12 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continued run needs: tensors, numbers, lists and dicts."""
-        state = {k: getattr(self.state, k).clone() for k in ("u", "log_density", "grad")}
+        state = {k: v.clone() for k, v in self.state.tensors().items()}
         return {
             "kind": self.sampler.kind,
             "done": self.done,
             "state": state,
+            "frame": None if self.target.frame is None else vars(self.target.frame),
             "stats": self.stats(),
             "sampler": self.sampler.state_dict(),
         }
@@ -164,7 +183,10 @@ class Session:
                 f"the saved chains are {saved['state']['u'].dtype}, this model's latents {self.state.u.dtype}: resume "
                 "with the same dtype."
             )
-        device = self.state.u.device
+        device, frame = self.state.u.device, saved.get("frame")
+        if frame is None and self.target.frame is not None:
+            raise ValueError("the saved chains did not begin at a fitted Gaussian: use the same kernel, and start=.")
+        self.target.move_in(None if frame is None else Affine(**moved(frame, device)))
         state = ChainState(**moved(saved["state"], device))
         here = self.sampler.evaluate(state.u).log_density
         if not (self.target.is_subsampled or torch.allclose(here, state.log_density, rtol=1e-3, atol=1e-3)):

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from ..checks import check_between, check_count, check_flags, check_function, check_kind, check_model
 from ..compile.compiler import Compiler
-from ..density.call import Call
 from ..density.handlers import init_uniform
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
 from ..dynamics.metric import Diagonal, Identity, Preconditioner
 from ..dynamics.metropolis import BEST_ACCEPTANCE
 from ..dynamics.step_size import StepSize
+from ..objectives.annealed import Annealed
 from ..objectives.objective import Objective
 from ..objectives.path import PathDensity
+from ..starts.fitted import Gaussian
 from ..starts.from_guide import as_start
 from ..starts.gaussian import Init
 from ..starts.kept import Persistent
@@ -29,9 +30,13 @@ from ..starts.start import Start, check_start
 from ..tensors import ordinary_autograd, plain
 from .chains import DrawStats, Session
 from .langevin_chain import LangevinChain, StepSizeSchedule
+from .pace import stages
 from .sampler import Sampler
 from .short_runs import ShortRuns
+from .starting import Starting
 from .target import ModelTarget, PotentialTarget, Target
+
+_SHORT_WARMUP = 500  # transitions
 
 
 class ShortRunLangevin(MCMCKernel):
@@ -72,7 +77,7 @@ class ShortRunLangevin(MCMCKernel):
     1996 (ULA, MALA); Welling, Teh: Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011 (SGLD);
     Nijkamp et al., ECCV 2020 (short runs).
 
-    :param model: a Pyro model with continuous latents (discrete ones enumerated), or None with ``potential_fn``.
+    :param model: a Pyro model, or None with ``potential_fn``. Its discrete latents are summed out, as by NUTS.
     :param num_steps: transitions per draw, ``>= 1``.
     :param step_size: ``eta``: a number, a :class:`StepSize`, or, for chains, a schedule ``t -> eta`` of the number of
         transitions made. A number is a first guess where it is adapted; ``StepSize(eta, learnable=False)`` stays. In a
@@ -83,14 +88,19 @@ class ShortRunLangevin(MCMCKernel):
         ``initial_params``; with ``persistent=False``, runs start at ``N(initial_params, 1)``. (The one that Pyro's
         ``initialize_model`` makes cannot be vectorised over chains; its model can.)
     :param dynamics: a :class:`Dynamics` instead of ``step_size``; default :class:`Langevin`.
-    :param start: where runs and chains start: :class:`Prior` (default for short runs), :class:`Init` (default for
-        chains: uniform in (-2, 2), as Pyro's kernels), or a guide, which is not trained.
+    :param start: where runs and chains start, and what they move in: by default a fitted :class:`Gaussian`, in whose
+        coordinates the posterior has unit scales, by the rule :func:`~pyro_shortrun.guides.default_start` of the
+        guides (all latents together small, no subsampling); otherwise, and where ``initial_params`` or an unadjusted
+        chain's step size are given, :class:`Prior` for short runs and for chains ``Init(init_to_uniform)``, uniform in
+        (-2, 2) as Pyro's kernels. Or a guide, which is not trained.
     :param preconditioner: :class:`Diagonal` (default with ``adjust``), :class:`Dense` or :class:`Identity`.
     :param target_accept_prob: wanted acceptance rate; default 0.574, optimal for MALA in high dimension.
-    :param objective: the bound by which short runs are tuned; default :class:`PathDensity`.
+    :param objective: the bound by which short runs are tuned: :class:`Annealed` (default from a Gaussian) or
+        :class:`PathDensity` (default otherwise).
     :param transforms: with ``potential_fn``: transforms from constrained to unconstrained space by name.
-    :param compile: whether the log density and its gradient are traced and compiled, as in :class:`ShortRunGuide`; for
-        models.
+    :param compile: whether the transitions of models are compiled, in one graph with a loop in it. By default (None) as
+        far as it pays: where what is left takes more than half a second they are traced once and then run without
+        Pyro, where that takes more than half a minute they are compiled. All give the same draws but for rounding.
     :raises ValueError: for arguments out of range or that exclude each other, and at set-up for a density that is not
         finite at the start.
     """
@@ -110,7 +120,7 @@ class ShortRunLangevin(MCMCKernel):
         target_accept_prob: float | None = None,
         objective: Objective | None = None,
         transforms: Mapping[str, Any] | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
     ) -> None:
         if (model is None) == (potential_fn is None):
             raise ValueError("pass either a model or potential_fn.")
@@ -127,21 +137,24 @@ class ShortRunLangevin(MCMCKernel):
         check_kind("dynamics", dynamics, Dynamics, "Langevin(0.1)")
         check_kind("objective", objective, Objective, "PathDensity()")
         check_kind("preconditioner", preconditioner, Preconditioner, "Diagonal()")
-        check_start(start)
+        check_start(None if isinstance(start, Gaussian) else start)  # a guide's may be used again
         self.model, self.potential_fn, self.num_steps = model, potential_fn, num_steps
         self.adjust, self.persistent = adjust, adjust if persistent is None else persistent
         self.target_accept_prob = BEST_ACCEPTANCE if target_accept_prob is None else target_accept_prob
         self._schedule = step_size if callable(step_size) and not isinstance(step_size, StepSize) else None
         self._is_guess = dynamics is None and not isinstance(step_size, StepSize)
+        # Steps that stay as they are belong to the latents' own units, not to those of a fitted Gaussian.
+        self._has_steps_of_its_own = self.persistent and not adjust and not (dynamics is None and step_size is None)
         guess: Any = 0.1 if step_size is None or self._schedule is not None else step_size
         self.dynamics = Langevin(guess) if dynamics is None else dynamics
-        self.objective = PathDensity() if objective is None else objective
+        self.objective = objective
         default: Preconditioner = Diagonal() if adjust else Identity()
         self.preconditioner = default if preconditioner is None else preconditioner
         self._start = start
         self._given_transforms = transforms
         _check_combination(self, objective, target_accept_prob)
         self._compiler = Compiler() if compile else None
+        self._stages = stages() if compile is None and model is not None else []
         self.transforms: dict[str, Any] | None = None
         self._given: dict[str, Tensor] | None = None
         self._session: Session | None = None
@@ -152,6 +165,7 @@ class ShortRunLangevin(MCMCKernel):
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Bind the model's arguments and open one chain; warm-up is counted from here."""
         self._session = self.open(1, warmup_steps, args, kwargs, self._given)
+        self._session.sampler.one_by_one = True
         self.transforms = self._session.target.transforms
         self._params = self._session.params()
 
@@ -213,12 +227,18 @@ class ShortRunLangevin(MCMCKernel):
         kwargs: dict[str, Any],
         initial_params: Mapping[str, Tensor] | None = None,
         chain_batch_size: int | None = None,
+        may_shorten: bool = False,
     ) -> Session:
-        """Start ``num_chains`` chains of this kernel on the model's arguments."""
+        """Start ``num_chains`` chains of this kernel on the model's arguments.
+
+        :param may_shorten: whether less warm-up will do where there is little to learn, from a fitted Gaussian.
+        """
         with ordinary_autograd():
             target = _target(self, plain(args), plain(kwargs), initial_params)
+            if may_shorten and target.frame is not None:
+                warmup_steps = min(warmup_steps, -(-_SHORT_WARMUP // self.num_steps))
             sampler = _sampler(self, target, warmup_steps, chain_batch_size)
-            session = Session(sampler, warmup_steps)
+            session = Session(sampler, warmup_steps, self._stages)
             if num_chains > 1:
                 two = target.start(2).state if initial_params is None else None
                 session.check_vectorizes(two, initial_params)
@@ -230,8 +250,9 @@ class ShortRunLangevin(MCMCKernel):
 
 
 def _check_combination(kernel: ShortRunLangevin, objective: Objective | None, target_accept_prob: float | None) -> None:
-    if objective is not None and not isinstance(objective, PathDensity):
-        raise NotImplementedError(f"{type(objective).__name__} tunes a ShortRunGuide, not a kernel: use PathDensity().")
+    if objective is not None and not isinstance(objective, (PathDensity, Annealed)):
+        kind = type(objective).__name__
+        raise NotImplementedError(f"{kind} tunes a ShortRunGuide, not a kernel: use PathDensity() or Annealed().")
     if kernel.dynamics.has_momentum:
         raise NotImplementedError(
             f"{type(kernel.dynamics).__name__} is for a ShortRunGuide with objective=Annealed(): use Langevin(...)."
@@ -264,10 +285,10 @@ def _target(
         return PotentialTarget(kernel.potential_fn, initial, kernel._given_transforms)  # type: ignore[arg-type]
     if initial is not None and not kernel.persistent:
         raise ValueError("initial_params have no use where every draw restarts; pass start= to the kernel.")
-    start = _starting(kernel)
-    # Improper priors cannot be drawn from; a start that does not draw from the prior need not.
-    init = None if isinstance(start, Prior) else init_uniform
-    target = ModelTarget(Call.of(kernel.model, args, kwargs, init), start, kernel._compiler)
+    fits = initial is None and not kernel._has_steps_of_its_own
+    given = None if kernel._start is None else as_start(kernel._start)
+    starting = Starting(given, Init(init_uniform) if kernel.persistent else Prior(), fits)
+    target = ModelTarget(*starting(kernel.model, args, kwargs), kernel._compiler)
     if kernel.adjust and target.is_subsampled:
         name = next(iter(target.call.reading.subsampled))
         raise ValueError(
@@ -275,12 +296,6 @@ def _target(
             "or persistent=True, adjust=False with a decaying step size (SGLD)."
         )
     return target
-
-
-def _starting(kernel: ShortRunLangevin) -> Start:
-    if kernel._start is None:
-        return Init(init_uniform) if kernel.persistent else Prior()
-    return as_start(kernel._start)
 
 
 def _sampler(kernel: ShortRunLangevin, target: Target, warmup: int, chain_batch_size: int | None) -> Sampler:
@@ -292,7 +307,7 @@ def _sampler(kernel: ShortRunLangevin, target: Target, warmup: int, chain_batch_
             dynamics,
             kernel.num_steps,
             chain_batch_size,
-            objective=kernel.objective,
+            objective=copy.deepcopy(kernel.objective) or _objective(target),
             warmup=warmup,
             guess=kernel._is_guess,
             tune=learnable and target.has_density,
@@ -302,6 +317,7 @@ def _sampler(kernel: ShortRunLangevin, target: Target, warmup: int, chain_batch_
         dynamics,
         kernel.num_steps,
         chain_batch_size,
+        known_by=kernel.dynamics,
         adjust=kernel.adjust,
         restarts=not kernel.persistent,
         schedule=kernel._schedule,
@@ -311,3 +327,8 @@ def _sampler(kernel: ShortRunLangevin, target: Target, warmup: int, chain_batch_
         guess=kernel._is_guess and kernel._schedule is None and not kernel.adjust and kernel.model is not None,
         limit=float("inf") if kernel._is_guess else dynamics.step_size.max,
     )
+
+
+def _objective(target: Target) -> Objective:
+    """Of short runs where nobody says: as that of guides from the same start."""
+    return PathDensity() if target.frame is None else Annealed(learnable=False)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..density.interface import Block
 from ..dynamics.adaptation import Adaptation
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.metric import Preconditioner
-from ..dynamics.metropolis import Position, decide, hastings_log_ratio
+from ..runs.course import reasonable
+from ..runs.transitions import Given, Passed, Place, Transitions
 from ..tensors import moved
 from .sampler import ChainState, Sampler, Stats, draw_stats
 from .target import Target
@@ -22,6 +25,8 @@ _LOGGER = logging.getLogger("pyro_shortrun")
 _MUCH_CLIPPED = 0.1  # share of coordinates
 _INFLATION = 0.1  # of a variance, by the noise of mini-batches
 _STARTS, _BATCHES = 4, 16  # by which that noise is estimated
+_TOGETHER = 64  # transitions in a block, if these are not too many numbers
+_NUMBERS_AT_ONCE = 2**20
 StepSizeSchedule = Callable[[int], float]
 
 
@@ -35,6 +40,7 @@ class LangevinChain(Sampler):
     :param restarts: whether every draw begins at a fresh start.
     :param limit: upper bound of the adapted step size.
     :param guess: whether the step size is a first guess that pilot runs may halve.
+    :param known_by: what stands for the dynamics, of which every run has its own, in the keys of graphs.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class LangevinChain(Sampler):
         num_steps: int,
         chain_batch_size: int | None,
         *,
+        known_by: object,
         adjust: bool,
         restarts: bool,
         schedule: StepSizeSchedule | None,
@@ -64,7 +71,11 @@ class LangevinChain(Sampler):
         self._one = like.new_ones(layout.size)
         restart = 0.5 * max(layout.size, 1) ** (-1 / 3) / self._eta.mean().item()
         self.adaptation = Adaptation(like, warmup * num_steps, accept, preconditioner, restart)
+        self._block = Transitions(
+            dynamics, preconditioner, adjust, accept or 0.0, math.inf if schedule else limit, chain_batch_size, known_by
+        )
         self.made = 0  # transitions
+        self._first: float | None = None  # log density of a row after the warm-up
 
     @property
     def kind(self) -> str:
@@ -73,46 +84,110 @@ class LangevinChain(Sampler):
         preconditioner = type(self.adaptation.preconditioner).__name__
         return f"{self.num_steps} {name} steps {start}, preconditioner {preconditioner}"
 
+    def evaluate(self, u: Tensor) -> ChainState:
+        if self.restarts or self.target.is_subsampled:
+            return super().evaluate(u)
+        plain = self.target.plain()  # a graph of the gradient would be made for a single call
+        parts = [plain.value_and_grad(part) for part in self._split(u)]
+        value, grad = (torch.cat(p) for p in zip(*parts, strict=True))
+        return ChainState(u, value.detach().to(u), grad.detach())
+
     def step_size(self, k: int) -> Tensor:
         """Step size of the ``k``-th step of a draw, broadcastable to ``(rows, size)``."""
-        if self.schedule is not None:
-            return self._one * _checked(self.schedule(self.made), self.made)
-        return (self.adaptation.log_factor.exp().unsqueeze(-1) * self._eta[k]).clamp(max=self.limit)
+        return (self.adaptation.log_factor.exp().unsqueeze(-1) * self._eta[k]).clamp(max=self._block.limit)
+
+    def draw(self, state: ChainState, warming: bool) -> tuple[ChainState, Stats]:
+        return self.draws(state, 1, warming)[0]
 
     @torch.no_grad()
-    def draw(self, state: ChainState, warming: bool) -> tuple[ChainState, Stats]:
+    def draws(self, state: ChainState, count: int, warming: bool) -> list[tuple[ChainState, Stats]]:
         if self.restarts:
-            state = self.fresh(len(state.u))
-        noise = self.dynamics.draw_noise(self.num_steps, state.u)
-        log_uniform = torch.rand(self.num_steps, *state.log_density.shape).to(state.u).log()
-        accepted, nonfinite = torch.zeros_like(state.log_density), torch.zeros_like(state.log_density)
-        for k in range(self.num_steps):
-            eta = self._last_eta = self.step_size(k)
-            state, accept, finite = self.transition(state, eta, noise[k], log_uniform[k])
-            accepted, nonfinite = accepted + accept, nonfinite + (~finite)
-            self.made += 1
-            if warming:
-                self.adaptation.update(state.u, state.grad, accept)
-        return state, draw_stats(state, accepted / self.num_steps, nonfinite, eta)
+            state, count = self.fresh(len(state.u)), 1
+        count = min(count, self._draws_at_once(state))
+        given, found, here = self._given(state, count), [], self._place(state)
+        first, total = 0, count * self.num_steps
+        while first < total:
+            ahead = self.adaptation.ahead or total
+            until = min(total, first + ahead, first + self._length(state))
+            here, passed = self._pass(here, given.part(first, until), first, warming)
+            found.append(passed)
+            first = until
+        passed = Passed(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        ends = [self._drawn(passed, given.eta, i) for i in range(count)]
+        # Not a part of what was passed: products of matrices are rounded by where in memory they lie.
+        last = ChainState(here.u, here.log_density, here.grad, here.white)
+        return [*ends[:-1], (last, ends[-1][1])]
+
+    def _draws_at_once(self, state: ChainState | Place) -> int:
+        """In one block."""
+        numbers = self.num_steps * max(state.u.numel(), 1)
+        return 1 if self.one_by_one else max(1, min(-(-_TOGETHER // self.num_steps), _NUMBERS_AT_ONCE // numbers))
+
+    def _length(self, state: ChainState | Place) -> int:
+        """Transitions in a block: those of some draws, or a divisor of those of one."""
+        if self.target.is_subsampled:
+            return 1
+        most = max(1, _NUMBERS_AT_ONCE // max(state.u.numel(), 1))
+        if most >= self.num_steps:
+            return self._draws_at_once(state) * self.num_steps
+        return next(n for n in range(most, 0, -1) if self.num_steps % n == 0)
+
+    @property
+    def _density(self) -> Any:
+        return _MiniBatches(self.target) if self.target.is_subsampled else self.target.density
+
+    def _pass(self, here: Place, given: Given, first: int, warming: bool) -> tuple[Place, Passed]:
+        """Through transitions with nothing to be fitted before the end; the first is the ``first``-th of some draws."""
+        adaptation, count, length = self.adaptation, len(given.eta), self._length(here) if self.target.has_loops else 0
+        here, following, passed = self._block.follow(self._density, adaptation, here, given, length)
+        if warming:
+            # Draw by draw, so that sums are rounded alike however many are made in one call.
+            ends = [*range(-first % self.num_steps or self.num_steps, count, self.num_steps), count]
+            for begin, end in pairwise([0, *ends]):
+                adaptation.note(passed.u[begin:end], passed.grad[begin:end])
+            if adaptation.advance(following, count):
+                here = here._replace(white=adaptation.scales.whiten(here.u))
+        return here, passed
+
+    def _given(self, state: ChainState, count: int) -> Given:
+        """Random numbers and step sizes of some draws, drawn draw by draw."""
+        pairs = []
+        for _ in range(count):
+            noise = self.dynamics.draw_noise(self.num_steps, state.u)
+            pairs.append((noise, torch.rand(self.num_steps, *state.log_density.shape).to(state.u).log()))
+        noise, log_uniform = (torch.cat(t) if count > 1 else t[0] for t in zip(*pairs, strict=True))
+        total = count * self.num_steps
+        if self.schedule is None:
+            eta = self._eta.repeat(count, 1)
+        else:
+            steps = range(self.made, self.made + total)
+            eta = self._one * self._one.new_tensor([_checked(self.schedule(t), t) for t in steps]).unsqueeze(-1)
+        self.made += total
+        return Given(noise, log_uniform, eta, eta.new_zeros(total, 4))
+
+    def _drawn(self, passed: Passed, eta: Tensor, i: int) -> tuple[ChainState, Stats]:
+        """The ``i``-th draw and its statistics."""
+        part, last = passed.part(i * self.num_steps, (i + 1) * self.num_steps), (i + 1) * self.num_steps - 1
+        state = ChainState(part.u[-1], part.log_density[-1], part.grad[-1])
+        self._last_eta = (part.log_factor[-1].exp().unsqueeze(-1) * eta[last]).clamp(max=self._block.limit)
+        stats = draw_stats(state, part.acceptance.mean(0), (~part.finite).sum(0), self._last_eta, self.target.log_scale)
+        return state, stats
+
+    def _place(self, state: ChainState) -> Place:
+        white = self.adaptation.scales.whiten(state.u) if state.white is None else state.white
+        return Place(state.u, white, state.log_density, state.grad)
 
     def transition(
         self, state: ChainState, eta: Tensor, noise: Tensor, log_uniform: Tensor
     ) -> tuple[ChainState, Tensor, Tensor]:
         """One transition: the next state, the acceptance probability, and whether the proposal was finite."""
-        scales = self.adaptation.scales
-        here = Position(scales.whiten(state.u), state.log_density, scales.pull(state.grad))
-        moved = self.dynamics.step(here.u, here.pull, eta, noise, self._one)
-        new = self.evaluate(scales.color(moved))
-        finite = new.log_density.isfinite() & new.grad.isfinite().all(-1) & new.u.isfinite().all(-1)
-        if self.adjust:
-            there = Position(moved, new.log_density, scales.pull(new.grad))
-            ratio = hastings_log_ratio(self.dynamics, here, there, eta, self._one)
-            move, accept = decide(ratio, finite, log_uniform)
-        else:
-            move, accept = finite, finite.to(state.u)
-        return new.where(move, state), accept, finite
+        scales, here = self.adaptation.scales, self._place(state)
+        there, accept, finite = self._block.step(self._density, scales, here, eta, noise, log_uniform)
+        return ChainState(there.u, there.log_density, there.grad, there.white), accept, finite
 
     def fault(self, state: ChainState, stats: Stats, warming: bool) -> str | None:
+        if not (warming or self.restarts or self.target.is_subsampled):
+            self._climb(state)
         if self.adjust:  # a rejected proposal is nothing to warn about
             return None
         pull = self.adaptation.scales.pull(state.grad)
@@ -124,12 +199,40 @@ class LangevinChain(Sampler):
             )
         return super().fault(state, stats, warming)
 
+    def _climb(self, state: ChainState) -> None:
+        """Tell once of chains whose log density goes on rising after the warm-up."""
+        level = state.log_density.mean().item()
+        self._first = level if self._first is None else self._first
+        rise = level - self._first
+        if rise > reasonable(state.u.shape[-1]):
+            self._first = math.inf
+            _LOGGER.warning(
+                "the log density of chains still rises after the warm-up, by %.3g nats a row: take more warm-up steps; "
+                "or it has no upper bound (a pyro.factor of the wrong sign?), and then no posterior (told once).",
+                rise,
+            )
+
     def state_dict(self) -> dict[str, Any]:
         return {"made": self.made, "adaptation": self.adaptation.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.made = state["made"]
         self.adaptation.load_state_dict(moved(state["adaptation"], self._one.device))
+
+
+class _MiniBatches:
+    """The density of a model that subsamples: every evaluation is of fresh mini-batches."""
+
+    def __init__(self, target: Target) -> None:
+        self._target, self.layout = target, target.density.layout
+
+    def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """``log pi(u)`` and its gradient."""
+        return self._target.current(len(u)).value_and_grad(u)
+
+    def execute(self, fn: Block, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As for any density, without graphs."""
+        return fn(self, *inputs)
 
 
 def _checked(eta: Any, step: int) -> float:

@@ -24,11 +24,13 @@ Stats = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ChainState:
-    """``u`` with the log density and gradient there: ``(chains, rows, size)``, ``(chains, rows)``, as ``u``."""
+    """``u`` with the log density and gradient there: ``(chains, rows, size)``, ``(chains, rows)``, as ``u``; and
+    ``white``, the same as ``u`` in the coordinates of the chain's metric, where it has been moved in them."""
 
     u: Tensor
     log_density: Tensor
     grad: Tensor
+    white: Tensor | None = None
 
     def immovable(self) -> Tensor:
         """Rows without a gradient, ``(chains, rows)``."""
@@ -42,6 +44,10 @@ class ChainState:
             keep_rows(rows, self.grad, other.grad),
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What it consists of, by name."""
+        return {k: v for k, v in vars(self).items() if v is not None}
+
 
 class Sampler(ABC):
     """Draws states.
@@ -51,6 +57,7 @@ class Sampler(ABC):
 
     def __init__(self, target: Target, dynamics: Dynamics, num_steps: int, chain_batch_size: int | None) -> None:
         self.target, self.dynamics, self.num_steps = target, dynamics, num_steps
+        self.one_by_one = False  # whether draws are asked for one at a time
         self._at_once = chain_batch_size
 
     @property
@@ -61,6 +68,10 @@ class Sampler(ABC):
     @abstractmethod
     def draw(self, state: ChainState, warming: bool) -> tuple[ChainState, Stats]:
         """The next draw of every chain and its statistics, each ``(chains,)``."""
+
+    def draws(self, state: ChainState, count: int, warming: bool) -> list[tuple[ChainState, Stats]]:
+        """At least one and at most ``count`` of the next draws."""
+        return [self.draw(state, warming)]
 
     def fault(self, state: ChainState, stats: Stats, warming: bool) -> str | None:
         """What is wrong with a draw that the user would not see otherwise."""
@@ -118,10 +129,13 @@ class Sampler(ABC):
         return pilot_fails(self.target.current(chains), self.dynamics, start, eta)
 
 
-def draw_stats(state: ChainState, accept: Tensor, nonfinite: Tensor, eta: Tensor) -> Stats:
-    """Means over rows of acceptance, totals of the rest."""
+def draw_stats(state: ChainState, accept: Tensor, nonfinite: Tensor, eta: Tensor, log_scale: float) -> Stats:
+    """Means over rows of acceptance, totals of the rest.
+
+    :param log_scale: of the coordinates that the state is in, ``log |du/dv|``.
+    """
     return {
-        "lp": state.log_density.sum(-1),
+        "lp": state.log_density.sum(-1) - log_scale,
         "acceptance_rate": accept.mean(-1),
         "grad_norm": state.grad.flatten(1).norm(dim=-1),
         "step_size": eta.expand_as(state.u).mean((-1, -2)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from ..dynamics.dynamics import Dynamics
 from ..objectives.objective import Objective
 from ..runs.course import astray
 from ..runs.run import Gradients, run
-from ..starts.start import StartDraw
 from .sampler import ChainState, Sampler, Stats, draw_stats
 from .target import Target
 
@@ -43,6 +43,7 @@ class ShortRuns(Sampler):
         like = torch.zeros((), dtype=structure.dtype, device=structure.device)
         self._objective = objective
         self._reason: str | None = None  # what is wrong with the last runs
+        objective.setup(num_steps, target.density.layout, like)
         self._set_step_size(like, guess and tune)
         raw = list(dynamics.step_size.parameters()) if tune and warmup else []
         self._ascent = BoundAscent(raw, warmup) if raw else None
@@ -61,7 +62,10 @@ class ShortRuns(Sampler):
             *map(self._split, (drawn.state, drawn.log_q, drawn.log_density)), self._split(noise, 1), strict=True
         )
         for *start, part in parts:
-            begin, density = StartDraw(*start), self.target.current(len(start[0]))
+            begin, density = (
+                replace(drawn, state=start[0], log_q=start[1], log_density=start[2]),
+                self.target.current(len(start[0])),
+            )
             eta = self.dynamics.step_size.forward(density.layout, self.num_steps)
             gradients = Gradients.GUIDE if tunes else Gradients.NONE
             result = run(density, self.dynamics, self._objective, begin, eta, part, account=tunes, gradients=gradients)
@@ -81,7 +85,7 @@ class ShortRuns(Sampler):
     def _record(self, end: Tensor, frozen: Tensor) -> tuple[ChainState, Stats]:
         state = self.evaluate(end)
         eta = self.dynamics.step_size.forward(self.target.density.layout, self.num_steps).detach().mean(0)
-        stats = draw_stats(state, (~frozen).to(end), frozen.to(end), eta)
+        stats = draw_stats(state, (~frozen).to(end), frozen.to(end), eta, self.target.log_scale)
         return state, stats
 
     def state_dict(self) -> dict[str, Any]:

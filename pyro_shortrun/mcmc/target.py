@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,18 +12,17 @@ from torch import Tensor
 
 from ..compile.compiler import Compiler
 from ..compile.executor import density_of
+from ..density.affine import Affine, AffineDensity
 from ..density.call import Call
 from ..density.handlers import init_uniform
 from ..density.interface import Density
 from ..density.potential import PotentialDensity
 from ..density.transforms import same_transform
-from ..density.trust import is_random, row_names, rows_mix
 from ..starts.finite import CHECK_GRADIENT, redrawn, require_finite
+from ..starts.fitted import Gaussian
 from ..starts.start import Start, StartDraw
 
-_LOGGER = logging.getLogger("pyro_shortrun")
 _TRIES = 100
-_PROBES = 8
 _CONSTRAIN_AT_ONCE = 4096  # draws
 
 
@@ -32,6 +30,28 @@ class Target(ABC):
     """What is sampled, and from where."""
 
     density: Density
+    frame: Affine | None = None  # coordinates that the states are in, if they are not those of unconstrained space
+
+    @property
+    def log_scale(self) -> float:
+        """``log |du/dv|`` of these coordinates."""
+        return 0.0 if self.frame is None else self.frame.log_scale.item()
+
+    def outward(self, states: Tensor) -> Tensor:
+        """States in unconstrained space."""
+        return states if self.frame is None else self.frame.outward(states)
+
+    def inward(self, u: Tensor) -> Tensor:
+        """States of unconstrained space in the coordinates of the chains."""
+        return u if self.frame is None else self.frame.inward(u)
+
+    def move_in(self, frame: Affine | None) -> None:
+        """Let states be in other coordinates from now on.
+
+        :raises ValueError: where there can be none.
+        """
+        if frame is not None:
+            raise ValueError("the saved chains began at a fitted Gaussian, and these cannot: use the same kernel.")
 
     @property
     def has_density(self) -> bool:
@@ -42,6 +62,15 @@ class Target(ABC):
     def is_subsampled(self) -> bool:
         """Whether the density is that of a random mini-batch."""
         return False
+
+    @property
+    def has_loops(self) -> bool:
+        """Whether many steps are one graph, whose shapes are best always the same."""
+        return False
+
+    def plain(self) -> Density:
+        """The density without graphs."""
+        return self.density
 
     def current(self, chains: int) -> Density:
         """The density for the next evaluation; on a fresh mini-batch per chain where the model subsamples."""
@@ -67,7 +96,7 @@ class Target(ABC):
 
     def params(self, u: Tensor) -> dict[str, Tensor]:
         """States as what Pyro calls params: ``(chains, *shape)`` by site, in unconstrained space."""
-        return self.density.layout.unpack(u)
+        return self.density.layout.unpack(self.outward(u))
 
     def states(self, params: Mapping[str, Tensor]) -> Tensor:
         """The reverse of :meth:`params`.
@@ -76,7 +105,7 @@ class Target(ABC):
         """
         layout = self.density.layout
         check_params(params, {s.name: tuple(s.shape) for s in layout.sites}, self.density.structure.device)
-        return layout.pack(params)
+        return self.inward(layout.pack(params))
 
 
 class ModelTarget(Target):
@@ -86,10 +115,9 @@ class ModelTarget(Target):
     """
 
     def __init__(self, call: Call, start: Start, compiler: Compiler | None = None) -> None:
-        self._start, self._subsampled = start, call.reading.subsampled
-        call = _with_true_rows(call, start)
-        self.call = replace(call, density=density_of(call.model, compiler))
-        self.density, self._compiler = self.call.density, compiler
+        self._start, self._subsampled, self.call = start, call.reading.subsampled, call
+        self.frame = start.frame
+        self.use(compiler)
         local = [s.name for s in self.density.layout.sites if s.scale != 1]
         if local:
             raise NotImplementedError(
@@ -97,6 +125,40 @@ class ModelTarget(Target):
                 "the full plate, or ShortRunGuide for local latents in mini-batches."
             )
         self._transforms = _fixed_transforms(call)
+
+    def use(self, compiler: Compiler | None) -> None:
+        """Let these graphs be used from now on."""
+        self._compiler = compiler
+        self.call = replace(self.call, density=density_of(self.call.model, compiler))
+        self.move_in(self.frame)
+
+    @property
+    def has_loops(self) -> bool:
+        compiler = self._compiler
+        return compiler is not None and compiler.backend.takes_loops and not (self._subsampled or compiler.is_eager)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether there is a compiler."""
+        return self._compiler is not None
+
+    @property
+    def is_untraceable(self) -> bool:
+        """Whether a compiler has given up."""
+        return self._compiler is not None and self._compiler.is_eager
+
+    def move_in(self, frame: Affine | None) -> None:
+        known = frame is self.frame or (frame is not None and frame.is_equal(self.frame))
+        if not known and frame is not None and isinstance(self._start, Gaussian):
+            self._start = self._start.at(frame)
+        self.frame, self.density = frame, self._inside(frame, self.call.density)
+
+    @staticmethod
+    def _inside(frame: Affine | None, density: Density) -> Density:
+        return density if frame is None else AffineDensity(density, frame)
+
+    def plain(self) -> Density:
+        return self._inside(self.frame, self.call.model)
 
     @property
     def transforms(self) -> dict[str, Any]:
@@ -121,7 +183,7 @@ class ModelTarget(Target):
         check_params(params, {**free, **shapes}, self.density.structure.device)
         values = {k: self._transforms[k].inv(v) if k in self._transforms else v for k, v in params.items()}
         chains = [dict(zip(values, one, strict=True)) for one in zip(*values.values(), strict=True)]
-        return torch.stack([self.call.model.unconstrain(one) for one in chains])
+        return self.inward(torch.stack([self.call.model.unconstrain(one) for one in chains]))
 
     @property
     def has_density(self) -> bool:
@@ -132,29 +194,38 @@ class ModelTarget(Target):
         return bool(self._subsampled)
 
     def current(self, chains: int) -> Density:
-        density = self.call.density
         if not self._subsampled:
-            return density
-        device = density.structure.device
+            return self.density
+        device = self.density.structure.device
         draws = {k: _batches(chains, full, size, device) for k, (full, size) in self._subsampled.items()}
         return density_of(replace(self.call.model, batches=draws), self._compiler)
 
     def start(self, chains: int) -> StartDraw:
-        drawn = redrawn(self._start.draw(self.call, chains), lambda one: ~one.finite, self._again, _TRIES)
+        first = self._start.draw(self.call, chains)
+        drawn = redrawn(first, lambda one: ~one.finite, self._again, _TRIES)
         what = "the model's log density is not finite at the start of a chain"
         require_finite(drawn.finite, self.call.model, drawn.state, what)
-        self.density.expect(drawn.state, drawn.log_density)
-        return drawn.detached()
+        self.call.density.expect(drawn.state, drawn.log_density)
+        return self._framed(drawn, first).detached()
+
+    def _framed(self, drawn: StartDraw, first: StartDraw) -> StartDraw:
+        """The draw in the coordinates that the chains move in."""
+        if self.frame is None:
+            return drawn
+        base, scale = None if first.framed is None else first.framed.base, self.frame.log_scale
+        return StartDraw(self.inward(drawn.state), drawn.log_q + scale, drawn.log_density + scale, base)
 
     def require_finite(self, finite: Tensor, u: Tensor, what: str) -> None:
-        require_finite(finite, self.call.model, u, what, CHECK_GRADIENT)
+        require_finite(finite, self.call.model, self.outward(u), what, CHECK_GRADIENT)
 
     def _again(self, drawn: StartDraw, bad: Tensor) -> StartDraw:
         return self._start.draw(self.call, len(bad)).where(bad, drawn)
 
     def constrain(self, u: Tensor, at_once: int | None = None) -> dict[str, Tensor]:
         with torch.no_grad():
-            parts = [self.call.model.constrain(part)[0] for part in u.split(at_once or _CONSTRAIN_AT_ONCE)]
+            parts = [
+                self.call.model.constrain(part)[0] for part in self.outward(u).split(at_once or _CONSTRAIN_AT_ONCE)
+            ]
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
@@ -162,20 +233,6 @@ def _fixed_transforms(call: Call) -> dict[str, Any]:
     bind = call.bind
     other = call.program.draw(bind.args, bind.kwargs, bind.indices, bind.given, init_uniform).transforms
     return {k: t.inv for k, t in call.reading.transforms.items() if same_transform(t, other[k])}
-
-
-def _with_true_rows(call: Call, start: Start) -> Call:
-    """The call, with all latents in one row where elements of a plate influence each other in spite of the plate."""
-    start.setup(call.density)
-    states = start.draw(call, _PROBES).state.detach()
-    if is_random(call.model, states) or not rows_mix(call.model, states):
-        return call
-    _LOGGER.warning(
-        "elements of plate %s influence each other's log density although a plate declares them independent: they "
-        "are moved, and accepted, together.",
-        row_names(call.model.layout),
-    )
-    return call.jointly()
 
 
 def check_params(params: Mapping[str, Tensor], shapes: Mapping[str, tuple[Any, ...]], device: torch.device) -> None:

@@ -53,7 +53,8 @@ class VectorizedMCMC:
 
     :param kernel: a :class:`ShortRunLangevin`.
     :param num_samples: kept draws per chain.
-    :param warmup_steps: draws before them, in which the kernel tunes; default ``num_samples``, as in Pyro.
+    :param warmup_steps: draws before them, in which the kernel tunes; default ``num_samples``, as in Pyro, but no more
+        than make 500 transitions from a fitted Gaussian, where there is little left to learn.
     :param num_chains: number of chains.
     :param initial_params: ``{site: (num_chains, *shape)}`` in unconstrained space, instead of the kernel's start.
     :param hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after each draw, ``params`` being the states of all
@@ -81,6 +82,7 @@ class VectorizedMCMC:
         check_kind("kernel", kernel, ShortRunLangevin, "ShortRunLangevin(model)")
         check_count("num_samples", num_samples)
         check_count("num_chains", num_chains)
+        self._chooses_warmup = warmup_steps is None
         self.warmup_steps = num_samples if warmup_steps is None else warmup_steps
         check_count("warmup_steps", self.warmup_steps, least=0)
         if chain_batch_size is not None:
@@ -113,13 +115,15 @@ class VectorizedMCMC:
         self._args, self._kwargs = args, kwargs
         self._samples = None
         with pyro.validation_enabled(False):
+            shortens = self._chooses_warmup and self._saved is None
             session = self.kernel.open(
-                self.num_chains, self.warmup_steps, args, kwargs, self.initial_params, self.chain_batch_size
+                self.num_chains, self.warmup_steps, args, kwargs, self.initial_params, self.chain_batch_size, shortens
             )
-            self._session, self._states = session, []
+            self._session, self._states, self.warmup_steps = session, [], session.warmup_steps
             if self._saved is not None:
                 self._restore(session, self._saved)
-            total = self.warmup_steps + self.num_samples
+            session.sampler.one_by_one = self.hook_fn is not None
+            total = session.total = self.warmup_steps + self.num_samples
             with tqdm(total=total, initial=session.done, disable=self.disable_progbar, mininterval=0.5) as bar:
                 try:
                     while session.done < total:
@@ -129,17 +133,19 @@ class VectorizedMCMC:
                     self._rng = random_state(session.state.u.device)
 
     def _advance(self, session: Session, bar: Any) -> None:
+        """One draw where somebody looks at each, or as many as the sampler makes in one go."""
         warming = session.done < self.warmup_steps
         bar.set_description("Warmup" if warming else "Sample", refresh=False)
         index = session.done - (0 if warming else self.warmup_steps)
-        session.draw()
+        left = (self.warmup_steps if warming else self.num_samples) - index
+        states = session.draw(left if self.hook_fn is None else 1)
         if not warming:
-            self._states.append(session.state.u)
+            self._states += states
         if self.hook_fn is not None:
             self.hook_fn(self.kernel, session.all_params(), "Warmup" if warming else "Sample", index)
         if not self.disable_progbar:
             bar.set_postfix(session.record.short(), refresh=False)
-        bar.update()
+        bar.update(len(states))
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
         """Draws by site, as in :meth:`pyro.infer.MCMC.get_samples`.
@@ -151,13 +157,17 @@ class VectorizedMCMC:
 
     def _grouped(self) -> dict[str, Tensor]:
         if self._samples is None:
-            states = self.unconstrained()
+            states = self._kept()
             values = self._opened().target.constrain(states.flatten(0, 1), self.chain_batch_size)
             self._samples = {k: v.unflatten(0, states.shape[:2]) for k, v in values.items()}
         return self._samples
 
     def unconstrained(self) -> Tensor:
         """The kept states in unconstrained space, ``(num_chains, draws, rows, size)``."""
+        return self.target.outward(self._kept())
+
+    def _kept(self) -> Tensor:
+        """The same in the coordinates of the chains."""
         self._opened()
         if not self._states:
             raise RuntimeError("no draws have been kept yet; call run(*args) to its end, or past its warm-up.")
@@ -235,6 +245,8 @@ class VectorizedMCMC:
 
         :raises ValueError: where the number of chains or warm-up steps differs, or more draws are saved than wanted.
         """
+        if self._chooses_warmup:
+            self.warmup_steps = state["warmup_steps"]
         for name in ("num_chains", "warmup_steps"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"the saved run has {name}={state[name]}, this one {getattr(self, name)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -182,6 +183,14 @@ class MomentumTransition(Tempered):
         return Leap(leapfrog(eta), drift, exists)
 
 
+def _stretched(beta: Tensor, num_steps: int) -> Tensor:
+    """Temperatures of another number of steps: what these are, linearly between, at the same share of the run."""
+    places = torch.arange(1, num_steps + 1, dtype=beta.dtype, device=beta.device) * (len(beta) / num_steps)
+    above = places.ceil().long().clamp(1, len(beta))
+    known = torch.cat([torch.zeros_like(beta[:1]), beta])
+    return torch.lerp(known[above - 1], known[above], places - (above - 1))
+
+
 class Annealed(PyroModule, Objective):
     r"""Annealed importance sampling along the run: a bound without determinants.
 
@@ -220,6 +229,7 @@ class Annealed(PyroModule, Objective):
     carries = False
     _reverse: Reverse = Mirror()
     increments: Any  # a PyroParam, or a buffer
+    _stretched: Tensor | None = None  # temperatures in place of these
 
     def __init__(self, learnable: bool = True) -> None:
         super().__init__()
@@ -235,7 +245,16 @@ class Annealed(PyroModule, Objective):
         else:
             self.register_buffer("increments", even)
 
+    def resized(self, num_steps: int) -> Objective:
+        if not self.tempers or num_steps == len(self.increments):
+            return self
+        other = copy(self)
+        other._stretched = _stretched(self.temperatures(len(self.increments), self.increments).detach(), num_steps)
+        return other
+
     def temperatures(self, num_steps: int, like: Tensor) -> Tensor:
+        if self._stretched is not None:
+            return self._stretched
         if len(self.increments) != num_steps:
             raise ValueError(
                 f"there are {len(self.increments)} temperatures for {num_steps} steps: another guide's are in Pyro's "
@@ -254,7 +273,8 @@ class Annealed(PyroModule, Objective):
         if base is None:
             raise NotImplementedError(
                 f"{type(self).__name__} needs the density of the start everywhere, not only at draws: use "
-                "start=Prior(), AutoNormal(model), AutoDiagonalNormal(model) or AutoMultivariateNormal(model); and "
+                "start=Prior(), AutoNormal(model), AutoDiagonalNormal(model) or AutoMultivariateNormal(model), or an "
+                "encoder whose sites are real and Normal independently of each other; and "
                 "start=Prior() where latents lie in poutine.mask (as obs_mask makes some), which those do not mask."
             )
         if isinstance(dynamics, MomentumDynamics):

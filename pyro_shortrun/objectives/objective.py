@@ -46,6 +46,10 @@ class Objective:
         """Create parameters (once), in the dtype and on the device of ``like``."""
         return None
 
+    def resized(self, num_steps: int) -> Objective:
+        """The objective, set up, of runs of another length."""
+        return self
+
     def check(self, dynamics: Dynamics) -> None:
         """Refuse a dynamics that does not go with this objective."""
         if dynamics.has_momentum:

@@ -87,7 +87,7 @@ class Refine(Objective):
     is any guide whose sites are reparametrised; a :class:`~pyro_shortrun.Prior` start is the short run of the papers
     with a step size by acceptance.
 
-    :param accept: wanted acceptance; None leaves the step size as it is.
+    :param accept: wanted acceptance; None leaves the step size as it is. In few dimensions ask for more, 0.95.
     :raises ValueError: where ``accept`` is not in (0, 1).
     :raises NotImplementedError: for a subsampled model with latents outside the plate, and for starts whose sites have
         no pathwise derivative.

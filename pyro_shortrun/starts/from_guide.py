@@ -6,13 +6,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuide, AutoGuideList, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from ..density.call import Call
 from ..density.handlers import Hold
 from ..density.program import Invocation, Reading
 from ..density.rows import sum_to_rows
-from ..density.sites import masked, plates_of
+from ..density.sites import is_discrete, masked, plates_of
 from ..tensors import isolate, random_state, set_random_state
 from .base import GaussianBase
 from .start import Start, StartDraw
@@ -36,13 +38,16 @@ class FromGuide(Start):
     ``Delta`` without a density) has none, which is known from the first draw on.
 
     :param guide: a callable with the model's arguments.
+    :param everywhere: whether the density is wanted everywhere, and not at draws only, of guides that are no AutoGuide:
+        it is known where the sites are the latents, are real, and are Normal independently of each other.
     """
 
     is_learned = True
 
-    def __init__(self, guide: Callable[..., Any]) -> None:
+    def __init__(self, guide: Callable[..., Any], everywhere: bool = False) -> None:
         check_guide(guide)
-        self._guide = guide
+        self._guide, self._everywhere = guide, everywhere
+        self._independent: bool | None = None  # whether no site depends on another, once that is known
         self._orders: dict[str, Any] = {}  # of the last layout
         self._fixes: str | None = None
         self._scored: str | None = None  # a site without a pathwise derivative
@@ -113,10 +118,13 @@ class FromGuide(Start):
         return isinstance(self._guide, (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal))
 
     def _gaussian(self, call: Call) -> GaussianBase | None:
-        """The guide's density in unconstrained space, where it is one of Pyro's Gaussian AutoGuides."""
+        """The guide's density in unconstrained space, where it is one of Pyro's Gaussian AutoGuides, or independent
+        normals and wanted."""
         guide: Any = self._guide
-        if not self._is_gaussian or any(s["mask"] is not None for s in call.reading.latents):
+        if any(s["mask"] is not None for s in call.reading.latents):
             return None
+        if not self._is_gaussian:
+            return self._normals(call) if self._everywhere else None
         layout = call.density.layout
         if isinstance(guide, AutoNormal):
             trace = self._trace(call)
@@ -132,6 +140,36 @@ class FromGuide(Start):
             return None
         return GaussianBase(fn.loc.unsqueeze(0), fn.scale_tril.unsqueeze(0))
 
+    def _normals(self, call: Call) -> GaussianBase | None:
+        """The density of an encoder with Normal sites, if it is one."""
+        trace, layout = self._trace(call), call.density.layout
+        nodes = {k: s for k, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
+        fns = {k: _innermost(s["fn"]) for k, s in nodes.items()}
+        normal = all(isinstance(fn, torch.distributions.Normal) for fn in fns.values())
+        plain = call.model.structure.is_real and all(s["mask"] is None for s in nodes.values())
+        if not (normal and plain and set(nodes) == {s.name for s in layout.sites}):
+            return None
+        if self._independent is None:
+            self._independent = len(nodes) == 1 or not self._depends(call, nodes)
+        if not self._independent:
+            return None
+        shapes = {s.name: s.shape for s in layout.sites}
+        moments = ({k: getattr(fn, name).expand(shapes[k]) for k, fn in fns.items()} for name in ("loc", "scale"))
+        return GaussianBase(*map(layout.pack, moments))
+
+    def _depends(self, call: Call, nodes: Mapping[str, Any]) -> bool:
+        """Whether the moments of some site are functions of another's value."""
+        bind = call.bind
+        with torch.enable_grad():
+            held = {k: s["value"].detach().clone().requires_grad_() for k, s in nodes.items()}
+            trace = self._traced(bind.args, bind.kwargs, {**bind.indices, **held})
+            fns = [_innermost(trace.nodes[k]["fn"]) for k in nodes]
+            total = torch.stack([fn.loc.sum() + fn.scale.sum() for fn in fns]).sum()
+            if not total.requires_grad:
+                return False
+            found = torch.autograd.grad(total, list(held.values()), allow_unused=True)
+        return any(g is not None for g in found)
+
     def _order(self, call: Call) -> tuple[Tensor, bool]:
         """Where each coordinate of the rows is in the flat latent of an AutoContinuous, ``(rows, size)``, and whether
         that is one row in the same order."""
@@ -146,6 +184,16 @@ class FromGuide(Start):
             self._orders.update(layout=layout, order=(rows.long(), is_in_order))
         return self._orders["order"]
 
+    def _hide_discrete(self, call: Call) -> None:
+        """Let an AutoGuide that was not called yet leave out discrete sites, which are summed out."""
+        guide: Any = self._guide
+        nodes = call.reading.trace.nodes.items()
+        free = {k: s for k, s in nodes if s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s)}
+        names = [k for k, s in free.items() if is_discrete(s)]
+        fresh = isinstance(guide, AutoGuide) and not isinstance(guide, AutoGuideList) and guide.prototype_trace is None
+        if names and fresh:
+            guide._model = (_hiding(guide.model, names),)
+
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: Mapping[str, Tensor]) -> Any:
         tracer = poutine.trace()
         with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), tracer:
@@ -154,6 +202,7 @@ class FromGuide(Start):
         return tracer.get_trace()
 
     def _trace(self, call: Call) -> Any:
+        self._hide_discrete(call)
         trace = self._traced(call.bind.args, call.bind.kwargs, call.bind.indices)
         _check_sites(call, trace)
         if not self.is_known:
@@ -215,6 +264,15 @@ class FromGuide(Start):
         if inside and layout.is_arrow:
             term = layout.plate_scale * term
         return sum_to_rows(layout, term, plates)
+
+
+def _hiding(model: Any, names: list[str]) -> Any:
+    """A model some of whose sites do not show, not even to the handler by which an AutoGuide finds where to begin."""
+    handler = getattr(model, "func", None)
+    messenger, inner = handler.args if isinstance(handler, partial) and len(handler.args) == 2 else (None, model)
+    if isinstance(messenger, InitMessenger):
+        return messenger(_hiding(inner, names))
+    return poutine.block(model, hide=names)
 
 
 def as_start(start: Start | Callable[..., Any]) -> Start:

@@ -114,6 +114,35 @@ def test_its_own_cell_is_the_guide_itself():
         assert math.isnan(sweep.log_likelihood.item()) == isinstance(objective, Linearized)
 
 
+@pytest.mark.parametrize("start", [Prior(), None], ids=["prior", "default"])
+def test_other_lengths_are_annealed_as_guides_of_that_length(start):
+    """Temperatures are stretched over the run: those that are even stay even."""
+    found, x = [], torch.randn(3)
+    for own in (4, 8):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        dynamics, objective = Langevin(StepSize(0.05, learnable=False)), Annealed()
+        guide = ShortRunGuide(lone, num_steps=own, dynamics=dynamics, objective=objective, start=start).setup(x)
+        pyro.set_rng_seed(1)
+        found.append(step_sweep(guide, x, num_steps=(2, 8), factors=(1.0,), num_samples=16))
+    torch.testing.assert_close(found[0].bound, found[1].bound)
+    torch.testing.assert_close(found[0].log_joint, found[1].log_joint)
+
+
+def lone(x: torch.Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.StudentT(3.0, loc, 1.0), obs=x)
+
+
+def test_trained_temperatures_are_stretched():
+    objective = Annealed()
+    objective.register_buffer("increments", torch.tensor([0.4, 0.4, 0.1, 0.1]))
+    wanted = {2: [0.8, 1.0], 4: [0.4, 0.8, 0.9, 1.0], 8: [0.2, 0.4, 0.6, 0.8, 0.85, 0.9, 0.95, 1.0]}
+    for steps, beta in wanted.items():
+        torch.testing.assert_close(objective.resized(steps).temperatures(steps, torch.zeros(1)), torch.tensor(beta))
+
+
 def test_without_a_density_the_log_joint_decides():
     guide = ShortRunGuide(model, num_steps=4, dynamics=Langevin(StepSize(0.05), noise=False), start=Persistent())
     sweep = step_sweep(guide, torch.randn(3), num_steps=(2, 8), factors=(1.0, 2.0))
@@ -138,8 +167,6 @@ def test_bad_arguments_are_refused():
             step_sweep(noise_free(2, 0.1), x, num_steps=steps)
     with pytest.raises(ValueError, match="num_samples"):
         step_sweep(noise_free(2, 0.1), x, num_samples=1)
-    with pytest.raises(ValueError, match="temperature"):
-        step_sweep(ShortRunGuide(model, num_steps=2, objective=Annealed(), start=Prior()), x, num_steps=(2, 4))
     with pytest.raises(ValueError, match="ShortRunGuide"):
         step_sweep(model, x)
 

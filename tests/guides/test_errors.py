@@ -331,7 +331,7 @@ def test_latents_that_change():
 def test_observed_site_that_is_not_observed_at_prediction():
     x, y = torch.ones(4), torch.zeros(4)
     guide = ShortRunGuide(regression, num_steps=2, step_size=0.01, start=Prior())
-    guide(x, y)
+    guide(x, y), guide(x, y + 1)
     for call in (guide, guide.sample_posterior, guide.median, Predictive(regression, guide=guide, num_samples=2)):
         with pytest.raises(ValueError, match=r"site 'y' was observed.*guide.condition_on\(\*training_args\)"):
             call(torch.ones(2))

@@ -127,8 +127,6 @@ def test_condition_on_keeps_the_training_posterior(parallel, inference_mode):
             pyro.sample("w", dist.Normal(4 * (x * y).sum() / p, p**-0.5))
 
         guide = ShortRunGuide(linear, num_steps=2, dynamics=frozen(), start=posterior).setup(x, y)
-        with pytest.raises(ValueError, match="condition_on"):
-            Predictive(linear, guide=guide, num_samples=2, parallel=parallel)(torch.ones(3))
         assert guide.condition_on(x, y) is guide
         samples = 500 if parallel else 100
         draws = Predictive(linear, guide=guide, num_samples=samples, parallel=parallel)(torch.ones(3))
@@ -142,8 +140,6 @@ def test_condition_on_keeps_the_training_posterior(parallel, inference_mode):
         ]:
             assert abs(mine["w"].mean() - direct["w"].mean()) < 7 * (precision * samples) ** -0.5
         assert guide.forget() is guide
-        with pytest.raises(ValueError, match="condition_on"):
-            guide(torch.ones(3))
         flipped = guide.sample_posterior(x, -y, num_samples=samples)["w"].mean().item()
         assert abs(flipped + mean) < 5 * (precision * samples) ** -0.5
 

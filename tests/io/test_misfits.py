@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,46 @@ def test_files_of_another_structure(content, message, tmp_path):
     torch.save(content, tmp_path / "run.pt")
     with pytest.raises(ValueError, match=message):
         load_state(tmp_path / "run.pt", net=nn.Linear(1, 1))
+
+
+def test_a_file_with_any_entry_of_another_kind_changes_nothing_or_is_named(tmp_path):
+    """Every value of the file in turn is another one, or missing."""
+    path, net, run = tmp_path / "run.pt", nn.Linear(2, 1), guide()
+    parts = {"guide": run, "net": net, "optimiser": torch.optim.Adam(net.parameters())}
+    save_state(path, **parts, epoch=3)
+    content = torch.load(path, weights_only=True)
+    before = {k: v.clone() for k, v in run.state_dict().items()}
+    for place in places(content):
+        for new in (3, None, "x", [], {}, torch.zeros(2), MISSING):
+            torch.save(replaced(content, place, new), path)
+            with contextlib.suppress(ValueError):
+                load_state(path, **parts)
+            assert all(torch.equal(v, before[k]) for k, v in run.state_dict().items()), (place, new)
+            if isinstance(run.dynamics.max_drift, float):
+                continue
+            assert run.dynamics.max_drift == 3, (place, new)  # a number like any other
+
+
+MISSING = object()
+
+
+def places(value: Any, above: tuple = ()) -> Iterator[tuple]:
+    """Keys that lead to each value of nested dicts, four deep; but for numbers of the random states."""
+    for key, inner in value.items() if isinstance(value, dict) and len(above) < 4 else ():
+        yield *above, key
+        yield from places(inner, (*above, key)) if key != "random" else ()
+
+
+def replaced(value: dict, place: tuple, new: Any) -> dict:
+    """The same with another value there."""
+    out = dict(value)
+    if len(place) > 1:
+        out[place[0]] = replaced(value[place[0]], place[1:], new)
+    elif new is MISSING:
+        del out[place[0]]
+    else:
+        out[place[0]] = new
+    return out
 
 
 def test_random_numbers_stay_where_they_are_if_those_of_the_file_do_not_fit(tmp_path):

@@ -363,7 +363,8 @@ def test_dense_preconditioner_survives_few_draws(warmup):
     def model() -> None:
         pyro.sample("z", dist.Normal(torch.zeros(50), sd).to_event(1))
 
-    mcmc = quiet(ShortRunLangevin(model, 1, adjust=True, preconditioner=Dense()), 200, warmup)
+    start = Init(pyro.infer.autoguide.init_to_uniform)
+    mcmc = quiet(ShortRunLangevin(model, 1, adjust=True, preconditioner=Dense(), start=start), 200, warmup)
     mcmc.run()
     factor = mcmc._session.sampler.adaptation.factor[0]
     if warmup == 20:

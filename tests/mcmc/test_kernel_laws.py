@@ -12,7 +12,7 @@ import torch
 from targets import COVARIANCE, curved, quiet, scalar, subsampled, walk
 from torch import Tensor
 
-from pyro_shortrun import Langevin, ShortRunLangevin, StepSize, VectorizedMCMC
+from pyro_shortrun import Langevin, Prior, ShortRunLangevin, StepSize, VectorizedMCMC
 from pyro_shortrun.dynamics import Dense, Diagonal
 from pyro_shortrun.dynamics.metric import CrossMoments, DenseScales, DiagonalScales, Moments
 from pyro_shortrun.mcmc.sampler import ChainState
@@ -113,7 +113,7 @@ def test_short_runs_have_the_closed_form_law():
         u = pyro.sample("u", dist.Normal(0.0, 1.0))
         pyro.factor("tilt", -0.5 * precision * (u - mean) ** 2 + 0.5 * u**2)
 
-    kernel = ShortRunLangevin(model, steps, StepSize(eta, learnable=False))
+    kernel = ShortRunLangevin(model, steps, StepSize(eta, learnable=False), start=Prior())
     mcmc = quiet(kernel, 2, 0, count // 2)
     mcmc.run()
     u = mcmc.get_samples()["u"]
@@ -143,7 +143,7 @@ def test_warm_up_finds_the_step_of_the_path_density():
         u = pyro.sample("u", dist.Normal(0.0, 1.0))
         pyro.factor("tilt", -0.5 * precision * (u - 1.0) ** 2 + 0.5 * u**2)
 
-    mcmc = quiet(ShortRunLangevin(model, steps, StepSize(0.01)), 2, 80, 64)
+    mcmc = quiet(ShortRunLangevin(model, steps, StepSize(0.01), start=Prior()), 2, 80, 64)
     mcmc.run()
     tuned = mcmc.sample_stats["step_size"]
     assert torch.equal(tuned, tuned[:1, :1].expand_as(tuned))  # tuning ends with the warm-up

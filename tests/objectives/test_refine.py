@@ -27,6 +27,7 @@ from pyro_shortrun import (
     StepSize,
     energy_prior,
 )
+from pyro_shortrun.energy import PriorRuns
 
 Gradients = dict[str, Tensor]
 
@@ -369,3 +370,32 @@ def test_refusals():
 
     with pytest.raises(NotImplementedError, match="Refine cannot weigh a subsampled"):
         ShortRunGuide(mixed, start=Prior(), objective=Refine(accept=None))()
+
+
+@pytest.mark.parametrize("first", [1e-3, 0.9])
+def test_negative_runs_follow_their_acceptance(first):
+    """In a prior N(0, I) that the energy leaves as it is."""
+
+    class Flat(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return 0 * z.sum(-1)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            energy_prior("flat", Flat(), z)
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(4)), 1.0).to_event(1))
+
+    runs = PriorRuns(1, dynamics=Langevin(StepSize(first, max=10.0, learnable=False)), accept=0.8)
+    runs._acceptance.every = 1
+    elbo = EnergyELBO(Trace_ELBO(), runs=runs)
+    x = torch.randn(300, 4)
+    for _ in range(60):
+        elbo.loss_and_grads(model, guide, x)
+    assert accepted(runs.moves.step_size.current.item(), 1.0, 4, 1) == pytest.approx(0.8, abs=0.05)
+    with pytest.raises(ValueError, match="accept"):
+        PriorRuns(accept=1.5)

@@ -30,6 +30,7 @@ EXPECTED = {
     "fabric": ("gradient of 2 ranks", {"fabric.txt"}),
     "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
     "langevin_autoencoder": ("std of codes", {"reconstructions.png", "samples.png", "posterior.png", "training.png"}),
+    "many_guides": ("alive", {"table.txt", "results.json"}),
     "lae": ("-log p(x)", {"lae.txt", "lae.json", "results.json"}),
     "coopnets": ("taught by regression", {"coopnets.txt", "samples.png", "chains.png"}),
     "variational_teaching": ("dual", {"teaching.txt", "samples.png", "chains.png"}),
@@ -39,8 +40,8 @@ EXPECTED = {
     "anomaly": ("base rate", {"anomaly.txt", "results.json"}),
     "chains": ("ESS/s", {"chains.txt", "results.json"}),
     "posteriordb": ("R-hat", {"table.txt", "results.json"}),
-    "plain_swap": ("right in all three", {"table.txt", "results.json"}),
-    "posteriors": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
+    "gradients": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
+    "posteriors": ("Right in all three", {"table.txt", "results.json", "errors.png"}),
     "scaling": ("SIMULATED", {"scaling.txt", "results.json"}),
     "generators": ("CPU seconds each", {"generators.txt", "results.json"}),
     "soak": ("drift of frozen", {"soak.txt", "results.json", "soak.png"}),
@@ -49,8 +50,9 @@ EXPECTED = {
     "tuning": ("s/best", {"tuning.txt", "results.json"}),
 }
 # Imported by an example.
-MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "record", "speed_models", "speed_jax"}
-MODULES |= {"teaching_images", "generators_data", "generators_methods"}
+MODULES = {"gradients_dais", "gradients_rivals", "posteriordb_models", "record", "speed_models", "speed_jax"}
+MODULES |= {"posteriors_language", "posteriors_methods", "posteriors_models", "posteriors_numpyro", "teaching_images"}
+MODULES |= {"generators_data", "generators_methods"}
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in MODULES], ids=lambda p: p.stem)
