@@ -109,9 +109,11 @@ def _compiled(module: GraphModule, inputs: list[Tensor], cpp_wrapper: bool) -> F
     from torch._inductor import config
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    from .stack import KEY
+
     # Loops have indices that are numbers at run time.
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    cacheable = {f"{scan_op.__module__}.{scan_op.__name__}": "1"}
+    cacheable = {f"{scan_op.__module__}.{scan_op.__name__}": KEY}
     module = copy.deepcopy(module)
     for node in module.graph.nodes:
         if node.op == "placeholder":  # the C++ wrapper takes its inputs from these notes, where some have one

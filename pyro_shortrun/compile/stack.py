@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
 from threading import RLock
 from typing import Any
 
@@ -16,7 +18,9 @@ from torch._inductor.codegen.common import device_codegens, init_backend_registr
 from torch._inductor.codegen.cpp_wrapper_cpu_array_ref import CppWrapperCpuArrayRef
 from torch._inductor.graph import GraphLowering
 
-__all__ = ["on_the_stack"]
+__all__ = ["KEY", "on_the_stack"]
+
+KEY = sha256(Path(__file__).read_bytes()).hexdigest()  # of the code that it makes inductor write
 
 _ONE_AT_A_TIME = RLock()  # what inductor knows of the CPU is shared by all threads
 

@@ -52,7 +52,7 @@ class Request:
         guide = self.guide
         model_trains = guide.model.training if isinstance(guide.model, nn.Module) else None
         parts = Same(guide.start), *((Same(part), settings(part)) for part in (guide.dynamics, guide.objective))
-        call = live.key, self.particles, guide.num_steps, Same(guide._conditioned)
+        call = live.key, torch.get_default_dtype(), self.particles, guide.num_steps, Same(guide._conditioned)
         return *call, *parts, guide.training, model_trains
 
     def aliased(self) -> Request:
