@@ -130,6 +130,10 @@ class Method:
 
     def draw(self, x: Tensor) -> Tensor:
         """A draw of z for each image, by the method's own inference."""
+        return self.draws(x, 1)[0]
+
+    def draws(self, x: Tensor, count: int) -> Tensor:
+        """Draws, ``(count, len(x), latents)``."""
         raise NotImplementedError
 
 
@@ -145,9 +149,9 @@ class Encoded(Method):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(*gaussian(self.encoder(x))).to_event(1))
 
-    def draw(self, x: Tensor) -> Tensor:
+    def draws(self, x: Tensor, count: int) -> Tensor:
         with torch.no_grad():
-            return torch.normal(*gaussian(self.encoder(x)))
+            return torch.stack([torch.normal(*gaussian(self.encoder(x))) for _ in range(count)])
 
 
 class PyroVAE(Encoded):
@@ -218,11 +222,11 @@ class ShortRun(Encoded):
     def step(self, x: Tensor, index: Tensor) -> None:
         self._svi.step(*((x, index) if self._indexed else (x,)))
 
-    def draw(self, x: Tensor) -> Tensor:
+    def draws(self, x: Tensor, count: int) -> Tensor:
         """From the prior by 40 steps where the method's chains belong to training images."""
         with self.store():
             longer = 40 if self._indexed else None
-            return self.guide_of_runs.sample_posterior(x, num_samples=1, num_steps=longer)["z"][0, 0]
+            return self.guide_of_runs.sample_posterior(x, num_samples=count, num_steps=longer)["z"][0]
 
     @property
     def step_size(self) -> float | None:

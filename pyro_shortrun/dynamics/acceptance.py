@@ -13,6 +13,8 @@ from .langevin import Langevin
 from .metropolis import Position, decide, hastings_log_ratio
 
 _GAIN = 1.0
+_AT_ONCE = 5
+_EARLY, _MORE_OFTEN = 10, 5  # until 10 * every runs, 5 times as often
 _TRIES = 30
 _NEAR = 0.15  # how far below the target the first search may end
 _LEAST = 1e-10  # step size, as a share of its upper bound
@@ -28,9 +30,10 @@ class Acceptance:
               \log \eta \leftarrow \log \eta + (\bar\alpha - \text{target}) ,
 
     the mean being over rows and chains; the proposal itself is not used. No log q is needed, and no determinant: two
-    gradients at every ``every``-th run, and after runs 1, 2, 4, 8, ... before that. Before the first run the step size
-    is lowered until the acceptance comes near the target. Step sizes by site (``StepSize(per="site")``) each follow
-    the acceptance of a step of that site's coordinates alone; per step or dimension they keep their ratios.
+    gradients at every ``every``-th run, five times as often in the first ``10 * every``, and after runs 1, 2, 4 and 8.
+    Where the acceptance is far below the target the step is lowered again at once; before the first run until it comes
+    near. Step sizes by site (``StepSize(per="site")``) each follow the acceptance of a step of that site's coordinates
+    alone; per step or dimension they keep their ratios.
 
     A step size tuned by the mean log joint in place of this would collapse for runs with noise.
 
@@ -51,14 +54,18 @@ class Acceptance:
 
     def is_due(self, run: int) -> bool:
         """Whether the step size is to be adapted after the ``run``-th run, from 1 on."""
-        return run % self.every == 0 or (run < self.every and run & (run - 1) == 0)
+        often = max(1, self.every // _MORE_OFTEN)
+        return run % (often if run < _EARLY * self.every else self.every) == 0 or (run < often and run & (run - 1) == 0)
 
     @torch.no_grad()
     def adapt(self, density: Density, state: Tensor, dynamics: Dynamics, num_steps: int) -> None:
         """Move the step sizes of ``dynamics`` once, by proposals from ``state``, ``(chains, rows, size)``."""
-        acceptance = _acceptances(density, state, dynamics, num_steps)
-        _move(dynamics, acceptance - self.target)
-        self.last = acceptance.mean().item()
+        for _ in range(_AT_ONCE):  # a decoder may sharpen faster than single moves follow
+            acceptance = _acceptances(density, state, dynamics, num_steps)
+            _move(dynamics, acceptance - self.target)
+            self.last = acceptance.mean().item()
+            if bool((acceptance > self.target - _NEAR).all()):
+                break
 
     @torch.no_grad()
     def search(self, density: Density, state: Tensor, dynamics: Dynamics, num_steps: int) -> None:

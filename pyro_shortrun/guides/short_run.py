@@ -209,17 +209,18 @@ class ShortRunGuide(DensityGuide):
         num_chains: int = 1,
         num_steps: int | None = None,
         adjust: int | None = None,
-        resample: bool = False,
+        resample: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Independent runs, vectorised.
+        """Runs, vectorised.
 
-        :param num_samples: draws per chain (the leading dimension, for ArviZ); every draw is a run of its own.
+        :param num_samples: draws per chain (the leading dimension, for ArviZ); a run for each.
         :param num_steps: steps of these runs, the guide's by default; with a :class:`Persistent` start they begin at
             the prior, for data that were never seen.
         :param adjust: how many Metropolis-adjusted steps follow each run and take away what is left of its bias
             (``guide.info.acceptance``); by default 20 from a :class:`Gaussian` start, and none from others.
-        :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7).
+        :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7)
+            before that; by default 100 or more from a :class:`Gaussian` start, if adjusted, up to a k-hat of 1.
         :return: dict from site to ``(num_chains, num_samples, *site shape)``, ``pyro.deterministic`` ones too.
         """
         check_draws(num_samples, num_chains, adjust, resample)
@@ -233,8 +234,8 @@ class ShortRunGuide(DensityGuide):
     def weighted_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Call, WeightedDraws]:
         """Independent runs with their log densities, and the call they were made in; for exporters."""
         with ordinary_autograd(), poutine.block():
-            call = self._bind(args, kwargs)
-            return call, repeated(self, call, count, account=self._start.has_density and self.objective.weighs)
+            call, weighs = self._bind(args, kwargs), self._start.has_density and self.objective.weighs
+            return call, repeated(self, call, count, account=weighs)
 
     def trajectory(self, *args: Any, num_chains: int = 1, **kwargs: Any) -> dict[str, Tensor]:
         """The states of a run along its steps, dict from site to ``(num_steps + 1, num_chains, *site shape)``."""
@@ -323,8 +324,7 @@ class ShortRunGuide(DensityGuide):
         if not (training and self.training):
             return training and self._start.has_density
         self._calls += 1
-        due = (self._calls - 1) % self.tune_every == 0 or not self.objective.tunes_steps
-        return self._start.has_density and due
+        return self._start.has_density and ((self._calls - 1) % self.tune_every == 0 or not self.objective.tunes_steps)
 
     def _run(
         self, call: Call, chains: int, account: bool, gradients: Gradients, keep_states: bool = False

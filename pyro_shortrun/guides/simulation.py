@@ -30,6 +30,7 @@ from .metric import Metric
 _LOGGER = logging.getLogger("pyro_shortrun")
 _NOISE_AT_ONCE = 2**24  # numbers
 MUCH = 0.25  # share of rows
+_RELIABLE = 0.7  # Pareto shapes up to
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class Watch:
     """Tells once what is wrong with runs."""
 
     def __init__(self) -> None:
-        self._froze = self._folded = self._strayed = False
+        self._froze = self._folded = self._strayed = self._heavy = False
 
     def __call__(self, info: RunInfo, weight: float = 1.0) -> None:
         """Told of every run.
@@ -207,4 +208,16 @@ class Watch:
                 "their last finite state (counted in guide.info.nonfinite; this warning is shown once). Try a smaller "
                 "step_size, or start=Init(init_to_median).",
                 stacklevel=4,
+            )
+
+    def weights(self, k_hat: float | None, moving: str) -> None:
+        """Told of the Pareto shape of draws' weights, and which sites these move."""
+        if not self._heavy and k_hat is not None and k_hat > _RELIABLE:
+            self._heavy = True
+            _LOGGER.warning(
+                "k-hat is %.2f: draws are not yet the posterior's, most of all at %s (a funnel, a heavy tail, or a "
+                "mode that no draw begins at; told once). Write hierarchies non-centred (poutine.reparam with "
+                "LocScaleReparam), take more steps (adjust=200), or compare with NUTS.",
+                k_hat,
+                moving,
             )

@@ -75,6 +75,24 @@ def test_a_regression_passes_over_its_data_four_times_per_step(room, products, m
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5)
 
 
+def test_what_several_nodes_compute_is_written_down_once():
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x @ w, (x @ w).exp()).to_event(1), obs=x[:, 0])
+
+    guide = ShortRunGuide(
+        model, num_steps=4, dynamics=Langevin(StepSize(0.01)), start=AutoDiagonalNormal(model), objective=Annealed()
+    )
+    backend, x = Looking(), torch.randn(7, 3)
+    guide._compiler = Compiler(backend)
+    for _ in range(2):
+        ShortRunELBO().loss_and_grads(model, guide, x)
+    *_, back = (n for n in backend.module.graph.nodes if n.target is scan_op)
+    inputs = getattr(backend.module, back.args[0].target).graph.nodes
+    kept = [n for n in inputs if n.op == "placeholder" and n.name.startswith("kept")]
+    assert len(kept) == 3  # of x @ w, and of x.T with the derivatives in mean and scale
+
+
 def numbers(fn: Any, *inputs: Tensor) -> tuple[int, ...]:
     """Of what a function of tensors gives."""
     graph = make_fx(fn)(*inputs).graph

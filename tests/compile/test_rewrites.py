@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -68,3 +70,22 @@ def test_small_buffers_of_loops_are_on_the_stack(monkeypatch):
         torch.testing.assert_close(found, known)
     again = [t.clone() for t in run(*given, *constants)]
     assert all(torch.equal(a, b) for a, b in zip(again, run(*given, *constants), strict=True))
+
+
+def test_threads_that_compile_leave_inductor_as_it_was():
+    from torch._inductor.codegen.common import device_codegens
+
+    from pyro_shortrun.compile.stack import on_the_stack
+
+    def enter() -> None:
+        with on_the_stack():
+            entered.set()
+
+    with on_the_stack():
+        pass
+    known, entered, other = device_codegens["cpu"], threading.Event(), threading.Thread(target=enter)
+    with on_the_stack():
+        other.start()
+        assert not entered.wait(0.05)  # while this one is within
+    other.join()
+    assert entered.is_set() and device_codegens["cpu"] is known

@@ -31,6 +31,7 @@ from pyro_shortrun import (
     StepSize,
 )
 from pyro_shortrun.compile import Compiler, Untouched
+from pyro_shortrun.guides.training import _gap
 
 STEPS = 3
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of rows that freeze, and of what is random
@@ -288,6 +289,36 @@ def test_gradients_may_be_changed_in_place(caplog):
         torch.testing.assert_close(store[name].grad, factor * before[name])
 
 
+def test_a_gradient_that_is_rounding_is_no_reason_to_give_up(caplog):
+    """That of what is added to all logits is zero, whatever a sum leaves of it in single precision."""
+    torch.set_default_dtype(torch.float32)
+
+    class Rounding(Untouched):
+        def build(self, module: Any, inputs: list[Tensor]) -> Any:
+            def run(*values: Tensor) -> tuple[Tensor, ...]:
+                summary, *record = module(*values)
+                return summary, *(t + 3 * torch.finfo(t.dtype).eps if t.is_floating_point() else t for t in record)
+
+            return run
+
+    def model(x: Tensor) -> None:
+        shift = pyro.param("shift", torch.tensor(0.3))
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.sample("x", dist.Categorical(logits=z + shift), obs=x)
+
+    guide, x = guide_of(model, start=AutoDiagonalNormal(model), objective=Annealed()), torch.tensor(1)
+    guide._compiler = Compiler(Rounding())
+    losses(guide, x, count=4)
+    assert not guide.steps.given_up, warned(caplog)
+
+
+def test_numbers_that_are_not_finite_hide_no_others():
+    inf = float("inf")
+    assert _gap(torch.tensor([inf, 1.0]), torch.tensor([inf, 2.0])) == pytest.approx(0.5)
+    assert _gap(torch.tensor([inf, 1.0]), torch.tensor([1.0, inf])) == inf
+    assert _gap(torch.tensor([inf]), torch.tensor([inf])) == 0.0
+
+
 def test_tensors_that_are_not_contiguous(caplog):
     """As the columns of a data frame are: what is a view of them stays one in the graph."""
     first, second = torch.randn(2, 5).t(), torch.randn(2, 5).t()
@@ -301,6 +332,22 @@ def test_tensors_that_are_not_contiguous(caplog):
     found, guide = steps(model, (x,), True)
     assert not guide.steps.given_up, warned(caplog)
     assert_same(found, steps(model, (x,), False)[0])
+
+
+def test_what_is_kept_for_the_way_back_keeps_its_strides(caplog):
+    """Solutions of triangular systems lie in memory column by column."""
+    factor = torch.eye(4) + 0.3 * torch.ones(4, 4).tril(-1)
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        columns = 0.1 * torch.outer(torch.arange(4.0), z).exp()
+        solved = torch.linalg.solve_triangular(factor, columns, upper=False)
+        pyro.sample("x", dist.Normal(solved.mT.reshape(8).sin(), 1.0).to_event(1), obs=x)
+
+    options, x = dict(objective=Annealed, start="diagonal"), torch.randn(8)
+    found, guide = steps(model, (x,), True, **options)
+    assert not guide.steps.given_up, warned(caplog)
+    assert_same(found, steps(model, (x,), False, **options)[0])
 
 
 def test_what_is_drawn_may_depend_on_what_was_filled_in_place(caplog):
