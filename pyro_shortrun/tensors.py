@@ -62,6 +62,22 @@ class _InputOnly(torch.autograd.Function):
         return None, None, *(next(found) if t.requires_grad else None for t in ctx.inputs)
 
 
+def fresh(t: Tensor) -> Tensor:
+    """A contiguous copy."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values; no two share memory."""
+    seen: set[int] = set()
+    found = []
+    for t in tensors:
+        memory = t.untyped_storage().data_ptr()
+        found.append(fresh(t) if memory in seen else t)
+        seen.add(memory)
+    return found
+
+
 def plain(value: Any) -> Any:
     """Inference-mode tensors cannot take part in autograd: copy them, and leave everything else as it is."""
     if isinstance(value, Tensor):

@@ -21,7 +21,9 @@ FLOORS = [
     {"diagnostics", "io"},
 ]
 FLOOR = {package: i for i, packages in enumerate(FLOORS) for package in packages}
-MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in sorted(ROOT.rglob("*.py"))}
+PROGRAM = ROOT / "__main__.py"  # uses the package as any other program does
+FILES = [f for f in sorted(ROOT.rglob("*.py")) if f != PROGRAM]
+MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in FILES}
 CODE = {name: f for name, f in MODULES.items() if f.name != "__init__.py"}
 PACKAGES = {name.removesuffix(".__init__"): f for name, f in MODULES.items() if name.endswith(".__init__")}
 

@@ -45,10 +45,10 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.infer.reparam import LocScaleReparam
 
-from pyro_shortrun import Annealed, GaussianReverse, Langevin, ShortRunELBO, ShortRunGuide, StepSize, to_arviz
+from pyro_shortrun import Annealed, GaussianReverse, Langevin, Prior, ShortRunELBO, ShortRunGuide, StepSize, to_arviz
 
 SMOKE = "SMOKE" in os.environ
 STEPS, DRAWS, NUTS_DRAWS, WARMUP = (2, 50, 10, 10) if SMOKE else (60, 1000, 300, 150)
@@ -136,18 +136,17 @@ def table(draws):
 table(draws)
 
 # %% [markdown]
-# Swapping the guide is easy. What it gives by default, for this model, is not yet good, and the table says in
-# what way: the means are pulled towards zero, the prior's mean, and the spread is wrong. The run has not
-# arrived. The default objective, `PathDensity`, is the one of the papers, made for generators with N(0, I)
-# latents. With noise it is loose, and it prefers a step that is too small ([the notebook on step
-# sizes](03_step_sizes.ipynb) computes by how much).
+# One line, and means, spreads and the correlation are those of NUTS to within a few hundredths. For a posterior
+# as small as this one the guide fits a Gaussian before its first run, without an optimiser, starts the runs
+# there and moves in its coordinates, weighs them by `Annealed`, and ends `sample_posterior` with 20
+# Metropolis-adjusted steps. So it would have been as good before the first `svi.step`.
 #
-# ## The usual next steps
+# ## Other parts
 #
 # Each is one argument.
 #
-# - `objective=GaussianReverse()` accounts for the noise. Its bound is exact for Gaussian posteriors with
-#   independent coordinates, with `dense=True` for all of them, so the step it tunes is right there.
+# - `objective=GaussianReverse()` weighs runs by a reverse kernel that is learned from other runs. Its bound is
+#   exact for Gaussian posteriors with independent coordinates, with `dense=True` for all of them.
 # - `start=AutoNormal(model), objective=Annealed()`: the run begins at a guide you already know, which is
 #   trained with it, and repairs what the guide's family cannot express.
 # - A start that knows correlations, `AutoMultivariateNormal`, leaves less to repair. `StepSize(per="dim")`
@@ -192,47 +191,24 @@ plt.show()
 
 # %% [markdown]
 # - `AutoNormal` has the means in a second or two, half of the spread and none of the correlation.
-# - The plain short run has the correlation, since it follows the model's own gradient, but has not arrived.
-# - `GaussianReverse` has come two thirds to three quarters of the way with the same 20 steps, and took the
-#   longest of all.
-# - `Annealed` from `AutoNormal` keeps the means and adds most of what was missing. From
-#   `AutoMultivariateNormal` the spread and the correlation are right to within a few hundredths; the first
-#   mean is 0.08 off, which is more than the errors allow and a fifth of a standard deviation.
+# - The plain short run has all of it, and so has `GaussianReverse`, which took the longest of all.
+# - `Annealed` from `AutoNormal` keeps the means and adds most of what was missing; from
+#   `AutoMultivariateNormal` little is missing.
 #
-# NUTS took no longer than the best of them, and is exact in the limit. For three parameters and 100
-# observations **NUTS is the right tool**, and a Gaussian guide the quick one. Short runs are for what NUTS
-# does not do: training the parameters of a model along with the inference, mini-batches, thousands of local
-# latents, a log density for every draw.
+# NUTS is exact in the limit, and for three parameters and 100 observations as good a tool; chains in a batch,
+# `VectorizedMCMC`, are another. A guide is for what they do not do: training the parameters of a model along
+# with the inference, mini-batches, thousands of local latents, a log density for every draw.
 
 # %% [markdown]
 # ## Predictions
 #
-# `Predictive` takes the guide as it takes any. One thing differs: a short run conditions on the data *when it
-# is called*, and at prediction time there are none. The guide says so:
-
+# `Predictive` takes the guide as it takes any. A short run conditions on the data *when it is called*, and at
+# prediction time there are none: the guide then takes those that it was trained on. (Where these differed from
+# step to step, as mini-batches do, it asks for them, `guide.condition_on(x, y)`.)
 
 # %%
-def attempt(what, *args, **kwargs):
-    """Print the error instead of raising it."""
-    try:
-        what(*args, **kwargs)
-    except Exception as e:
-        first = str(e).split("Trace Shapes:")[0].strip()
-        print(f"{type(e).__name__}: {first}")
-    else:
-        print("no error")
-
-
 new_x = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.0, 2.0]])
-attempt(Predictive(model, guide=guide, num_samples=10), new_x)
-
-# %% [markdown]
-# `guide.condition_on(x, y)` tells it which data its runs belong to; `guide.forget()` undoes it.
-
-# %%
-guide.condition_on(x, y)
 replicated = Predictive(model, guide=guide, num_samples=DRAWS, return_sites=["w", "y"])(new_x)
-guide.forget()
 found_p = torch.sigmoid(replicated["w"] @ new_x.T).squeeze(1)
 exact_p = torch.sigmoid(draws["NUTS"] @ new_x.T)
 frequency = replicated["y"].reshape(-1, len(new_x)).mean(0)
@@ -261,9 +237,8 @@ for name, idata in exported.items():
 az.summary(idata, round_to=2)
 
 # %% [markdown]
-# All three are below 0.7, so draws can be weighted, and then the run that stopped on its way has means much
-# nearer to those of NUTS. The price is draws: of 2000 there are 533 and 272 effective ones where a run was
-# not so good, and 1413 with the best.
+# All three are below 0.7, so draws can be weighted. The price is draws: of 2000 there are hundreds of effective
+# ones where the start knew no correlation, and most of them with the other two.
 
 # %% [markdown]
 # ## A hierarchy: run the non-centred variables
@@ -300,14 +275,7 @@ found["AutoNormal"] = Predictive(mean_field, num_samples=DRAWS)(*data)
 
 for name, which in (("short run, centred", centred), ("short run, non-centred", schools)):
     pyro.clear_param_store()
-    guide = ShortRunGuide(
-        which,
-        num_steps=10,
-        dynamics=Langevin(StepSize(0.02, per="dim")),
-        start=AutoNormal(which, init_scale=1.0),
-        objective=Annealed(),
-    )
-    train(guide, 2 * STEPS, data=data, of=which, elbo=ShortRunELBO(num_particles=8))
+    guide = ShortRunGuide(which)
     found[name] = {k: v[0] for k, v in guide.sample_posterior(*data, num_samples=DRAWS).items()}
 
 print(f"{'':<24}{'mu':^20}{'tau':^20}{'5 % of tau':>12}")
@@ -319,12 +287,10 @@ for name, sites in found.items():
     print(f"{name:<24}{cells}{sites['tau'].quantile(0.05):>12.2f}")
 
 # %% [markdown]
-# Most of the gain is the reparametrisation's. The centred run is wrong in every column, whatever its errors
-# say: they are errors of draws and know nothing of bias. On the non-centred model the short run agrees with
-# NUTS in the means of both sites to within their errors, and nearly in the spreads, and so does `AutoNormal`.
-# What the run adds is in the tail: small values of `tau` are where a Gaussian in `log tau` is wrong, and the
-# run reaches further down than its start, though not as far as NUTS (whose few draws know that quantile only
-# roughly).
+# The centred run is wrong in `tau`, whatever its errors say: they are errors of draws and know nothing of bias.
+# On the non-centred model the short run, without any training, agrees with NUTS (whose few draws know the
+# quantile only roughly). What it adds to `AutoNormal` is in the tail: small values of `tau` are where a Gaussian
+# in `log tau` is wrong.
 
 # %% [markdown]
 # ## Your own model: five usual mistakes
@@ -335,6 +301,17 @@ for name, sites in found.items():
 
 # %%
 logging.getLogger("pyro_shortrun").setLevel(logging.ERROR)
+
+
+def attempt(what, *args, **kwargs):
+    """Print the error instead of raising it."""
+    try:
+        what(*args, **kwargs)
+    except Exception as e:
+        first = str(e).split("Trace Shapes:")[0].strip()
+        print(f"{type(e).__name__}: {first}")
+    else:
+        print("no error")
 
 
 def first_step(model, *data, **options):
@@ -420,8 +397,8 @@ attempt(first_step, linear, x, holes)
 
 
 # %% [markdown]
-# **5. An improper prior as the start.** Nothing can be drawn from it, so there must be another start. With
-# one, an improper prior is fine.
+# **5. An improper prior as the start.** Nothing can be drawn from it, so there must be another start. From the
+# Gaussian that is the default here, an improper prior is fine.
 
 
 # %%
@@ -431,9 +408,8 @@ def improper(y):
         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
 
 
+attempt(first_step, improper, effects, start=Prior())
 attempt(first_step, improper, effects)
-start = AutoNormal(improper, init_loc_fn=init_to_value(values={"loc": effects.mean()}))
-attempt(first_step, improper, effects, start=start, objective=Annealed())
 
 # %% [markdown]
 # ## Where to go from here

@@ -1,13 +1,19 @@
-"""What chains cost, and effective samples per second of MALA and of Pyro's NUTS on six models.
+"""What chains cost, and how right and how fast they are beside Pyro's NUTS, on seven models.
 
-    python examples/benchmarks/chains.py             # about eight minutes on one core
+    python examples/benchmarks/chains.py             # some ten minutes on one core
     python examples/benchmarks/chains.py --smoke     # seconds, to see that it runs
 
-`x1`, `x1024`: milliseconds of one MALA transition of 1 and of 1024 chains, and their ratio, with `compile=False` and
-with `compile=True` (compiling itself not counted); all else is with `compile=False`. ESS/s: bulk effective
-sample size of the worst coordinate (ArviZ's estimator for all) over the wall time of warm-up and sampling together, for
-NUTS (one chain), and for MALA with a diagonal or a dense preconditioner in one chain or 256. R-hat is ArviZ's, of split
-chains (one chain: of its halves), the worst of all coordinates.
+The first table has milliseconds of one MALA transition of 1 and of 1024 chains, and their ratio, with `compile=False`
+and with `compile=True` (compiling itself not counted). In the second, every line is a whole run as a user makes it:
+`VectorizedMCMC(ShortRunLangevin(model, 10, adjust=True), 100)` of 64 chains and nothing else; the same with `Dense()`
+scales; both from where chains began in version 0.1.0 (uniform in (-2, 2), a warm-up of 100 draws); and one chain of
+NUTS, 200 + 500 draws.
+
+    mean     largest error of a posterior mean in reference standard deviations (300 adjusted steps of 3000 chains)
+    sd       largest relative error of a standard deviation, in %
+    R-hat    ArviZ's, of split chains (one chain: of its halves), the worst of all coordinates
+    ESS      ArviZ's bulk effective sample size, of the worst coordinate
+    CPU      seconds of this process, fit, warm-up, tracing and compiling included
 """
 
 from __future__ import annotations
@@ -15,7 +21,8 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +32,15 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from plain_swap import errors, flat, mixed_poisson
 from pyro.infer import MCMC, NUTS, config_enumerate
+from pyro.infer.autoguide import init_to_uniform
 from record import Table, Value, record
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_shortrun import ShortRunLangevin, VectorizedMCMC
-from pyro_shortrun.dynamics import Dense, Diagonal, Preconditioner
+from pyro_shortrun import Init, ShortRunGuide, ShortRunLangevin, VectorizedMCMC
+from pyro_shortrun.dynamics import Dense
 
 Made = tuple[Callable, tuple[Tensor, ...]]
 
@@ -123,20 +132,47 @@ def mixture() -> Made:
     return model, (x,)
 
 
-MODELS = [correlated, eight_schools, logistic, varying_intercepts, gaussian_process, mixture]
+MODELS = [correlated, eight_schools, logistic, varying_intercepts, gaussian_process, mixture, mixed_poisson]
 
 
 @dataclass(frozen=True)
 class Budget:
     """How long to run; ``steps`` are transitions per draw of MALA."""
 
-    nuts: int = 500
-    mala: int = 400
-    warmup: int = 200
+    nuts: tuple[int, int] = (200, 500)
+    draws: int = 100
     steps: int = 10
-    chains: int = 256
+    chains: int = 64
     many: int = 1024
-    timed: int = 10
+    timed: int = 20
+    reference: tuple[int, int] = (3000, 300)
+
+
+SMOKE = Budget((5, 5), 5, 2, 8, 16, 3, (50, 5))
+
+
+# ---------------------------------------------------------------- what a transition costs
+
+
+def transition_ms(model: Callable, args: tuple, chains: int, compile: bool, budget: Budget) -> float:
+    """Milliseconds per transition, of the second run of a kernel, set-up included."""
+    kernel = ShortRunLangevin(model, budget.steps, adjust=True, start=Init(init_to_uniform), compile=compile)
+    mcmc = VectorizedMCMC(kernel, budget.timed, 1, num_chains=chains, disable_progbar=True)
+    for _ in range(2):
+        begin = time.process_time()
+        mcmc.run(*args)
+    return (time.process_time() - begin) / ((budget.timed + 1) * budget.steps) * 1000
+
+
+def costs(make: Callable[[], Made], budget: Budget) -> list[Value]:
+    pyro.set_rng_seed(0)
+    model, args = make()
+    found = [transition_ms(model, args, c, compile, budget) for compile in (False, True) for c in (1, budget.many)]
+    pairs = [(one, many, many / one) for one, many in (found[:2], found[2:])]
+    return [make.__name__, *(value for values in pairs for value in values)]
+
+
+# ---------------------------------------------------------------- runs
 
 
 def ess_and_rhat(draws: dict[str, Tensor]) -> tuple[float, float]:
@@ -149,53 +185,36 @@ def ess_and_rhat(draws: dict[str, Tensor]) -> tuple[float, float]:
     return min(float(v.min()) for v in ess.values()), max(float(v.max()) for v in rhat.values())
 
 
-def run(mcmc: Any, args: tuple) -> tuple[float, float]:
-    """ESS per second and R-hat."""
-    begin = time.perf_counter()
-    mcmc.run(*args)
-    seconds = time.perf_counter() - begin
-    ess, rhat = ess_and_rhat(mcmc.get_samples(group_by_chain=True))
-    return ess / seconds, rhat
+def mala(model: Callable, budget: Budget, warmup: int | None = None, **options: Any) -> VectorizedMCMC:
+    kernel = ShortRunLangevin(model, budget.steps, adjust=True, **options)
+    return VectorizedMCMC(kernel, budget.draws, warmup, num_chains=budget.chains, disable_progbar=True)
 
 
-def mala(model: Callable, chains: int, preconditioner: Preconditioner, budget: Budget) -> VectorizedMCMC:
-    kernel = ShortRunLangevin(model, budget.steps, adjust=True, preconditioner=preconditioner)
-    return VectorizedMCMC(kernel, budget.mala, budget.warmup, num_chains=chains, disable_progbar=True)
+METHODS: dict[str, Callable[[Callable, Budget], Any]] = {
+    "default": mala,
+    "Dense()": lambda m, b: mala(m, b, preconditioner=Dense()),
+    "from U(-2, 2)": lambda m, b: mala(m, b, b.draws, start=Init(init_to_uniform)),
+    "from U(-2, 2), Dense()": lambda m, b: mala(m, b, b.draws, start=Init(init_to_uniform), preconditioner=Dense()),
+    "NUTS": lambda m, b: MCMC(NUTS(m), b.nuts[1], b.nuts[0], disable_progbar=True),
+}
 
 
-def transition_ms(model: Callable, args: tuple, chains: int, compile: bool, budget: Budget) -> float:
-    """Milliseconds per transition, median of draws; set-up left out."""
-    stamps: list[float] = []
-    kernel = ShortRunLangevin(model, budget.steps, adjust=True, compile=compile)
-    mcmc = VectorizedMCMC(
-        kernel,
-        budget.timed,
-        1,
-        num_chains=chains,
-        disable_progbar=True,
-        hook_fn=lambda *_: stamps.append(time.perf_counter()),
-    )
-    mcmc.run(*args)
-    return float(np.median(np.diff(stamps))) / budget.steps * 1000
-
-
-def line(make: Callable[[], Made], budget: Budget) -> list[Value]:
-    """One row of the table."""
+def runs(make: Callable[[], Made], budget: Budget) -> Iterator[list[Value]]:
     pyro.set_rng_seed(0)
     model, args = make()
-    costs = [transition_ms(model, args, c, compile, budget) for compile in (False, True) for c in (1, budget.many)]
-    nuts = MCMC(NUTS(model), budget.nuts, budget.warmup, disable_progbar=True)
-    figures = [
-        run(mcmc, args)
-        for mcmc in (
-            nuts,
-            mala(model, 1, Dense(), budget),
-            mala(model, budget.chains, Diagonal(), budget),
-            mala(model, budget.chains, Dense(), budget),
-        )
-    ]
-    pairs = [(one, many, many / one) for one, many in (costs[:2], costs[2:])]
-    return [make.__name__, *(value for values in (*pairs, *figures) for value in values)]
+    count, steps = budget.reference
+    reference = flat(ShortRunGuide(model).sample_posterior(*args, num_samples=count, adjust=steps))
+    for name, method in METHODS.items():
+        pyro.set_rng_seed(1)
+        pyro.clear_param_store()
+        begin = time.process_time()
+        mcmc = method(model, budget)
+        mcmc.run(*args)
+        draws = mcmc.get_samples(group_by_chain=True)
+        seconds = time.process_time() - begin
+        mean, sd, _ = errors({k: v for k, v in flat(draws).items() if k in reference}, reference)
+        ess, rhat = ess_and_rhat(draws)
+        yield [make.__name__, name, mean, sd, rhat, ess, seconds, ess / seconds]
 
 
 def main() -> None:
@@ -203,30 +222,30 @@ def main() -> None:
     names = [make.__name__ for make in MODELS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="some models")
     parser.add_argument("--smoke", action="store_true", help="seconds only")
-    parser.add_argument("--output", type=Path, help="folder for chains.txt and results.json")
+    parser.add_argument("--output", type=Path, help="folder for table.txt and results.json")
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    logging.getLogger("pyro_shortrun").setLevel(logging.ERROR)
-    budget = Budget(5, 5, 5, 2, 8, 16, 3) if options.smoke else Budget()
-    columns = ["NUTS", "dense x1", f"diagonal x{budget.chains}", f"dense x{budget.chains}"]
-    head = f"{'':18s} {'ms/step, eager':>17s} {'ms/step, compiled':>17s}" + "".join(f" {c:>16s}" for c in columns)
-    costs = 2 * f" {'x1':>5s} {f'x{budget.many}':>5s} {'ratio':>5s}"
-    heads = f"{'model':18s}" + costs + 4 * f" {'ESS/s':>9s} {'R-hat':>6s}"
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    budget = SMOKE if options.smoke else Budget()
     forms = {"model": "18s"}
     for mode in ("eager", "compiled"):
-        forms |= {f"ms/step, {mode}: x1": "5.2f", f"x{budget.many}, {mode}": "5.2f", f"ratio, {mode}": "5.1f"}
-    for column in columns:
-        forms |= {f"{column}: ESS/s": "9.1f", f"R-hat, {column}": "6.3f"}
-    table = Table("Transitions of MALA, and effective draws", forms)
-    models = MODELS[:2] if options.smoke else [make for make in MODELS if make.__name__ in options.only]
+        forms |= {f"{mode} x1": "12.2f", f"{mode} x{budget.many}": "15.2f", f"{mode} ratio": "15.1f"}
+    transitions = Table("A transition, ms", forms)
+    columns = {"model": "18s", "method": "24s", "mean": "8.3f", "sd": "8.1f", "R-hat": "8.3f", "ESS": "8.0f"}
+    found = Table("Runs beside NUTS", columns | {"CPU": "7.1f", "ESS/CPU s": "10.1f"})
+    models = MODELS[1:2] if options.smoke else [make for make in MODELS if make.__name__ in options.only]
     for make in tqdm(models, desc="models"):
-        table.rows.append(line(make, budget))
-    text = "\n".join([head, heads, *map(table.line, table.rows)])
+        transitions.rows.append(costs(make, budget))
+        for row in runs(make, budget):
+            found.rows.append(row)
+            tqdm.write(found.line(row))
+    text = "\n\n".join("\n".join(table.lines()) for table in (transitions, found))
     print(text)
-    record(options.output, [table])
+    record(options.output, [transitions, found])
     if options.output is not None:
-        (options.output / "chains.txt").write_text(text + "\n")
+        (options.output / "table.txt").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/posteriordb.py --data FOLDER           # FOLDER holds load_data.py and posteriordb/
     python examples/benchmarks/posteriordb.py --data FOLDER --dense   # with a dense preconditioner
+    python examples/benchmarks/posteriordb.py --data FOLDER --uniform # from U(-2, 2), not from a fitted Gaussian
     python examples/benchmarks/posteriordb.py --smoke                 # seconds, on made-up data, without a reference
 
 One line per posterior. `mean` is the largest error of a posterior mean in reference standard deviations, `sd` the
@@ -23,10 +24,11 @@ import numpy as np
 import pyro
 import torch
 from posteriordb_models import POSTERIORS, Posterior
+from pyro.infer.autoguide import init_to_uniform
 from record import Table, Value, record
 from tqdm import tqdm
 
-from pyro_shortrun import ShortRunLangevin, VectorizedMCMC
+from pyro_shortrun import Init, ShortRunLangevin, VectorizedMCMC
 from pyro_shortrun.dynamics import Dense, Diagonal
 
 Arrays = dict[str, np.ndarray]
@@ -51,12 +53,12 @@ def load(folder: Path) -> Any:
     return module
 
 
-def sample(posterior: Posterior, data: dict, budget: Budget, dense: bool) -> tuple[Arrays, float]:
+def sample(posterior: Posterior, data: dict, budget: Budget, options: argparse.Namespace) -> tuple[Arrays, float]:
     """Draws ``{parameter: (chains, draws)}`` and seconds."""
     pyro.set_rng_seed(0)
-    kernel = ShortRunLangevin(
-        posterior.model, budget.num_steps, adjust=True, preconditioner=Dense() if dense else Diagonal()
-    )
+    start = Init(init_to_uniform) if options.uniform else None
+    metric = Dense() if options.dense else Diagonal()
+    kernel = ShortRunLangevin(posterior.model, budget.num_steps, adjust=True, preconditioner=metric, start=start)
     mcmc = VectorizedMCMC(
         kernel, budget.num_samples, budget.warmup_steps, num_chains=budget.num_chains, disable_progbar=True
     )
@@ -94,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with load_data.py and posteriordb/")
     parser.add_argument("--only", nargs="*", help="names of posteriors (default: all)")
+    parser.add_argument("--uniform", action="store_true", help="start from U(-2, 2), as version 0.1.0 did")
     parser.add_argument("--dense", action="store_true", help="dense instead of diagonal preconditioner")
     parser.add_argument("--output", type=Path, help="folder for table.txt and results.json")
     parser.add_argument("--smoke", action="store_true", help="seconds only, made-up data")
@@ -104,7 +107,7 @@ def main() -> None:
     good: list[bool] = []
     if options.smoke:
         posterior = POSTERIORS["sblri-blr"]
-        draws, seconds = sample(posterior, made_up(), Budget(4, 20, 20, 2), options.dense)
+        draws, seconds = sample(posterior, made_up(), Budget(4, 20, 20, 2), options)
         table.rows.append(line("made-up regression", draws, None, seconds)[0])
     elif options.data is None:
         parser.error("--data is needed: the folder with load_data.py and posteriordb/ (or --smoke)")
@@ -112,7 +115,7 @@ def main() -> None:
         loader = load(options.data)
         for name in tqdm(options.only or list(POSTERIORS), desc="posteriors"):
             known = loader.posterior(name)
-            draws, seconds = sample(POSTERIORS[name], known["data"], Budget(), options.dense)
+            draws, seconds = sample(POSTERIORS[name], known["data"], Budget(), options)
             row, is_good = line(name, draws, known["draws"], seconds)
             table.rows.append(row)
             good.append(is_good)

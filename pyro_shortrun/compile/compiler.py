@@ -114,7 +114,7 @@ class CallGraphs:
     def run(self, fn: Block, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``fn(density, *inputs)``, without gradients; eager where it cannot be traced."""
         with torch.no_grad():
-            if hasattr(fn, "recurrence") and not self.compiler.backend.takes_loops:
+            if getattr(fn, "recurrence", None) is not None and not self.compiler.backend.takes_loops:
                 return self._without(fn, inputs)
             ready = prepared(inputs)
             run = self._of_call(fn, ready)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 import warnings
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -58,7 +60,7 @@ class Inductor(Backend):
     """torch's inductor, or the graph as traced where that is faster (large factorisations)."""
 
     def build(self, module: GraphModule, inputs: list[Tensor]) -> Function:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")  # inductor's own
             return self._build(module, inputs)
 
@@ -73,6 +75,18 @@ class Inductor(Backend):
             return _loops(module, inputs)
         compiled = torch._inductor.compile(module, list(inputs))
         return min((compiled, module), key=lambda run: _seconds(run, inputs))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a line for each operation that the C++ wrapper calls in a slower way."""
+    logger = logging.getLogger("torch._inductor.ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _loops(module: GraphModule, inputs: list[Tensor]) -> Function:
@@ -95,9 +109,11 @@ def _compiled(module: GraphModule, inputs: list[Tensor], cpp_wrapper: bool) -> F
     from torch._inductor import config
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    from .stack import KEY
+
     # Loops have indices that are numbers at run time.
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    cacheable = {f"{scan_op.__module__}.{scan_op.__name__}": "1"}
+    cacheable = {f"{scan_op.__module__}.{scan_op.__name__}": KEY}
     module = copy.deepcopy(module)
     for node in module.graph.nodes:
         if node.op == "placeholder":  # the C++ wrapper takes its inputs from these notes, where some have one

@@ -49,8 +49,9 @@ class Packing:
 
 
 def _group(t: Tensor, known: Collection[tuple[object, ...]]) -> tuple[object, ...] | None:
-    """The key of those that ``t`` may be joined with: numbers of its kind; a boolean with any numbers."""
-    if t.numel() > _SMALL or not (t.is_floating_point() or t.dtype is torch.bool):
+    """The key of those that ``t`` may be joined with: numbers of its kind; a boolean with any numbers. Strides stay: a
+    graph may depend on them."""
+    if t.numel() > _SMALL or not t.is_contiguous() or not (t.is_floating_point() or t.dtype is torch.bool):
         return None
     place = t.shape, t.device
     if t.dtype is torch.bool:

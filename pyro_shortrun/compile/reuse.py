@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._higher_order_ops.scan import scan_op
 from torch.fx import GraphModule, Node
+from torch.fx.passes.shape_prop import TensorMetadata
 
 from .values import Values
 
@@ -23,10 +24,7 @@ _COSTLY = {
     _ATEN.addmv.default,
     _ATEN.baddbmm.default,
     _ATEN.convolution.default,
-    _ATEN.convolution_backward.default,
-    _ATEN.linalg_cholesky_ex.default,
     _ATEN.linalg_solve_triangular.default,
-    _ATEN.linalg_inv_ex.default,
 }
 _NUMBERS_AT_MOST = 2**24  # written down in all
 
@@ -57,27 +55,34 @@ class _Loop:
         (node,) = (n for n in self.step.graph.nodes if n.op == "output")
         return list(node.args[0])
 
-    def write(self, values: list[Node], graph: Any) -> list[Node]:
-        """Further columns of these values of a step, as nodes of the graph around."""
+    def write(self, values: list[tuple[Node, list[int]]], graph: Any) -> list[Node]:
+        """Further columns of these values of a step, dimensions in these orders, as nodes of the graph around."""
         (end,) = (n for n in self.step.graph.nodes if n.op == "output")
         count = len(self.outputs)
         with self.step.graph.inserting_before(end):
-            kept = [self.step.graph.call_function(_ATEN.clone.default, (v,), _CONTIGUOUS) for v in values]
+            ordered = [self.step.graph.call_function(_ATEN.permute.default, value) for value in values]
+            kept = [self.step.graph.call_function(_ATEN.clone.default, (v,), _CONTIGUOUS) for v in ordered]
         end.args = ((*self.outputs, *kept),)
         self.step.recompile()
         with graph.inserting_after(self.node):
             return [graph.call_function(operator.getitem, (self.node, count + i)) for i in range(len(kept))]
 
-    def read(self, columns: list[Node], values: list[Node]) -> None:
-        """Take values of a step from columns, in the order of the steps that wrote them."""
+    def read(self, columns: list[Node], values: list[list[Node]]) -> None:
+        """Take values of a step, each of which may be that of several nodes, from columns in the order of the steps
+        that wrote them. Strides stay: the step may depend on them."""
         carry, known, fixed = self.inputs
         graph, inner = self.node.graph, self.step.graph
         last = [n for n in inner.nodes if n.op == "placeholder"][len(carry) + len(known) - 1]
-        for i, value in reversed(list(enumerate(values))):
+        for i, same in reversed(list(enumerate(values))):
+            order = _order(same[0])
+            back = [order.index(d) for d in range(len(order))]
             with inner.inserting_after(last):
                 given = inner.placeholder(f"kept_{i}")
-            given.meta = {k: v for k, v in value.meta.items() if k == "tensor_meta"}
-            value.replace_all_uses_with(given)
+            with inner.inserting_before(_first_operation(inner)):
+                value = inner.call_function(_ATEN.permute.default, (given, back))
+            value.meta = {k: v for k, v in same[0].meta.items() if k == "tensor_meta"}
+            for node in same:
+                node.replace_all_uses_with(value)
         with graph.inserting_before(self.node):
             turned = [graph.call_function(_ATEN.flip.default, (n, [0])) for n in columns]
         self.node.args = (self.node.args[0], carry, [*known, *turned], tuple(fixed))
@@ -162,15 +167,18 @@ def _member(stacked: Any, index: int, numbers: Values, outer: dict[Node, int], b
 
 def _share(there: _Loop, back: _Loop) -> None:
     """Let the way back read what it would compute again."""
-    known = {number: node for node, number in reversed(there.numbers.items()) if node.target in _COSTLY}
-    wanted = [n for n in _needed(back, known) if back.numbers[n] in known]
+    known = {number: node for node, number in reversed(there.numbers.items()) if _is_costly(node)}
+    wanted: dict[Any, list[Node]] = {}
+    for node in _needed(back, known):
+        if back.numbers[node] in known:
+            wanted.setdefault((back.numbers[node], *_order(node)), []).append(node)
     kept, room = [], _NUMBERS_AT_MOST // there.length
-    for node in sorted(wanted, key=_size):
-        room -= _size(node)
+    for same in sorted(wanted.values(), key=lambda same: _size(same[0])):
+        room -= _size(same[0])
         if room >= 0:
-            kept.append(node)
+            kept.append(same)
     if kept:
-        columns = there.write([known[back.numbers[n]] for n in kept], there.node.graph)
+        columns = there.write([(known[back.numbers[n]], _order(n)) for n, *_ in kept], there.node.graph)
         back.read(columns, kept)
 
 
@@ -183,11 +191,25 @@ def _needed(loop: _Loop, known: dict[int, Node]) -> list[Node]:
         if node in found:
             continue
         found[node] = None
-        if loop.numbers.get(node) not in known or node.target not in _COSTLY:
+        if loop.numbers.get(node) not in known or not _is_costly(node):
             waiting.extend(node.all_input_nodes)
-    return [n for n in found if n.target in _COSTLY]
+    return [n for n in found if _is_costly(n)]
+
+
+def _is_costly(node: Node) -> bool:
+    """Whether a node is a single tensor that costs much."""
+    return node.target in _COSTLY and isinstance(node.meta.get("tensor_meta"), TensorMetadata)
 
 
 def _size(node: Node) -> int:
-    meta = node.meta.get("tensor_meta")
-    return _NUMBERS_AT_MOST + 1 if meta is None or not hasattr(meta, "shape") else prod(meta.shape)
+    return prod(node.meta["tensor_meta"].shape)
+
+
+def _order(node: Node) -> list[int]:
+    """The dimensions of a value, from the one along which its numbers are furthest apart."""
+    stride = node.meta["tensor_meta"].stride
+    return sorted(range(len(stride)), key=lambda d: -stride[d])
+
+
+def _first_operation(graph: Any) -> Node:
+    return next(n for n in graph.nodes if n.op != "placeholder")

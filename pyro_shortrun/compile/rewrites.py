@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -27,7 +29,7 @@ def _split_transposed_products(module: GraphModule) -> None:
     for node in [n for n in module.graph.nodes if n.target is aten.mv.default]:
         transposed, vector = node.args
         rows, columns = (n.meta["tensor_meta"].shape.numel() if "tensor_meta" in n.meta else 0 for n in (vector, node))
-        if transposed.target not in (aten.t.default, aten.permute.default, aten.transpose.int):
+        if not _is_transposed(transposed):
             continue
         if rows * columns < _LARGE_MATRIX or rows % _BLOCKS:
             continue
@@ -39,6 +41,14 @@ def _split_transposed_products(module: GraphModule) -> None:
             total = module.graph.call_function(aten.sum.dim_IntList, (product, [0, 1]))
         node.replace_all_uses_with(total)
         module.graph.erase_node(node)
+
+
+def _is_transposed(matrix: Any) -> bool:
+    """Whether it is another matrix with rows and columns exchanged."""
+    aten, target, args = torch.ops.aten, matrix.target, matrix.args
+    if target is aten.permute.default:
+        return bool(args[1][0] % 2 == 1)
+    return target is aten.t.default or (target is aten.transpose.int and bool(args[1] % 2 != args[2] % 2))
 
 
 def _sum_short_scans(module: GraphModule) -> None:

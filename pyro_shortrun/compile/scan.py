@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 
 from ..density.recurrence import Recurrence, Tensors
+from ..tensors import apart, fresh
 from .graph import Function, lifted
 from .packing import Packing
 from .values import draws_numbers
@@ -45,10 +46,10 @@ class Scan:
         if any(draws_numbers(n) for n in body.graph.nodes):
             raise NotImplementedError("its log density draws random numbers")
         zeros = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in step.gathered]
-        before = [_fresh(t) for t in step.carried.pack([*carry, *zeros], 0)]
+        before = [fresh(t) for t in step.carried.pack([*carry, *zeros], 0)]
         along = [t.flip(0) if recurrence.backwards else t for t in step.read.pack(columns, 1)]
         body, packed = _packed(body, [*fixed, *reached])
-        out = _emit(body, before, along, _apart(packed))
+        out = _emit(body, before, along, apart(packed))
         last = step.carried.unpack(out[: len(before)])
         stacked = step.written.unpack([t.movedim(1, 0) for t in out[len(before) :]])
         last, added = last[: len(carry) + recurrence.firsts], last[len(carry) + recurrence.firsts :]
@@ -83,7 +84,7 @@ class _Step:
         firsts = [torch.where(begins, a, b) for a, b in zip(now, firsts, strict=True)]
         sums = [a + b for a, b in zip(sums, more, strict=True)]
         packed = self.carried.pack([*following, *firsts, *sums], 0)
-        return tuple(_fresh(t) for t in (*packed, *self.written.pack([t.squeeze(0) for t in written], 0)))
+        return tuple(fresh(t) for t in (*packed, *self.written.pack([t.squeeze(0) for t in written], 0)))
 
 
 def _packed(body: GraphModule, fixed: list[Tensor]) -> tuple[GraphModule, list[Tensor]]:
@@ -102,21 +103,6 @@ def _packed(body: GraphModule, fixed: list[Tensor]) -> tuple[GraphModule, list[T
 
 def _placeholders(module: GraphModule) -> list[Node]:
     return [n for n in module.graph.nodes if n.op == "placeholder"]
-
-
-def _apart(tensors: list[Tensor]) -> list[Tensor]:
-    """The same values; no two share memory."""
-    seen: set[int] = set()
-    found = []
-    for t in tensors:
-        memory = t.untyped_storage().data_ptr()
-        found.append(_fresh(t) if memory in seen else t)
-        seen.add(memory)
-    return found
-
-
-def _fresh(t: Tensor) -> Tensor:
-    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _emit(body: GraphModule, carry: list[Tensor], columns: list[Tensor], fixed: list[Tensor]) -> Tensors:

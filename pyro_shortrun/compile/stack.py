@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from torch._inductor import config
@@ -15,7 +18,11 @@ from torch._inductor.codegen.common import device_codegens, init_backend_registr
 from torch._inductor.codegen.cpp_wrapper_cpu_array_ref import CppWrapperCpuArrayRef
 from torch._inductor.graph import GraphLowering
 
-__all__ = ["on_the_stack"]
+__all__ = ["KEY", "on_the_stack"]
+
+KEY = sha256(Path(__file__).read_bytes()).hexdigest()  # of the code that it makes inductor write
+
+_ONE_AT_A_TIME = RLock()  # what inductor knows of the CPU is shared by all threads
 
 
 class _Wrapper(CppWrapperCpuArrayRef):
@@ -41,16 +48,17 @@ def on_the_stack() -> Iterator[None]:
     compiler would refuse.
     """
     init_backend_registration()
-    known = device_codegens["cpu"]
-    device_codegens["cpu"] = replace(known, cpp_wrapper_codegen=_Wrapper)
     settings = {
         "aot_inductor.allow_stack_allocation": True,
         "allow_buffer_reuse": False,
         "inplace_buffers": False,
         "cpp.vec_isa_ok": True,
     }
-    try:
-        with config.patch(settings):
-            yield
-    finally:
-        device_codegens["cpu"] = known
+    with _ONE_AT_A_TIME:
+        known = device_codegens["cpu"]
+        device_codegens["cpu"] = replace(known, cpp_wrapper_codegen=_Wrapper)
+        try:
+            with config.patch(settings):
+                yield
+        finally:
+            device_codegens["cpu"] = known

@@ -21,6 +21,14 @@ _SAME = {
     _ATEN.contiguous.default,
 }
 _SAME_IF_SHAPED_ALIKE = {_ATEN.expand.default, _ATEN.view.default, _ATEN.reshape.default, _ATEN.slice.Tensor}
+_OF_MEMORY = {  # what they give is no function of the values that they are given
+    _ATEN.as_strided.default,
+    _ATEN.empty.memory_format,
+    _ATEN.empty_like.default,
+    _ATEN.empty_strided.default,
+    _ATEN.new_empty.default,
+    _ATEN.new_empty_strided.default,
+}
 _FILLED = {
     _ATEN.ones_like.default,
     _ATEN.zeros_like.default,
@@ -59,7 +67,7 @@ class Values:
         for node in graph.nodes:
             if node.op == "output":
                 continue
-            its_own = node in changed or node.op != "call_function" or draws_numbers(node)
+            its_own = node in changed or node.op != "call_function" or draws_numbers(node) or node.target in _OF_MEMORY
             found[node] = given[node] if node in given else self.number(node) if its_own else self._of(node, found)
         return found
 
@@ -80,7 +88,7 @@ class Values:
             return found[_only(first)]
         if target in _FILLED and (meta := node.meta.get("tensor_meta")) is not None:
             return self.number(str(target), meta.shape, meta.dtype)
-        if target is _ATEN.stack.default:
+        if target is _ATEN.stack.default and all(_dtype(n) is _dtype(node) is not None for n in first):
             return self.stack(_dim(node, 1, _rank(node)), *(found[n] for n in first))
         if target is _ATEN.unsqueeze.default:
             return self.stack(_dim(node, 1, _rank(node)), found[first])
@@ -104,7 +112,8 @@ def _is_the_same(node: Any) -> bool:
     if target in _SAME or (target is _ATEN.cat.default and len(first) == 1):
         return True
     if target is _ATEN.permute.default:
-        return list(node.args[1]) == sorted(node.args[1])
+        rank = _rank(first)
+        return [d % rank for d in node.args[1]] == list(range(rank))
     return target in _SAME_IF_SHAPED_ALIKE and _shape(node) is not None and bool(_shape(node) == _shape(first))
 
 
@@ -119,6 +128,11 @@ def _only(argument: Any) -> Any:
 def _shape(node: Any) -> Size | None:
     meta = node.meta.get("tensor_meta")
     return None if meta is None else meta.shape
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    meta = node.meta.get("tensor_meta")
+    return None if meta is None else meta.dtype
 
 
 def _rank(node: Any) -> int:
@@ -142,24 +156,37 @@ def _hashable(value: Any, found: Mapping[Node, int]) -> Hashable:
     return type(value).__name__, repr(value)
 
 
-def _changed(graph: Nodes) -> set[Node]:
-    """Nodes whose memory is written to after they were made, as far as can be seen, and all that comes of them."""
+def written(node: Node) -> set[Node]:
+    """Nodes whose memory a node writes to: arguments that it changes, and what those are views of."""
+    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+        return set()
     found: set[Node] = set()
-    for node in graph.nodes:
-        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            found |= {node, *_sources(node)}
-    for node in graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.is_write:
+            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            for changed in given if isinstance(given, (list, tuple)) else (given,):
+                found |= _viewed(changed)
     return found
 
 
-def _sources(node: Node) -> set[Node]:
-    """Of what memory may be written to: the first arguments, and what those are views of."""
+def _viewed(node: Any) -> set[Node]:
+    """A node and, if it is a view, what it is a view of."""
     found: set[Node] = set()
-    while node.args and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while isinstance(node, Node):
         found.add(node)
-        if not (isinstance(node.target, OpOverload) and node.target.is_view):
+        if not (node.target is operator.getitem or (isinstance(node.target, OpOverload) and node.target.is_view)):
             break
+        node = _first(node)
+    return found
+
+
+def _changed(graph: Nodes) -> set[Node]:
+    """Nodes whose memory is written to after they were made, and all that comes of them."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if memory := written(node):
+            found |= {node, *memory}
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found

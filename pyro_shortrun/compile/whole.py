@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Graph as Nodes
 from torch.fx import GraphModule, Node
 
@@ -19,7 +18,7 @@ from .graph import Constants, Function, Live, spec, trace
 from .inductor import Backend
 from .reuse import reuse
 from .scan import Scan
-from .values import draws_numbers
+from .values import draws_numbers, written
 
 Compute = Callable[[], tuple[Tensor, ...]]
 
@@ -115,26 +114,17 @@ def _check(module: GraphModule, constants: Constants) -> None:
         raise NotImplementedError("it has parameters that Pyro does not know: name them, pyro.module(name, module)")
     for part in module.modules():
         nodes = part.graph.nodes if isinstance(part, GraphModule) else ()
-        if any(_changes_in_place(node) for node in nodes):
+        if any(n.op == "placeholder" for node in nodes for n in written(node)):
             raise NotImplementedError("it changes a tensor in place, as a BatchNorm in training mode does")
 
 
-def _changes_in_place(node: Node) -> bool:
-    """Whether a node writes into an input of the graph."""
-    target: Any = node.target
-    if not isinstance(target, OpOverload) or not target._schema.is_mutable:
-        return False
-    changed = [a for a, argument in zip(node.args, target._schema.arguments, strict=False) if argument.is_write]
-    return any(isinstance(a, Node) and a.op == "placeholder" for a in changed)
-
-
 def _split(module: GraphModule) -> tuple[GraphModule, GraphModule, list[int], list[int]]:
-    """What draws random numbers, with all that it needs, and the rest; and which of the inputs each has, the rest
-    after what was drawn."""
+    """What draws random numbers, with all that it needs and that writes into that, and the rest; and which of the
+    inputs each has, the rest after what was drawn."""
     nodes = list(module.graph.nodes)
     early: set[Node] = set()
     for node in reversed(nodes):
-        if draws_numbers(node) or any(user in early for user in node.users):
+        if draws_numbers(node) or any(user in early for n in (node, *written(node)) for user in n.users):
             early.add(node)
     inputs = [n for n in nodes if n.op == "placeholder"]
     before = [n for n in nodes if n in early and n.op != "placeholder"]

@@ -30,6 +30,7 @@ from .lists import draws_of_part, keep_values
 from .memory import Arguments, Memory
 from .pickling import without_model
 from .plates import check_plates, create_given, create_missing
+from .summary import summary
 
 _QUANTILE_DRAWS = 1000
 _DRAWS_OF_LISTS = 200
@@ -139,6 +140,11 @@ class DensityGuide(AutoGuide):
             draws = {k: v[0] for k, v in chains.items() if k in names}
         levels = torch.as_tensor(quantiles)
         return {k: v.quantile(levels.to(v), dim=0) for k, v in draws.items()}
+
+    def summary(self, *args: Any, num_samples: int = 1000, prob: float = 0.9, **kwargs: Any) -> None:
+        """Print means, deviations, medians and intervals, and how far to trust them: the acceptance of adjusted steps,
+        and the Pareto k of runs, where there are such."""
+        print(summary(self, args, kwargs, num_samples, prob))
 
     def condition_on(self: _Guide, *args: Any, **kwargs: Any) -> _Guide:
         """Keep these model arguments for all later calls, whatever arguments those have.

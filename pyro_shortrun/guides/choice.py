@@ -9,6 +9,7 @@ from torch import Tensor
 from ..checks import check_kind, check_unused
 from ..dynamics.acceptance import Acceptance
 from ..dynamics.dynamics import Dynamics
+from ..dynamics.metric import Preconditioner
 from ..dynamics.step_size import StepSize
 from ..objectives.annealed import Annealed
 from ..objectives.objective import Objective
@@ -26,7 +27,7 @@ def by_acceptance(objective: Objective, start: object, step_size: StepSize, is_g
     return Acceptance() if is_guess and isinstance(start, Start) and not start.has_density else None
 
 
-def check_parts(step_size: Any, dynamics: Any, start: Any, objective: Any, full_gradient: bool) -> None:
+def check_parts(step_size: Any, dynamics: Any, start: Any, objective: Any, full_gradient: bool, metric: Any) -> None:
     """Refuse what is not a part of a run, or does not go together."""
     if dynamics is not None and step_size is not None:
         raise ValueError("pass step_size or dynamics, not both: Langevin(step_size) is the default dynamics.")
@@ -34,6 +35,7 @@ def check_parts(step_size: Any, dynamics: Any, start: Any, objective: Any, full_
     check_kind("objective", objective, Objective, "PathDensity()")
     if full_gradient and isinstance(objective, Refine):
         raise ValueError("Refine() has no bound of the run whose full gradient there could be: full_gradient=False.")
+    check_kind("metric", metric, Preconditioner, "Diagonal()")
     check_start(start)
     check_unused(step_size=step_size, dynamics=dynamics, objective=objective)
 

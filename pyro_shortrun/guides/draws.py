@@ -55,7 +55,8 @@ def check_draws(num_samples: Any, num_chains: Any, adjust: Any, resample: Any) -
     check_count("num_chains", num_chains)
     if adjust is not None:
         check_count("adjust", adjust, least=0)
-    check_flags(resample=resample)
+    if resample is not None:
+        check_flags(resample=resample)
 
 
 def check_levels(quantiles: Any) -> None:

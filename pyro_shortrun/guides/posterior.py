@@ -10,27 +10,28 @@ from torch import Tensor
 from ..checks import check_count
 from ..density.call import Call
 from ..runs.run import Gradients
-from ..starts.fitted import Gaussian
 from ..starts.kept import Persistent
 from ..starts.prior import Prior
 from .draws import WeightedDraws, weigh
-from .refinement import refine
+from .refinement import Plan, refine
 from .simulation import Simulation
-
-_ADJUST = 20  # steps after a run from a Gaussian start
 
 
 def posterior_draws(
-    guide: Any, call: Call, count: int, num_steps: int | None, adjust: int | None, resample: bool
+    guide: Any, call: Call, count: int, num_steps: int | None, adjust: int | None, resample: bool | None
 ) -> dict[str, Tensor]:
     """Site values at the ends of ``count`` runs, ``(count, *shape)``, and what the model computes from them; see
     ``ShortRunGuide.sample_posterior``."""
-    weighs = resample and guide.has_density and guide.objective.weighs
-    drawn = repeated(guide, call, count, weighs, _of_length(guide, num_steps, resample))
-    steps = (_ADJUST if isinstance(guide.start, Gaussian) else 0) if adjust is None else adjust
-    if steps or resample:
+    if resample is None and num_steps is not None:
+        resample = False
+    plan = Plan.of(guide._start, guide.objective, count, adjust, resample)
+    resamples = plan.resample is not False
+    weighs = resamples and guide.has_density and guide.objective.weighs
+    drawn = repeated(guide, call, count, weighs, _of_length(guide, num_steps, resamples))
+    if not plan.is_empty:
         step_size = guide.dynamics.step_size(call.density.layout, guide.num_steps).mean(0)
-        drawn, acceptance, k_hat = refine(call, drawn, steps, resample, guide._start.frame, step_size)
+        drawn, acceptance, k_hat, moving = refine(call, drawn, plan, guide._simulation.frame, step_size)
+        guide._watch.weights(k_hat, moving)
         guide.info = guide.info and replace(guide.info, acceptance=acceptance, k_hat=k_hat)
     return drawn.values_and_computed(call)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -14,7 +15,7 @@ from ..dynamics.acceptance import Acceptance
 from ..runs.pilot import back_off
 from ..runs.run import Gradients
 from ..starts.fitted import Gaussian
-from ..tensors import random_state, set_random_state
+from ..tensors import ordinary_autograd, random_state, set_random_state
 from .simulation import Simulation
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -41,18 +42,17 @@ def prepare(
     created = dynamics.step_size.setup(layout, simulation.num_steps, like)
     if isinstance(start, Gaussian) and not start.fitted:
         fit_start(simulation, call, chooses_step)
+    if simulation.metric is not None and not simulation.metric.is_fitted:
+        simulation.metric.fit(call, start)
+        if chooses_step and start.has_density:
+            with poutine.block():
+                dynamics.step_size.fill(best_step(simulation, call))
     if created and backs_off and dynamics.step_size.is_at_init:  # a param store may know better
         pilot = replace(call, spare=[])  # the call's own draw is kept for its run
         if acceptance is not None:
             simulation.search(acceptance, pilot)
             return
         back_off(dynamics, lambda: simulation.pilot_fails(pilot), lambda: simulation.require_movable(pilot))
-
-
-def require_gaussian(start: object) -> None:
-    """Refuse to fit what is not fitted."""
-    if not isinstance(start, Gaussian):
-        raise ValueError(f"pretrain is for start=Gaussian(), and this guide has {type(start).__name__}.")
 
 
 def fit_start(simulation: Simulation, call: Call, chooses_step: bool) -> None:
@@ -62,6 +62,20 @@ def fit_start(simulation: Simulation, call: Call, chooses_step: bool) -> None:
         simulation.start.pretrain(call)
         if chooses_step:
             simulation.dynamics.step_size.fill(best_step(simulation, call))
+
+
+def pretrain(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Set a guide up, or fit its Gaussian start again.
+
+    :raises ValueError: where it has none.
+    """
+    before = guide._first
+    guide.setup(*args, **kwargs)
+    if not isinstance(guide.start, Gaussian):
+        raise ValueError(f"pretrain is for start=Gaussian(), and this guide has {type(guide.start).__name__}.")
+    if before is not None:
+        with ordinary_autograd(), poutine.block(), guide._pyro_context:
+            fit_start(guide._simulation, guide._bind(args, kwargs), guide._chooses_step)
 
 
 @torch.no_grad()

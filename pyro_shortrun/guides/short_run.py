@@ -20,6 +20,7 @@ from ..density.sites import is_masked_out, is_weighted_from_outside
 from ..density.structure import Structure, check_latents, check_proper
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
+from ..dynamics.metric import Preconditioner
 from ..dynamics.step_size import StepSize
 from ..objectives.objective import Objective
 from ..runs.record import RunInfo, ShortRun
@@ -34,8 +35,9 @@ from .base import DensityGuide
 from .choice import by_acceptance, check_parts, default_objective, described
 from .draws import WeightedDraws, check_draws
 from .emit import emit, outer_shape
+from .metric import Metric, arrange
 from .posterior import posterior_draws, repeated, trajectories
-from .preparation import fit_start, prepare, require_gaussian
+from .preparation import prepare, pretrain
 from .reading import read_from_prior, reading_ahead, recalled
 from .simulation import Simulation, Watch
 from .training import Training
@@ -88,6 +90,8 @@ class ShortRunGuide(DensityGuide):
     :param objective: how log q is accounted: :class:`Annealed` (default from a :class:`Gaussian`),
         :class:`PathDensity` (default otherwise), :class:`GaussianReverse`, :class:`Mixture`, :class:`Linearized`, or
         :class:`Refine`, which does not: an encoder is trained by its own bound, the model by the ends of runs.
+    :param metric: :class:`~pyro_shortrun.dynamics.Diagonal` or :class:`~pyro_shortrun.dynamics.Dense` scales of every
+        row in which runs move (and ``step_size`` is), found by pilot chains from a start that has none of its own.
     :param tune_every: step sizes (and a learned start) get gradients in every ``tune_every``-th training call; an
         ELBO's ``num_particles`` are as many calls if they are not vectorised. In the calls between, the
         log-determinants in log q are those of the last tuned run; ``guide.eval()`` makes every log q exact.
@@ -107,6 +111,7 @@ class ShortRunGuide(DensityGuide):
         dynamics: Dynamics | None = None,
         start: Start | Callable[..., Any] | None = None,
         objective: Objective | None = None,
+        metric: Preconditioner | None = None,
         tune_every: int = 1,
         full_gradient: bool = False,
         checkpoint: bool = False,
@@ -116,10 +121,10 @@ class ShortRunGuide(DensityGuide):
         super().__init__(model, compile=bool(compile), create_plates=create_plates)
         check_count("num_steps", num_steps)
         check_count("tune_every", tune_every)
-        check_parts(step_size, dynamics, start, objective, full_gradient)
+        check_parts(step_size, dynamics, start, objective, full_gradient, metric)
         check_flags(full_gradient=full_gradient, checkpoint=checkpoint, compile=compile)
-        self.num_steps, self.tune_every, self.full_gradient = num_steps, tune_every, full_gradient
-        self.checkpoint = checkpoint
+        self.num_steps, self.tune_every, self.checkpoint = num_steps, tune_every, checkpoint
+        self.full_gradient, self.metric = full_gradient, None if metric is None else Metric(metric)
         self.dynamics = Langevin(0.1 if step_size is None else step_size) if dynamics is None else dynamics
         self.objective = default_objective(start, self.dynamics) if objective is None else objective
         if isinstance(start, AutoGuide) and start.create_plates is not None:  # plates are the outer guide's business
@@ -204,17 +209,18 @@ class ShortRunGuide(DensityGuide):
         num_chains: int = 1,
         num_steps: int | None = None,
         adjust: int | None = None,
-        resample: bool = False,
+        resample: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Independent runs, vectorised.
+        """Runs, vectorised.
 
-        :param num_samples: draws per chain (the leading dimension, for ArviZ); every draw is a run of its own.
+        :param num_samples: draws per chain (the leading dimension, for ArviZ); a run for each.
         :param num_steps: steps of these runs, the guide's by default; with a :class:`Persistent` start they begin at
             the prior, for data that were never seen.
         :param adjust: how many Metropolis-adjusted steps follow each run and take away what is left of its bias
             (``guide.info.acceptance``); by default 20 from a :class:`Gaussian` start, and none from others.
-        :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7).
+        :param resample: whether draws are chosen by their Pareto-smoothed weights (``guide.info.k_hat``, good to .7)
+            before that; by default 100 or more from a :class:`Gaussian` start, if adjusted, up to a k-hat of 1.
         :return: dict from site to ``(num_chains, num_samples, *site shape)``, ``pyro.deterministic`` ones too.
         """
         check_draws(num_samples, num_chains, adjust, resample)
@@ -228,8 +234,8 @@ class ShortRunGuide(DensityGuide):
     def weighted_draws(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Call, WeightedDraws]:
         """Independent runs with their log densities, and the call they were made in; for exporters."""
         with ordinary_autograd(), poutine.block():
-            call = self._bind(args, kwargs)
-            return call, repeated(self, call, count, account=self._start.has_density and self.objective.weighs)
+            call, weighs = self._bind(args, kwargs), self._start.has_density and self.objective.weighs
+            return call, repeated(self, call, count, account=weighs)
 
     def trajectory(self, *args: Any, num_chains: int = 1, **kwargs: Any) -> dict[str, Tensor]:
         """The states of a run along its steps, dict from site to ``(num_steps + 1, num_chains, *site shape)``."""
@@ -240,12 +246,7 @@ class ShortRunGuide(DensityGuide):
     def pretrain(self, *args: Any, **kwargs: Any) -> ShortRunGuide:
         """Fit the :class:`Gaussian` start, and choose the step size if nobody has given one, at the model's parameters
         as they are. The first use does it by itself; a later call fits again, from where the start is."""
-        is_first = self._first is None
-        self.setup(*args, **kwargs)
-        require_gaussian(self.start)
-        if not is_first:
-            with ordinary_autograd(), poutine.block(), self._pyro_context:
-                fit_start(self._simulation, self._bind(args, kwargs), self._chooses_step)
+        pretrain(self, args, kwargs)
         return self
 
     @property
@@ -271,7 +272,7 @@ class ShortRunGuide(DensityGuide):
 
     @property
     def _simulation(self) -> Simulation:
-        return Simulation(self.num_steps, self.dynamics, self.objective, self._start, self.checkpoint)
+        return Simulation(self.num_steps, self.dynamics, self.objective, self._start, self.checkpoint, self.metric)
 
     @property
     def _reads_prior(self) -> bool:
@@ -301,7 +302,7 @@ class ShortRunGuide(DensityGuide):
             self.start = default_start(structure, self._subsamples, bool(self._binder and self._binder.program.hides))
             self.objective = default_objective(self.start, self.dynamics) if self._chooses[1] else self.objective
             self.objective.check(self.dynamics)
-        structure = self._start.arrange(structure)
+        structure = arrange(structure, self._start, self.metric)
         check_latents(self._first, structure, self._start.has_density)
         return structure
 
@@ -323,8 +324,7 @@ class ShortRunGuide(DensityGuide):
         if not (training and self.training):
             return training and self._start.has_density
         self._calls += 1
-        due = (self._calls - 1) % self.tune_every == 0 or not self.objective.tunes_steps
-        return self._start.has_density and due
+        return self._start.has_density and ((self._calls - 1) % self.tune_every == 0 or not self.objective.tunes_steps)
 
     def _run(
         self, call: Call, chains: int, account: bool, gradients: Gradients, keep_states: bool = False

@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..density.affine import AffineDensity
+from ..density.affine import Affine, AffineDensity
 from ..density.call import Call
 from ..density.layout import Layout
 from ..density.structure import check_masks
@@ -25,10 +25,12 @@ from ..runs.record import RunInfo, ShortRun
 from ..runs.run import Gradients, run
 from ..starts.finite import require_finite, require_movable
 from ..starts.start import Start, StartDraw
+from .metric import Metric
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 _NOISE_AT_ONCE = 2**24  # numbers
 MUCH = 0.25  # share of rows
+_RELIABLE = 0.7  # Pareto shapes up to
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Simulation:
     """How runs go.
 
     :param checkpoint: whether tuned runs keep few of their states.
+    :param metric: coordinates to move in, if the start has none of its own.
     """
 
     num_steps: int
@@ -43,6 +46,12 @@ class Simulation:
     objective: Objective
     start: Start
     checkpoint: bool = False
+    metric: Metric | None = None
+
+    @property
+    def frame(self) -> Affine | None:
+        """Coordinates in which runs move, if they are not the latents' own."""
+        return self.start.frame if self.metric is None else self.metric.frame
 
     def chains_at_once(self, layout: Layout) -> int:
         """How many chains to run together."""
@@ -119,6 +128,7 @@ class Simulation:
         attached = gradients is Gradients.FULL or (self.start.is_learned and gradients is Gradients.GUIDE)
         with torch.set_grad_enabled(attached):
             drawn = self.start.draw(call, chains)
+            drawn = drawn if self.metric is None else self.metric.framed(drawn)
         if call.density.is_traced:
             return drawn if attached else drawn.detached()
         what = "the model's log density is not finite at the start of the run"
@@ -172,7 +182,7 @@ class Watch:
     """Tells once what is wrong with runs."""
 
     def __init__(self) -> None:
-        self._froze = self._folded = self._strayed = False
+        self._froze = self._folded = self._strayed = self._heavy = False
 
     def __call__(self, info: RunInfo, weight: float = 1.0) -> None:
         """Told of every run.
@@ -198,4 +208,16 @@ class Watch:
                 "their last finite state (counted in guide.info.nonfinite; this warning is shown once). Try a smaller "
                 "step_size, or start=Init(init_to_median).",
                 stacklevel=4,
+            )
+
+    def weights(self, k_hat: float | None, moving: str) -> None:
+        """Told of the Pareto shape of draws' weights, and which sites these move."""
+        if not self._heavy and k_hat is not None and k_hat > _RELIABLE:
+            self._heavy = True
+            _LOGGER.warning(
+                "k-hat is %.2f: draws are not yet the posterior's, most of all at %s (a funnel, a heavy tail, or a "
+                "mode that no draw begins at; told once). Write hierarchies non-centred (poutine.reparam with "
+                "LocScaleReparam), take more steps (adjust=200), or compare with NUTS.",
+                k_hat,
+                moving,
             )

@@ -22,7 +22,7 @@ from ..compile.whole import TracedDensity, Whole
 from ..objectives.transition import settings
 from ..runs.record import RunInfo
 from ..runs.run import Gradients
-from ..tensors import plain, random_state, set_random_state
+from ..tensors import apart, plain, random_state, set_random_state
 from .simulation import MUCH
 
 _LOGGER = logging.getLogger("pyro_shortrun")
@@ -30,6 +30,7 @@ _GRAPHS_AT_MOST = 16
 _RENEWALS_AT_MOST = 2
 _LOOKED_AT_LEAST = 1024  # steps
 _RECORD = 6  # tensors of a RunInfo
+_SMALL_GRADIENT = 1e-3  # of the largest one; less may be what rounding left of a sum that is zero
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Request:
         guide = self.guide
         model_trains = guide.model.training if isinstance(guide.model, nn.Module) else None
         parts = Same(guide.start), *((Same(part), settings(part)) for part in (guide.dynamics, guide.objective))
-        call = live.key, self.particles, guide.num_steps, Same(guide._conditioned)
+        call = live.key, torch.get_default_dtype(), self.particles, guide.num_steps, Same(guide._conditioned)
         return *call, *parts, guide.training, model_trains
 
     def aliased(self) -> Request:
@@ -118,7 +119,13 @@ class _Step:
     def agrees(self, request: Request, loss: float, grads: list[Tensor]) -> tuple[bool, float]:
         """Whether the eager step, from the same random state, gives the same; and its loss."""
         eager, known = request.eager_with_gradients([self.names[i] for i in self.trained])
-        gap = max([_gap(torch.tensor(loss), torch.tensor(eager)), *map(_gap, grads, known)])
+        unit = _SMALL_GRADIENT * max((_largest(g) for g in known), default=0.0)
+        gap = max(
+            [
+                _gap(torch.tensor(loss), torch.tensor(eager)),
+                *(_gap(a, b, unit) for a, b in zip(grads, known, strict=True)),
+            ]
+        )
         tight, loose = (1e-3, 2e-2) if request.guide._first.dtype is torch.float32 else (1e-8, 1e-6)
         if self.rounding is None and gap < loose:
             self.rounding = gap
@@ -302,7 +309,7 @@ class _Computation:
         found = torch.autograd.grad(loss, [leaves[i] for i in wanted], allow_unused=True)
         pairs = [(i, g) for i, g in zip(wanted, found, strict=True) if g is not None]
         self.names, self.trained = tuple(names), tuple(i for i, _ in pairs)
-        return [g for _, g in pairs]
+        return apart([g.contiguous() for _, g in pairs])  # as they may be changed in place
 
 
 def _marks(names: tuple[str, ...]) -> Hashable:
@@ -317,8 +324,16 @@ def _record(tensors: list[Tensor]) -> RunInfo:
     return RunInfo(*info)
 
 
-def _gap(a: Tensor, b: Tensor) -> float:
-    """The largest difference, in units of the largest number."""
-    if not torch.equal(a.isfinite(), b.isfinite()):
+def _gap(a: Tensor, b: Tensor, unit: float = 0.0) -> float:
+    """The largest difference, in units of the largest number, if that is not below ``unit``."""
+    finite = b.isfinite()
+    if not torch.equal(a.isfinite(), finite):
         return float("inf")
-    return ((a - b).abs().max() / (1e-6 + b.abs().max())).nan_to_num(0.0).item() if a.numel() else 0.0
+    a, b = a[finite], b[finite]
+    return ((a - b).abs().max().item() / (1e-6 + max(_largest(b), unit))) if a.numel() else 0.0
+
+
+def _largest(t: Tensor) -> float:
+    """The largest absolute value of finite numbers."""
+    finite = t[t.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0

@@ -165,6 +165,7 @@ class ShortRunLangevin(MCMCKernel):
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Bind the model's arguments and open one chain; warm-up is counted from here."""
         self._session = self.open(1, warmup_steps, args, kwargs, self._given)
+        self._session.sampler.one_by_one = True
         self.transforms = self._session.target.transforms
         self._params = self._session.params()
 

@@ -15,6 +15,7 @@ from ..density.interface import Block
 from ..dynamics.adaptation import Adaptation
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.metric import Preconditioner
+from ..runs.course import reasonable
 from ..runs.transitions import Given, Passed, Place, Transitions
 from ..tensors import moved
 from .sampler import ChainState, Sampler, Stats, draw_stats
@@ -74,6 +75,7 @@ class LangevinChain(Sampler):
             dynamics, preconditioner, adjust, accept or 0.0, math.inf if schedule else limit, chain_batch_size, known_by
         )
         self.made = 0  # transitions
+        self._first: float | None = None  # log density of a row after the warm-up
 
     @property
     def kind(self) -> str:
@@ -119,7 +121,7 @@ class LangevinChain(Sampler):
     def _draws_at_once(self, state: ChainState | Place) -> int:
         """In one block."""
         numbers = self.num_steps * max(state.u.numel(), 1)
-        return max(1, min(-(-_TOGETHER // self.num_steps), _NUMBERS_AT_ONCE // numbers))
+        return 1 if self.one_by_one else max(1, min(-(-_TOGETHER // self.num_steps), _NUMBERS_AT_ONCE // numbers))
 
     def _length(self, state: ChainState | Place) -> int:
         """Transitions in a block: those of some draws, or a divisor of those of one."""
@@ -136,16 +138,8 @@ class LangevinChain(Sampler):
 
     def _pass(self, here: Place, given: Given, first: int, warming: bool) -> tuple[Place, Passed]:
         """Through transitions with nothing to be fitted before the end; the first is the ``first``-th of some draws."""
-        adaptation, chains, count = self.adaptation, len(here.u), len(given.eta)
-        gains = given.gains.new_tensor(adaptation.gains(count))
-        given = given._replace(gains=gains)
-        if self.target.has_loops:
-            given = given.padded(self._length(here))
-        center = adaptation.center.expand(chains, -1).contiguous()
-        here, following, passed = self._block.run(
-            self._density, here, adaptation.following(chains), given, center, adaptation.is_pooled, adaptation.factor
-        )
-        passed = passed.part(0, count)
+        adaptation, count, length = self.adaptation, len(given.eta), self._length(here) if self.target.has_loops else 0
+        here, following, passed = self._block.follow(self._density, adaptation, here, given, length)
         if warming:
             # Draw by draw, so that sums are rounded alike however many are made in one call.
             ends = [*range(-first % self.num_steps or self.num_steps, count, self.num_steps), count]
@@ -192,6 +186,8 @@ class LangevinChain(Sampler):
         return ChainState(there.u, there.log_density, there.grad, there.white), accept, finite
 
     def fault(self, state: ChainState, stats: Stats, warming: bool) -> str | None:
+        if not (warming or self.restarts or self.target.is_subsampled):
+            self._climb(state)
         if self.adjust:  # a rejected proposal is nothing to warn about
             return None
         pull = self.adaptation.scales.pull(state.grad)
@@ -202,6 +198,19 @@ class LangevinChain(Sampler):
                 "the posterior's. Use a smaller step_size, or adjust=True."
             )
         return super().fault(state, stats, warming)
+
+    def _climb(self, state: ChainState) -> None:
+        """Tell once of chains whose log density goes on rising after the warm-up."""
+        level = state.log_density.mean().item()
+        self._first = level if self._first is None else self._first
+        rise = level - self._first
+        if rise > reasonable(state.u.shape[-1]):
+            self._first = math.inf
+            _LOGGER.warning(
+                "the log density of chains still rises after the warm-up, by %.3g nats a row: take more warm-up steps; "
+                "or it has no upper bound (a pyro.factor of the wrong sign?), and then no posterior (told once).",
+                rise,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"made": self.made, "adaptation": self.adaptation.state_dict()}

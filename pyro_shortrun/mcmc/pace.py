@@ -9,6 +9,8 @@ from ..compile.compiler import Compiler
 from ..compile.inductor import Inductor, Scripted
 from .target import ModelTarget
 
+_DRAWS = 3  # which take as long as to trace a transition, where that is long
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -47,8 +49,9 @@ class Pace:
             self._skips = False
             return
         self._seconds, self._draws = self._seconds + seconds, self._draws + draws
-        ahead = self._seconds if left is None else self._seconds / self._draws * left
-        if ahead > self._stages[0].price:
+        each = self._seconds / self._draws
+        ahead = self._seconds if left is None else each * left
+        if ahead > self._stages[0].price + _DRAWS * each:
             self._go_on()
 
     def _go_on(self) -> None:

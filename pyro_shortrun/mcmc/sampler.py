@@ -57,6 +57,7 @@ class Sampler(ABC):
 
     def __init__(self, target: Target, dynamics: Dynamics, num_steps: int, chain_batch_size: int | None) -> None:
         self.target, self.dynamics, self.num_steps = target, dynamics, num_steps
+        self.one_by_one = False  # whether draws are asked for one at a time
         self._at_once = chain_batch_size
 
     @property

@@ -122,6 +122,7 @@ class VectorizedMCMC:
             self._session, self._states, self.warmup_steps = session, [], session.warmup_steps
             if self._saved is not None:
                 self._restore(session, self._saved)
+            session.sampler.one_by_one = self.hook_fn is not None
             total = session.total = self.warmup_steps + self.num_samples
             with tqdm(total=total, initial=session.done, disable=self.disable_progbar, mininterval=0.5) as bar:
                 try:

@@ -8,6 +8,11 @@ _NATS, _NATS_EACH = 100.0, 10.0  # of a row, and for each of its coordinates: no
 _PARTS, _MOST = 4, 0.5  # more than half of a rise in the last quarter of the steps
 
 
+def reasonable(size: int) -> float:
+    """Nats by which the log density of a row with so many coordinates may change in a run."""
+    return _NATS + _NATS_EACH * size
+
+
 def astray(info: RunInfo, weight: float = 1.0) -> str | None:
     r"""What is wrong with a run in which no row froze, in sentences, by its log density; None if nothing is seen.
 
@@ -23,7 +28,7 @@ def astray(info: RunInfo, weight: float = 1.0) -> str | None:
     if info.frozen.any():  # told already, and means are over fewer and fewer rows
         return None
     levels = (info.log_density / weight).tolist()
-    limit = _NATS + _NATS_EACH * info.step_size.shape[-1]
+    limit = reasonable(info.step_size.shape[-1])
     change, last = levels[-1] - levels[0], max(1, (len(levels) - 1) // _PARTS)
     if -change > limit:
         return (

@@ -1,4 +1,4 @@
-"""Pilot runs: a first guess of the step size is lowered until they succeed."""
+"""Pilot runs: a first guess of the step size is lowered until they succeed, and a metric is learned."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from torch import Tensor
 
 from ..density.interface import Density
 from ..density.layout import Layout
+from ..dynamics.adaptation import Adaptation
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.langevin import Langevin
+from ..dynamics.metric import Preconditioner
+from ..dynamics.metropolis import BEST_ACCEPTANCE
 from ..objectives.path import PathDensity
 from .run import run
+from .transitions import Given, Place, Transitions
 
 _LOGGER = logging.getLogger("pyro_shortrun")
 
@@ -21,6 +25,8 @@ _MAX_HALVINGS = 20
 _STIFF_DRIFT = 1.0
 _PILOT_ROWS = 16
 _FAILURES = 0.25  # share of rows
+_FIRST_STEP = 0.1  # of chains that learn a metric
+_AT_ONCE = 16  # transitions of these
 
 
 def back_off(dynamics: Dynamics, fails: Callable[[], bool], blame: Callable[[], object] = lambda: None) -> None:
@@ -55,6 +61,27 @@ def back_off(dynamics: Dynamics, fails: Callable[[], bool], blame: Callable[[], 
 def pilot_chains(layout: Layout) -> int:
     """How many chains make a pilot."""
     return max(1, _PILOT_ROWS // max(layout.rows, 1))
+
+
+@torch.no_grad()
+def pilot_metric(density: Density, start: Tensor, preconditioner: Preconditioner, total: int) -> Tensor:
+    """The factor of a metric that Metropolis-adjusted chains from ``start``, ``(chains, rows, size)``, learn in
+    ``total`` transitions; of every row."""
+    like = torch.zeros_like(start[0])
+    adaptation = Adaptation(
+        like, total, BEST_ACCEPTANCE, preconditioner, 0.5 * like.shape[-1] ** (-1 / 3) / _FIRST_STEP
+    )
+    block = Transitions(Langevin(), preconditioner, adjust=True, wanted=BEST_ACCEPTANCE)
+    here = Place(start, adaptation.scales.whiten(start), *density.value_and_grad(start))
+    while adaptation.ahead:
+        count = min(adaptation.ahead, _AT_ONCE)
+        noise, uniform = torch.randn(count, *start.shape).to(start), torch.rand(count, *start.shape[:2]).to(start)
+        given = Given(noise, uniform.log(), like.new_full((count, like.shape[-1]), _FIRST_STEP), noise)
+        here, following, passed = block.follow(density, adaptation, here, given)
+        adaptation.note(passed.u, passed.grad)
+        if adaptation.advance(following, count):
+            here = here._replace(white=adaptation.scales.whiten(here.u))
+    return adaptation.factor
 
 
 @torch.no_grad()

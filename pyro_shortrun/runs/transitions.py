@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..density.recurrence import Recurrence
-from ..dynamics.adaptation import Following
+from ..dynamics.adaptation import Adaptation, Following
 from ..dynamics.dynamics import Dynamics
 from ..dynamics.metric import Preconditioner, Scales
 from ..dynamics.metropolis import Position, decide, hastings_log_ratio
@@ -132,6 +132,19 @@ class Transitions:
         pools = torch.tensor(pooled, device=center.device)
         out = density.execute(self, (*here, *following, *given, center, pools, factor))
         return Place(*out[:4]), Following(*out[4:7]), Passed(*out[7:])
+
+    def follow(
+        self, density: Any, adaptation: Adaptation, here: Place, given: Given, length: int = 0
+    ) -> tuple[Place, Following, Passed]:
+        """As far as nothing is to be fitted, with the gains that an adaptation has now in place of those ``given``.
+
+        :param length: of the block, if that is longer.
+        """
+        chains, count = len(here.u), len(given.eta)
+        given = given._replace(gains=given.eta.new_tensor(adaptation.gains(count))).padded(max(length, count))
+        center, following = adaptation.center.expand(chains, -1).contiguous(), adaptation.following(chains)
+        out = self.run(density, here, following, given, center, adaptation.is_pooled, adaptation.factor)
+        return out[0], out[1], out[2].part(0, count)
 
     @torch.no_grad()
     def __call__(self, density: Any, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..density.affine import Affine
 from ..density.interface import Density
 
 _FLATTEST = 1e-6  # curvature of a prior
@@ -39,6 +40,10 @@ class Base(ABC):
 
         :param u: requires gradients.
         """
+
+    def inside(self, frame: Affine) -> Base:
+        """The same in other coordinates, where it does not know them from the density that it is evaluated with."""
+        return self
 
     def covariance(self, density: Density, u: Tensor) -> Tensor:
         """Covariance of every row at the start ``u``, ``(chains, rows, size, size)``."""
@@ -116,6 +121,10 @@ class GaussianBase(Base):
             u = self.loc + (self.scale @ noise.unsqueeze(-1)).squeeze(-1)
             log_scale = self.scale.diagonal(dim1=-2, dim2=-1).log()
         return u, torch.distributions.Normal(0.0, 1.0, validate_args=False).log_prob(noise) - log_scale
+
+    def inside(self, frame: Affine) -> Base:
+        factor = torch.diag_embed(self.scale) if self.is_diagonal else self.scale
+        return GaussianBase(frame.inward(self.loc), torch.linalg.solve_triangular(frame.factor, factor, upper=False))
 
     def evaluate(
         self, density: Density, u: Tensor, tensors: tuple[Tensor, ...], create_graph: bool

@@ -21,6 +21,7 @@ from ..density.structure import Structure
 from .base import GaussianBase
 from .finite import require_gradient
 from .fitting import Fit, fit_normal
+from .funnels import funnels
 from .normal import Normal
 from .start import Framed, Start, StartDraw
 from .target import Target
@@ -56,8 +57,8 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
     JMLR 2022.
 
     :ivar fit: the last :class:`~pyro_shortrun.starts.Fit`, or None.
-    :raises ValueError: at set-up, for more than 300 latents or subsampled ones, and for a log density without an upper
-        bound.
+    :raises ValueError: at set-up, for more than 300 latents or subsampled ones, for a log density without an upper
+        bound, and where no Gaussian is stationary; ``pretrain`` then goes on from what was found.
     """
 
     is_learned = True
@@ -148,7 +149,7 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
         :param call: with all latents in one row.
         """
         target = Target(call.model)  # of states of many shapes, for each of which there would be a graph
-        first = Normal(self.loc.double(), self.scale_tril.double()) if self.fitted else None
+        first = None if self.fit is None and not self.fitted else Normal(self.loc.double(), self.scale_tril.double())
         with poutine.block():
             places = _places(call)
             require_gradient(call.model, places.to(self.center).unsqueeze(1))
@@ -157,10 +158,10 @@ class Gaussian(PyroModule, Start, metaclass=_Kind):  # type: ignore[metaclass]
         normal = fit.normal
         self.center.copy_(normal.loc)
         self.factor.copy_(normal.factor)
-        self.fitted.fill_(True)
         self.shift, self.stretch = torch.zeros_like(self.shift), torch.zeros_like(self.stretch)
         self.fit = fit
         _report(fit, call)
+        self.fitted.fill_(True)
         return fit
 
     def __repr__(self) -> str:
@@ -185,11 +186,27 @@ def _report(fit: Fit, call: Call) -> None:
     _LOGGER.info(line, fit.bound, fit.error, fit.kind, fit.evaluations, fit.seconds)
     if not fit.converged:
         moving = _moving(fit, call)
+        raise ValueError(
+            f"the Gaussian start has not converged{f' at {moving}' if moving else ''} (bound {fit.bound:.5g} +- "
+            f"{fit.error:.2g}): the posterior is far from a Gaussian there, a funnel or a heavy tail, or has no upper "
+            "bound. Write scale parameters non-centred (poutine.reparam with LocScaleReparam), call "
+            "guide.pretrain(*args) again to go on, or pass start=Prior() or start=AutoNormal(model)."
+        )
+    for name, source in funnels(call.model, fit.normal).items():
         _LOGGER.warning(
-            "the Gaussian start has not converged%s: the posterior is far from a Gaussian there (a funnel, a heavy "
-            "tail or several modes). Write scale parameters non-centred (poutine.reparam), call guide.pretrain(*args) "
-            "to go on, and look at psis(model, guide, *args).",
-            f" at {moving}" if moving else "",
+            "'%s' and '%s' make a funnel: the scale of the one is the other, and data say little about it. Draws will "
+            "not reach the neck; write it non-centred: poutine.reparam(model, {'%s': LocScaleReparam(0.0)}).",
+            name,
+            source,
+            name,
+        )
+    for other in fit.others:
+        gap = other.loc - fit.normal.loc
+        size = torch.minimum(other.factor.norm(dim=1), fit.normal.factor.norm(dim=1))
+        _LOGGER.warning(
+            "the posterior has another mode, of about the same height, at other values of %s: the Gaussian start "
+            "covers one, and draws stay there. Where names can be exchanged, order them; else compare with chains.",
+            _sites(gap.abs() > 3 * size, call),
         )
 
 
@@ -205,7 +222,10 @@ def _check_bounded(fit: Fit, call: Call, target: Target) -> None:
 
 def _moving(fit: Fit, call: Call) -> str:
     """The sites whose means are far from stationary."""
-    if fit.residual is None:
-        return ""
-    rows = call.density.layout.unpack((fit.residual > 0.1).reshape(1, 1, -1))
-    return ", ".join(f"'{name}'" for name, marked in rows.items() if marked.any())
+    return "" if fit.residual is None else _sites(fit.residual > 0.1, call)
+
+
+def _sites(marked: Tensor, call: Call) -> str:
+    """Those with a coordinate that is marked, ``(size,)``."""
+    rows = call.density.layout.unpack(marked.reshape(1, 1, -1))
+    return ", ".join(f"'{name}'" for name, some in rows.items() if some.any())

@@ -6,10 +6,11 @@ import math
 import time
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .natural import natural_fit
-from .newton import laplace_on_paths
+from .newton import COMPARABLE, laplace_on_paths
 from .normal import Normal, antithetic
 from .target import Target
 
@@ -29,6 +30,7 @@ class Fit:
     :param residual: per coordinate, how far its mean is from stationary, in its standard deviations; None where it was
         not found by ascent of the bound.
     :param converged: whether no coordinate is far from stationary.
+    :param others: modes elsewhere that Newton's paths came to, with a bound within 3 nats of the best one's.
     :param evaluations: of the log density, Hessian products not counted.
     :param seconds: of this process.
     """
@@ -41,19 +43,21 @@ class Fit:
     converged: bool
     evaluations: int
     seconds: float
+    others: tuple[Normal, ...] = ()
 
 
 def fit_normal(target: Target, places: Tensor, first: Normal | None = None) -> Fit:
     """The better of two Gaussians: the best Laplace approximation on Newton's paths from ``places``, and what
-    natural-gradient ascent of the bound makes of it, or of ``first``.
+    natural-gradient ascent of the bound makes of it, and of ``first`` or the unit Gaussian.
 
     :param places: ``(n, size)``, where paths begin.
     :param first: a Gaussian of an earlier fit.
     :raises ValueError: where there is no place from which one can be found.
     """
     began = time.process_time()
-    laplace, height = laplace_on_paths(target, places, antithetic(_PATH_DRAWS, target.size, places))
-    ascended, residual = natural_fit(target, laplace if first is None else first)
+    laplace, height, others = laplace_on_paths(target, places, antithetic(_PATH_DRAWS, target.size, places))
+    unit = Normal(torch.zeros_like(places[0]), torch.diag_embed(torch.ones_like(places[0])))  # a peak may be too narrow
+    ascended, residual = natural_fit(target, laplace, unit if first is None else first)
     noise = antithetic(_BOUND_DRAWS, target.size, places)
     bound, error = _bound(target, ascended, noise)
     mean: Tensor | None = residual.mean.abs()
@@ -68,7 +72,10 @@ def fit_normal(target: Target, places: Tensor, first: Normal | None = None) -> F
             "the data for NaN, the observation's support, and priors that reach where the model is not defined; or "
             "pass another start, such as start=Prior()."
         )
-    return Fit(normal, kind, bound, error, mean, converged, target.evaluations, time.process_time() - began)
+    known = (laplace, *others) if height > bound - COMPARABLE else ()
+    others = tuple(mode for mode in known if mode.is_apart(normal))
+    seconds = time.process_time() - began
+    return Fit(normal, kind, bound, error, mean, converged, target.evaluations, seconds, others)
 
 
 def _bound(target: Target, normal: Normal, noise: Tensor) -> tuple[float, float]:

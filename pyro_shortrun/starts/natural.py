@@ -15,7 +15,8 @@ _TRUST = 4.0  # a precision falls by at most this factor in a step, as wider is 
 _STEEPEST = 100.0  # and rises by this one
 _SLACK = 0.1  # nats by which a bound may fall: over few draws, its highest point is not where it is stationary
 _REACH = 0.5  # how far the mean moves, in standard deviations times the root of the dimension
-_MOST, _HESSIANS = 256, 4000  # draws, and Hessian products, per iteration
+_FEWEST, _MOST, _HESSIANS = 8, 256, 4000  # draws, and Hessian products, per iteration
+_JUDGES = 64  # draws of the bounds by which starts are compared
 _SLOWEST, _FASTEST = 0.05, 0.7  # rates
 _PATIENCE = 20  # steps in which a bound is to rise
 
@@ -35,7 +36,7 @@ class Residual:
 
 
 def natural_fit(
-    target: Target, start: Normal, max_steps: int = 200, tolerance: float = 0.02
+    target: Target, *starts: Normal, max_steps: int = 200, tolerance: float = 0.02
 ) -> tuple[Normal, Residual]:
     r"""The Gaussian that maximises the bound, ``E[grad log pi] = 0`` and ``E[-Hessian log pi] = Sigma^-1``, by
 
@@ -44,23 +45,28 @@ def natural_fit(
 
     with expectations over fixed antithetic noise, of which there is more when the fit has settled on less. ``rho``
     falls where the bound does. Steps are limited in the coordinates of the Gaussian, so that they are the same in all
-    units. On a Gaussian target it is exact.
+    units. On a Gaussian target it is exact. Of several ``starts`` the one is taken from which it gets highest.
 
     Khan, Lin: Conjugate-computation variational inference, AISTATS 2017; Giordano, Ingram, Broderick: Black box
     variational inference with a deterministic objective, JMLR 2024.
 
     :param tolerance: the residual at which it ends, over the largest number of draws.
     """
-    most = max(4, min(_MOST, _HESSIANS // target.size))
-    count = min(8, most)
-    ascent = _Ascent(_Place.of(target, start, antithetic(count, target.size, start.loc)))
+    most, like = max(4, min(_MOST, _HESSIANS // target.size)), starts[0].loc
+    count = min(_FEWEST, most)
+    noise, judge = antithetic(count, target.size, like), antithetic(_JUDGES, target.size, like)
+    ascents = [_Ascent(_Place.of(target, start, noise)) for start in starts]
+    if len(ascents) > 1:
+        for ascent in ascents:
+            ascent.climb(target, 4 * tolerance, max_steps // 3)
+    ascent = max(ascents, key=lambda a: a.here.fit.bound(target, judge)[0]) if len(ascents) > 1 else ascents[0]
     for _ in range(max_steps):
         last = count >= most
         if ascent.is_done(tolerance if last else 4 * tolerance):
             if last:
                 break
             count = min(4 * count, most)
-            ascent = _Ascent(_Place.of(target, ascent.here.fit, antithetic(count, target.size, start.loc)))
+            ascent = _Ascent(_Place.of(target, ascent.here.fit, antithetic(count, target.size, like)))
         ascent.step(target)
     return ascent.here.fit, ascent.here.residual
 
@@ -76,6 +82,13 @@ class _Ascent:
         """Whether the Gaussian is stationary, or the bound no longer rises."""
         before = self._heights[-1 - _PATIENCE] if len(self._heights) > _PATIENCE else -math.inf
         return self.here.residual.size < tolerance or self._heights[-1] < before + _SLACK
+
+    def climb(self, target: Target, tolerance: float, max_steps: int) -> None:
+        """Steps until it is done, or hopeless."""
+        for _ in range(max_steps):
+            if self.is_done(tolerance):
+                return
+            self.step(target)
 
     def step(self, target: Target) -> None:
         """One step, or none where the bound would fall."""

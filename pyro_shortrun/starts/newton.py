@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from .normal import Normal, lower
 from .target import Target
 
 _STEPS = (4.0, 2.0, 1.0, 0.5, 0.25, 0.1, 0.03, 0.01, 1e-3, 1e-5)  # of Newton's own step
-_STILL = 1e-4  # Newton decrement, in nats
+_STILL, _SLOW = 1e-4, 0.1  # Newton decrements, in nats
+COMPARABLE = 3.0  # nats between the bounds of modes that count
 _PATIENCE = 4  # iterations in which the best bound of the paths does not move
 
 
@@ -37,7 +39,15 @@ class Curved:
         return (self.root @ (self.root.mT @ grad.unsqueeze(-1))).squeeze(-1)
 
 
-def laplace_on_paths(target: Target, start: Tensor, noise: Tensor, max_steps: int = 40) -> tuple[Normal, float]:
+class Paths(NamedTuple):
+    """The best Gaussian on the paths, its bound, and those with nearly as high a bound at modes elsewhere."""
+
+    best: Normal
+    bound: float
+    others: tuple[Normal, ...]
+
+
+def laplace_on_paths(target: Target, start: Tensor, noise: Tensor, max_steps: int = 40) -> Paths:
     r"""The Gaussian ``N(u_k, |H_k|^{-1})`` with the highest bound along damped Newton paths
 
     .. math:: u_{k+1} = u_k + t_k |H_k|^{-1} \nabla\log\pi(u_k) ,
@@ -50,9 +60,9 @@ def laplace_on_paths(target: Target, start: Tensor, noise: Tensor, max_steps: in
 
     :param start: ``(n, size)``, in double precision.
     :param noise: the noise of all bounds, ``(draws, size)``.
-    :return: the Gaussian and its bound.
     """
     best, highest, patience = Normal(start[0], torch.diag_embed(torch.ones_like(start[0]))), -torch.inf, _PATIENCE
+    ends: list[tuple[Normal, float]] = []
     u = start[target.value(start).isfinite()]
     for _ in range(max_steps if len(u) else 0):
         value, grad, curvature = target.curvature(u)
@@ -65,11 +75,18 @@ def laplace_on_paths(target: Target, start: Tensor, noise: Tensor, max_steps: in
         if bounds[place] > highest:
             best, highest = Normal(u[place], lower(curved.root[place])), bounds[place].item()
         decrement = (grad * step).sum(-1)
+        still = (decrement < _SLOW) & (bounds > highest - COMPARABLE)
+        ends = [(Normal(u[i], lower(curved.root[i])), bounds[i].item()) for i in still.nonzero().flatten().tolist()]
         patience -= 1
-        if (decrement < _STILL).all() or (patience < 0 and decrement[value.argmax()] < 0.1) or patience < -_PATIENCE:
+        if (decrement < _STILL).all() or (patience < 0 and decrement[value.argmax()] < _SLOW) or patience < -_PATIENCE:
             break
         u = moved
-    return best, highest
+    ends = [end for end in ends if end[1] > highest - COMPARABLE]
+    others: list[Normal] = []
+    for end, _ in sorted(ends, key=lambda end: -end[1]):
+        if all(end.is_apart(known) for known in (best, *others)):
+            others.append(end)
+    return Paths(best, highest, tuple(others))
 
 
 def _look(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .target import Target
 
+_FAR = 4.0
+
 
 @dataclass(frozen=True)
 class Normal:
@@ -32,6 +34,12 @@ class Normal:
     def is_finite(self) -> bool:
         """Whether it is a distribution."""
         return bool(self.loc.isfinite().all() & self.factor.isfinite().all() & (self.factor.diagonal() > 0).all())
+
+    def is_apart(self, other: Normal) -> bool:
+        """Whether each mean is more than four standard deviations away in the other's coordinates."""
+        gap = (self.loc - other.loc).unsqueeze(-1)
+        white = [torch.linalg.solve_triangular(n.factor, gap, upper=False).norm().item() for n in (self, other)]
+        return min(white) > _FAR
 
     def bound(self, target: Target, noise: Tensor) -> tuple[float, float]:
         """``E[log pi(u) - log q(u)] <= log p(x)`` over ``noise`` ``(n, size)``, in nats, and its standard error."""

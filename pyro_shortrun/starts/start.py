@@ -25,7 +25,7 @@ class Framed:
 
     frame: Affine
     state: Tensor
-    base: Base
+    base: Base | None
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,24 @@ def test_a_regression_passes_over_its_data_four_times_per_step(room, products, m
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5)
 
 
+def test_what_several_nodes_compute_is_written_down_once():
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x @ w, (x @ w).exp()).to_event(1), obs=x[:, 0])
+
+    guide = ShortRunGuide(
+        model, num_steps=4, dynamics=Langevin(StepSize(0.01)), start=AutoDiagonalNormal(model), objective=Annealed()
+    )
+    backend, x = Looking(), torch.randn(7, 3)
+    guide._compiler = Compiler(backend)
+    for _ in range(2):
+        ShortRunELBO().loss_and_grads(model, guide, x)
+    *_, back = (n for n in backend.module.graph.nodes if n.target is scan_op)
+    inputs = getattr(backend.module, back.args[0].target).graph.nodes
+    kept = [n for n in inputs if n.op == "placeholder" and n.name.startswith("kept")]
+    assert len(kept) == 3  # of x @ w, and of x.T with the derivatives in mean and scale
+
+
 def numbers(fn: Any, *inputs: Tensor) -> tuple[int, ...]:
     """Of what a function of tensors gives."""
     graph = make_fx(fn)(*inputs).graph
@@ -96,6 +114,11 @@ def numbers(fn: Any, *inputs: Tensor) -> tuple[int, ...]:
         (lambda x: (x.exp(), x.unsqueeze(0).squeeze(0).exp()), True),
         (lambda x: (x.exp(), x.unsqueeze(0)[0].exp()), True),
         (lambda x: (x.t().exp(), x.permute(1, 0).exp()), False),
+        (lambda x: (x.exp(), x.permute(-1, 0).exp()), False),
+        (lambda x: (x.exp(), x.permute(-2, 1).exp()), True),
+        (lambda x: (x.t().as_strided((6,), (1,)), x.t().contiguous().as_strided((6,), (1,))), False),
+        (lambda x: (x.float().exp(), torch.stack([x.float(), x.double()])[0].exp()), False),
+        (lambda x: (torch.empty_like(x), torch.empty_like(x)), False),
         (lambda x: (x[0].exp(), x[1].exp()), False),
         (lambda x: (torch.zeros_like(x.exp()), torch.zeros_like(x)), True),
         (lambda x: (torch.zeros_like(x), torch.zeros_like(x).add_(1)), False),
@@ -109,11 +132,22 @@ def test_the_same_value_has_the_same_number(fn, same):
     assert (a == b) is same
 
 
-def test_what_changes_in_place_is_like_nothing_else():
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: b[0].fill_(1.0),
+        lambda b: b.unbind(0)[1].fill_(1.0),
+        lambda b: b.chunk(2)[1].fill_(1.0),
+        lambda b: torch.exp(torch.ones(4), out=b),
+        lambda b: torch._foreach_add_([b], 1.0),
+    ],
+    ids=["view", "unbound", "chunk", "out", "list"],
+)
+def test_what_changes_in_place_is_like_nothing_else(change):
     def fn(x: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = torch.zeros(3), torch.zeros(3)
-        b[0].fill_(1.0)
+        a, b = torch.zeros(4), torch.zeros(4)
+        change(b)
         return a + x, b + x
 
-    a, b = numbers(fn, torch.randn(3))
+    a, b = numbers(fn, torch.randn(4))
     assert a != b

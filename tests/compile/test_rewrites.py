@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -26,13 +28,25 @@ def test_cumulative_sums(shape, dim, is_rewritten):
     torch.testing.assert_close(module(x)[0], x.cumsum(dim))
 
 
-def test_products_with_large_transposed_matrices():
+@pytest.mark.parametrize(
+    ("turn", "is_transposed"),
+    [
+        (lambda x: x.t(), True),
+        (lambda x: x.permute(-1, 0), True),
+        (lambda x: x.transpose(0, -1), True),
+        (lambda x: x.permute(0, 1), False),
+        (lambda x: x.permute(-2, 1), False),
+        (lambda x: x.transpose(1, 1), False),
+    ],
+    ids=["t", "permute", "transpose", "as it is", "as it is, from the end", "with itself"],
+)
+def test_products_with_large_transposed_matrices(turn, is_transposed):
     torch.manual_seed(0)
-    x, r = torch.randn(400, 60, dtype=torch.float64), torch.randn(400, dtype=torch.float64)
-    module = make_fx(lambda x, r: (torch.mv(x.t(), r),))(x, r)
+    x, r = torch.randn(400, 60, dtype=torch.float64), torch.randn(400 if is_transposed else 60, dtype=torch.float64)
+    module = make_fx(lambda x, r: (torch.mv(turn(x), r),))(x, r)
     rewrite(module)
-    assert "aten.mv" not in module.code
-    torch.testing.assert_close(module(x, r)[0], x.t() @ r)
+    assert ("aten.mv" not in module.code) is is_transposed
+    torch.testing.assert_close(module(x, r)[0], turn(x) @ r)
 
 
 def test_small_buffers_of_loops_are_on_the_stack(monkeypatch):
@@ -56,3 +70,22 @@ def test_small_buffers_of_loops_are_on_the_stack(monkeypatch):
         torch.testing.assert_close(found, known)
     again = [t.clone() for t in run(*given, *constants)]
     assert all(torch.equal(a, b) for a, b in zip(again, run(*given, *constants), strict=True))
+
+
+def test_threads_that_compile_leave_inductor_as_it_was():
+    from torch._inductor.codegen.common import device_codegens
+
+    from pyro_shortrun.compile.stack import on_the_stack
+
+    def enter() -> None:
+        with on_the_stack():
+            entered.set()
+
+    with on_the_stack():
+        pass
+    known, entered, other = device_codegens["cpu"], threading.Event(), threading.Thread(target=enter)
+    with on_the_stack():
+        other.start()
+        assert not entered.wait(0.05)  # while this one is within
+    other.join()
+    assert entered.is_set() and device_codegens["cpu"] is known

@@ -285,7 +285,7 @@ BAD = {
     "window must be 10 steps": {"num_steps": 100, "window": 5},
     "two windows no more than": {"num_steps": 100, "window": 51},
     "window must be an integer": {"window": True},
-    "num_steps=99 is too few": {"num_steps": 99, "stop_when_converged": True},
+    "num_steps must be 100 at least, got 99": {"num_steps": 99, "stop_when_converged": True},
 }
 
 

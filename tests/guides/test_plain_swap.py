@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.reparam import LocScaleReparam
 from torch.distributions import constraints
 
 from pyro_shortrun import (
@@ -23,6 +25,10 @@ from pyro_shortrun import (
     ShortRunGuide,
     StepSize,
 )
+from pyro_shortrun.density.call import Call
+from pyro_shortrun.guides.refinement import _moving
+from pyro_shortrun.starts import Normal, fitting
+from pyro_shortrun.starts.newton import Paths
 
 
 def units():
@@ -250,3 +256,114 @@ def test_a_back_off_that_reaches_its_floor_is_refused():
 
     with pytest.raises(ValueError, match=r"halved 20 times.*start=Gaussian\(\)"):
         ShortRunGuide(steep, step_size=0.1, start=Prior()).setup(torch.zeros(1))
+
+
+def funnel(n):
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    pyro.sample("x", dist.Normal(torch.zeros(n), (v / 2).exp()).to_event(1))
+
+
+def test_a_funnel_is_said(caplog):
+    """And the same non-centred is not one, nor is a hierarchy that data pin."""
+
+    def pinned(n):
+        scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+        with pyro.plate("groups", 20):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("y", dist.Normal(z, 0.05), obs=torch.linspace(-2.0, 2.0, 20))
+
+    centred = poutine.reparam(funnel, {"x": LocScaleReparam(0.0, shape_params=())})
+    for model, said in ((funnel, True), (centred, False), (pinned, False)):
+        pyro.clear_param_store()
+        caplog.clear()
+        ShortRunGuide(model, num_steps=2).setup(9)
+        lines = [r.getMessage() for r in caplog.records if "funnel" in r.getMessage()]
+        assert bool(lines) == said, lines
+        assert not said or all(word in lines[0] for word in ("'x' and 'v'", "LocScaleReparam(0.0)"))
+
+
+def test_modes_are_said(caplog):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+        pyro.factor("f", -0.5 * (z.abs() - 5.0) ** 2)
+
+    ShortRunGuide(model, num_steps=2).setup()
+    lines = [r.getMessage() for r in caplog.records if "another mode" in r.getMessage()]
+    assert lines and all("values of 'z':" in line for line in lines)
+
+
+def test_heavy_weights_are_said_once(caplog):
+    """A start that is a fiftieth as wide as the posterior, and a run too short to widen it."""
+
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = ShortRunGuide(model, num_steps=1, step_size=StepSize(1e-6)).setup()
+    guide.start.stretch = torch.full((1, 1), -40.0)
+    for _ in range(2):
+        guide.sample_posterior(num_samples=2000)
+    assert guide.info.k_hat > 0.7
+    (line,) = [r.getMessage() for r in caplog.records if "k-hat" in r.getMessage()]
+    assert "most of all at 'z' (" in line and "LocScaleReparam" in line
+
+
+def test_the_sites_that_weights_move():
+    """Half of the weight on the first of four draws moves 'a' by .5 and 'b' by .1 standard deviations, 'c' not."""
+
+    def model():
+        for name in "abc":
+            pyro.sample(name, dist.Normal(0.0, 1.0))
+
+    layout = Call.of(model, (), {}).jointly().density.layout
+    state = torch.tensor([[1.5, 1.0, 0.0], [-0.5, 0.8, 1.0], [-0.5, 1.2, -1.0], [-0.5, 0.6, 0.0]]).unsqueeze(1)
+    weights = torch.tensor([0.5, 1 / 6, 1 / 6, 1 / 6])
+    assert _moving(layout, state, weights.log()) == "'a'"
+    assert _moving(layout, state[:, :, [1, 0, 2]], weights.log()) == "'b'"
+
+
+@pytest.mark.parametrize(
+    "options,weighed",
+    [({}, True), ({"adjust": 0}, False), ({"resample": False}, False), ({"num_samples": 50}, False)]
+    + [({"adjust": 0, "resample": True}, True)],
+    ids=["default", "unadjusted", "not resampled", "few", "asked for"],
+)
+def test_when_draws_are_weighed(options, weighed):
+    x = torch.tensor([1.0, -2.0, 0.3])
+    guide = ShortRunGuide(shared, num_steps=2, step_size=StepSize(0.05))
+    guide.sample_posterior(x, **{"num_samples": 200, **options})
+    assert (guide.info.k_hat is not None) == weighed
+    assert (guide.info.acceptance is not None) == (options.get("adjust") != 0)
+
+
+def test_a_fit_that_does_not_converge_is_refused_and_goes_on(monkeypatch):
+    """By its site, at set-up and at every use, until the fit has converged."""
+    x, y = data()
+    real = fitting.natural_fit
+    monkeypatch.setattr(fitting, "natural_fit", lambda *a: real(*a, max_steps=3))
+    monkeypatch.setattr(
+        fitting,
+        "laplace_on_paths",
+        lambda *a: Paths(Normal(torch.zeros(4).double(), torch.eye(4).double()), -math.inf, ()),
+    )
+
+    def model(x, y):
+        pyro.sample("fine", dist.Normal(0.0, 1.0))
+        regression(x, y)
+
+    guide = ShortRunGuide(model, num_steps=2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"not converged at 'w' .*LocScaleReparam.*guide.pretrain"):
+            guide.sample_posterior(x, y, num_samples=5)
+    monkeypatch.undo()
+    w = guide.sample_posterior(x, y, num_samples=2000)["w"][0] * units()
+    mean, covariance = posterior(x, y)
+    assert ((w.mean(0) - mean) / covariance.diagonal().sqrt()).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("start", [None, Gaussian()], ids=["by rule", "given"])
+def test_flat_priors_can_be_fitted(start):
+    """The posterior of a mean under a flat prior is N(mean, 1 / n)."""
+    x = torch.tensor([101.0, 103.0, 99.0, 105.0])
+    draws = ShortRunGuide(flat, num_steps=5, start=start).sample_posterior(x, num_samples=4000)["loc"][0]
+    assert draws.mean().item() == pytest.approx(102.0, abs=0.05) and draws.std().item() == pytest.approx(0.5, abs=0.03)

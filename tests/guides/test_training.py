@@ -31,6 +31,7 @@ from pyro_shortrun import (
     StepSize,
 )
 from pyro_shortrun.compile import Compiler, Untouched
+from pyro_shortrun.guides.training import _gap
 
 STEPS = 3
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of rows that freeze, and of what is random
@@ -268,6 +269,100 @@ def test_weights_of_a_network_get_their_gradients():
     assert_same(found, steps(model, (x,), False)[0])
 
 
+def test_gradients_may_be_changed_in_place(caplog):
+    """Clipped together, for one: parameters that are added up have one gradient, that of a sum is one number."""
+
+    def model(x: Tensor) -> None:
+        a, b, c = (pyro.param(name, torch.zeros(4)) for name in "abc")
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.factor("f", c.sum())
+        pyro.sample("x", dist.Normal(z + (a + b), 1.0).to_event(1), obs=x)
+
+    guide, x = guide_of(model), torch.randn(4)
+    losses(guide, x, count=3)
+    before = gradients(guide, x)  # from the graph alone
+    store = pyro.get_param_store()._params
+    store["a"].grad.mul_(2.0)
+    store["c"].grad.mul_(3.0)
+    assert not warned(caplog)
+    for name, factor in dict(a=2.0, b=1.0, c=3.0).items():
+        torch.testing.assert_close(store[name].grad, factor * before[name])
+
+
+def test_a_gradient_that_is_rounding_is_no_reason_to_give_up(caplog):
+    """That of what is added to all logits is zero, whatever a sum leaves of it in single precision."""
+    torch.set_default_dtype(torch.float32)
+
+    class Rounding(Untouched):
+        def build(self, module: Any, inputs: list[Tensor]) -> Any:
+            def run(*values: Tensor) -> tuple[Tensor, ...]:
+                summary, *record = module(*values)
+                return summary, *(t + 3 * torch.finfo(t.dtype).eps if t.is_floating_point() else t for t in record)
+
+            return run
+
+    def model(x: Tensor) -> None:
+        shift = pyro.param("shift", torch.tensor(0.3))
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.sample("x", dist.Categorical(logits=z + shift), obs=x)
+
+    guide, x = guide_of(model, start=AutoDiagonalNormal(model), objective=Annealed()), torch.tensor(1)
+    guide._compiler = Compiler(Rounding())
+    losses(guide, x, count=4)
+    assert not guide.steps.given_up, warned(caplog)
+
+
+def test_numbers_that_are_not_finite_hide_no_others():
+    inf = float("inf")
+    assert _gap(torch.tensor([inf, 1.0]), torch.tensor([inf, 2.0])) == pytest.approx(0.5)
+    assert _gap(torch.tensor([inf, 1.0]), torch.tensor([1.0, inf])) == inf
+    assert _gap(torch.tensor([inf]), torch.tensor([inf])) == 0.0
+
+
+def test_tensors_that_are_not_contiguous(caplog):
+    """As the columns of a data frame are: what is a view of them stays one in the graph."""
+    first, second = torch.randn(2, 5).t(), torch.randn(2, 5).t()
+
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        terms = [(m.t().reshape(-1).view(2, 5) * w.unsqueeze(-1)).sum(0) for m in (first, second)]
+        pyro.sample("x", dist.Normal(terms[0] + terms[1].sin(), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(5)
+    found, guide = steps(model, (x,), True)
+    assert not guide.steps.given_up, warned(caplog)
+    assert_same(found, steps(model, (x,), False)[0])
+
+
+def test_what_is_kept_for_the_way_back_keeps_its_strides(caplog):
+    """Solutions of triangular systems lie in memory column by column."""
+    factor = torch.eye(4) + 0.3 * torch.ones(4, 4).tril(-1)
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        columns = 0.1 * torch.outer(torch.arange(4.0), z).exp()
+        solved = torch.linalg.solve_triangular(factor, columns, upper=False)
+        pyro.sample("x", dist.Normal(solved.mT.reshape(8).sin(), 1.0).to_event(1), obs=x)
+
+    options, x = dict(objective=Annealed, start="diagonal"), torch.randn(8)
+    found, guide = steps(model, (x,), True, **options)
+    assert not guide.steps.given_up, warned(caplog)
+    assert_same(found, steps(model, (x,), False, **options)[0])
+
+
+def test_what_is_drawn_may_depend_on_what_was_filled_in_place(caplog):
+    def model(x: Tensor) -> None:
+        shape = torch.ones(3)
+        shape[0] = pyro.param("a", torch.tensor(2.0), constraint=dist.constraints.positive)
+        z = pyro.sample("z", dist.Gamma(shape, 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(), 1.0), obs=x)
+
+    x = torch.tensor(2.0)
+    found, guide = steps(model, (x,), True)
+    assert not guide.steps.given_up, warned(caplog)
+    assert_same(found, steps(model, (x,), False)[0])
+
+
 # ---------------------------------------------------------------- what is noticed in every call
 
 
@@ -329,17 +424,23 @@ def test_one_tensor_as_two_arguments_and_in_a_closure():
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["weights of its own", "an object", "a changing buffer"])
+NETS = ["weights of its own", "a changing buffer"]
+
+
+@pytest.mark.parametrize("kind", [*NETS, "an object", "a part of a buffer"])
 def test_what_a_graph_would_get_wrong_is_eager(kind, caplog):
     net = nn.BatchNorm1d(2) if kind == "a changing buffer" else nn.Linear(2, 2)
+    calls = torch.zeros(2)
 
     def model(x: Any) -> None:
         data = x.data if isinstance(x, Batch) else x
         if kind == "a changing buffer":
             pyro.module("net", net)
+        elif kind == "a part of a buffer":
+            calls[0] += 1.0
         with pyro.plate("data", len(data)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z if kind == "an object" else net(z), 1.0).to_event(1), obs=data)
+            pyro.sample("x", dist.Normal(net(z) if kind in NETS else z, 1.0).to_event(1), obs=data)
 
     class Batch:
         data = torch.randn(4, 2)

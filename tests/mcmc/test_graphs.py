@@ -137,7 +137,7 @@ class Told:
         ([0.01, 5.0, 0.001], [100, 99, 98], 1),  # 1 s is; tracing itself is not counted
         ([0.1, 0.3, 0.1, 0.1], [1000, 999, 998, 997], 2),  # 100 s are
         ([0.1] * 4, [None] * 4, 0),  # not known: 0.4 s were
-        ([0.1] * 8, [None] * 8, 1),
+        ([0.1] * 10, [None] * 10, 1),
     ],
 )
 def test_graphs_are_made_where_they_pay(seconds, lefts, wanted):

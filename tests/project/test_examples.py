@@ -40,8 +40,8 @@ EXPECTED = {
     "anomaly": ("base rate", {"anomaly.txt", "results.json"}),
     "chains": ("ESS/s", {"chains.txt", "results.json"}),
     "posteriordb": ("R-hat", {"table.txt", "results.json"}),
-    "plain_swap": ("right in all three", {"table.txt", "results.json"}),
-    "posteriors": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
+    "gradients": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
+    "posteriors": ("Right in all three", {"table.txt", "results.json", "errors.png"}),
     "scaling": ("SIMULATED", {"scaling.txt", "results.json"}),
     "generators": ("CPU seconds each", {"generators.txt", "results.json"}),
     "soak": ("drift of frozen", {"soak.txt", "results.json", "soak.png"}),
@@ -50,8 +50,9 @@ EXPECTED = {
     "tuning": ("s/best", {"tuning.txt", "results.json"}),
 }
 # Imported by an example.
-MODULES = {"posteriordb_models", "posteriors_dais", "posteriors_rivals", "record", "speed_models", "speed_jax"}
-MODULES |= {"teaching_images", "generators_data", "generators_methods"}
+MODULES = {"gradients_dais", "gradients_rivals", "posteriordb_models", "record", "speed_models", "speed_jax"}
+MODULES |= {"posteriors_language", "posteriors_methods", "posteriors_models", "posteriors_numpyro", "teaching_images"}
+MODULES |= {"generators_data", "generators_methods"}
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in MODULES], ids=lambda p: p.stem)

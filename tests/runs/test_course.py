@@ -147,6 +147,14 @@ def test_short_runs_of_a_kernel():
         VectorizedMCMC(kernel, 3, 2, num_chains=3, disable_progbar=True).run(torch.tensor(X))
 
 
+def test_chains_that_climb_for_ever(told):
+    """Adjusted ones; of others the clipped drifts are told."""
+    for target, warned in ((model, 0), (upside_down, 1)):
+        kernel = ShortRunLangevin(target, 5, adjust=True)
+        VectorizedMCMC(kernel, 30, 5, num_chains=3, disable_progbar=True).run(torch.tensor(X))
+        assert len(told("still rises after the warm-up")) == warned
+
+
 def tilted(x: Tensor) -> None:
     with pyro.plate("n", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -109,3 +109,42 @@ def test_no_place_is_finite():
 
     with pytest.raises(ValueError, match="no Gaussian has a finite bound.*start=Prior"):
         fit_normal(Target(Call.of(model, (), {}).jointly().density), torch.zeros(2, 1).double())
+
+
+def test_two_modes_are_two():
+    """Both are found from five places, and one that is 10 nats lower does not count."""
+
+    def model(depth: float) -> None:
+        u = pyro.sample("u", dist.Normal(0.0, 100.0))
+        pyro.factor("f", torch.logaddexp(-0.5 * (u - 5.0) ** 2, -depth - 0.5 * (u + 5.0) ** 2))
+
+    for depth, others in ((0.0, 1), (10.0, 0)):
+        target = Target(Call.of(model, (depth,), {}).jointly().density)
+        fit = fit_normal(target, torch.tensor([[-2.0], [0.5], [2.0]]).double())
+        assert len(fit.others) == others
+        assert abs(fit.normal.loc.item()) == pytest.approx(5.0, abs=0.1)
+    assert fit.normal.loc > 0
+
+
+def test_a_narrow_peak_does_not_win():
+    """A centred hierarchy, whose density has no upper bound where its scale vanishes: the ascent from a unit Gaussian
+    finds the broad part, whose bound is that of the same hierarchy non-centred within a nat."""
+    y = torch.randn(30, 4) + torch.randn(30, 1) + 3.0
+
+    def centred() -> None:
+        scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+        with pyro.plate("groups", 30):
+            z = pyro.sample("z", dist.Normal(3.0, scale))
+            pyro.sample("y", dist.Normal(z.unsqueeze(-1), 1.0).to_event(1), obs=y)
+
+    def non_centred() -> None:
+        scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+        with pyro.plate("groups", 30):
+            z = 3.0 + scale * pyro.sample("e", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z.unsqueeze(-1), 1.0).to_event(1), obs=y)
+
+    fits = []
+    for model in (centred, non_centred):
+        target = Target(Call.of(model, (), {}).jointly().density)
+        fits.append(fit_normal(target, torch.zeros(1, 31).double()))
+    assert fits[0].bound == pytest.approx(fits[1].bound, abs=1.0) and all(fit.converged for fit in fits)

@@ -1,4 +1,4 @@
-"""What every method of posteriors.py is given and gives back, and the methods it is compared with, all in Pyro.
+"""What every method of gradients.py is given and gives back, and the methods it is compared with, all in Pyro.
 
 These programs were not written for batches, so that AutoGuides draw their particles in a plate and the log joint is
 taken under `torch.vmap`: the value and gradient of `Trace_ELBO(num_particles=P)`. For the same reason SVGD moves one

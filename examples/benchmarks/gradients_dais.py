@@ -1,4 +1,4 @@
-"""NumPyro's AutoDAIS on the posteriors of posteriors.py: a child process that runs JAX, and the parent's side of it.
+"""NumPyro's AutoDAIS on the posteriors of gradients.py: a child process that runs JAX, and the parent's side of it.
 
 Each log density is written once more in JAX, over the unconstrained coordinates of the Pyro program. The parent
 compares the two at random points; their difference must be a constant, which corrects the bound. As for short runs, the
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from posteriors_rivals import Bound, Fitted, Meter
+    from gradients_rivals import Bound, Fitted, Meter
 
 NUM_PARTICLES, RATE = 4, 0.02
 
@@ -270,7 +270,7 @@ def auto_dais(python: str | None, steps: int, seed: int, base: str, bound: Bound
     :raises RuntimeError: without NumPyro, and where the two densities do not agree.
     """
     import torch
-    from posteriors_rivals import ALONE, DECAY, NUM_DRAWS, PROBE_DRAWS, START_RATE, Fitted
+    from gradients_rivals import ALONE, DECAY, NUM_DRAWS, PROBE_DRAWS, START_RATE, Fitted
 
     if python is None:
         raise RuntimeError("needs --jax-python")
