@@ -23,13 +23,8 @@ FULL = {
     "lae": ("--data mnist.npz --quick", "autoencoder.md#measured"),
     "link_prediction": ("--data FOLDER", "semi_implicit.md#dynamic-graphs"),
     "many_guides": ("", "reliability.md#many-guides"),
-<<<<<<< HEAD
-    "posteriordb": ("--data FOLDER --dense", "chains.md#how-it-compares-with-nuts"),
-    "posteriors": ("--data FOLDER --jax-python PYTHON", "comparison.md#the-plain-swap"),
-=======
     "posteriordb": ("--data FOLDER --dense --uniform", "chains.md#how-it-compares-with-nuts"),
-    "posteriors": ("--data FOLDER --quick --jax-python PYTHON", "objectives.md#sixteen-posteriors"),
->>>>>>> kern
+    "posteriors": ("--data FOLDER --jax-python PYTHON", "comparison.md#the-plain-swap"),
     "scaling": ("--quick", "scaling.md"),
     "soak": ("", "reliability.md#a-long-run"),
     "speed": ("--quick", "speed.md"),
