@@ -33,10 +33,11 @@ class ShortRunELBO(ELBO):
     >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), ShortRunELBO())
     >>> loss = svi.step(torch.ones(3))
 
+    From a start without a density (``Persistent``) it is ``-log p(x, z_K)``, as ``Trace_ELBO``'s: no bound.
+
     :param num_particles: ``P``.
     :raises ValueError: where guide and model do not belong together.
-    :raises NotImplementedError: for a ``Persistent`` start (there is no bound), and where a latent's support depends on
-        parameters; use ``Trace_ELBO``.
+    :raises NotImplementedError: where a latent's support depends on parameters; use ``Trace_ELBO``.
     """
 
     def __init__(self, num_particles: int = 1) -> None:
@@ -46,7 +47,7 @@ class ShortRunELBO(ELBO):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a tensor to differentiate."""
         self.check(model, guide)
-        return -guide.log_weight(*args, num_particles=self.num_particles, **kwargs).mean()
+        return -guide.run_weight(args, kwargs, self.num_particles).mean()
 
     @staticmethod
     def check(model: Any, guide: Any) -> None:

@@ -162,20 +162,24 @@ class ShortRunGuide(DensityGuide):
         check_count("num_particles", num_particles)
         if not self._start.has_density:
             raise NotImplementedError(f"{type(self._start).__name__} starts have no density: use Trace_ELBO.")
+        return self.run_weight(args, kwargs, num_particles)
+
+    def run_weight(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_particles: int) -> Tensor:
+        """The same; from a start without a density ``log p(x, z_K)``."""
         if is_weighted_from_outside():
             raise NotImplementedError("poutine.scale, poutine.mask or a plate around ShortRunELBO: use Trace_ELBO.")
         with ordinary_autograd() as grad_enabled, self._pyro_context:
             call, result, log_q, gradients = self._play(args, kwargs, num_particles, grad_enabled, lands=grad_enabled)
             density = call.density.differentiable(result.end, grad_enabled)
+            if not self._start.has_density:
+                log_q = call.constrain(result.end, True, result.landed and result.landed[1:])[1]
             return (density - call.density.layout.row_weight * log_q).sum(-1)
 
     def _play(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int, grad_enabled: bool, lands: bool = False
     ) -> tuple[Call, ShortRun, Tensor, Gradients]:
-        """A training or evaluation call: its run and ``log q(u_K)``, ``(chains, rows)``.
-
-        :param lands: whether the log density of the end will be differentiated in the parameters.
-        """
+        """A training or evaluation call: its run and ``log q(u_K)``, ``(chains, rows)``; ``lands``: whether the log
+        density of the end will be differentiated in the parameters."""
         masked = is_masked_out()
         training = grad_enabled and not masked
         call = self._bind(args, kwargs, chains)

@@ -100,7 +100,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="another model"):
         loss.loss_and_grads(moving, ShortRunGuide(local, start=Prior()), x)
     with pytest.raises(NotImplementedError, match="Persistent"):
-        loss.loss_and_grads(local, ShortRunGuide(local, start=Persistent()), x)
+        ShortRunGuide(local, start=Persistent()).setup(x).log_weight(x)
     with pytest.raises(NotImplementedError, match="support depends on parameters"):
         loss.loss_and_grads(moving, ShortRunGuide(moving, start=Prior()), x)
 

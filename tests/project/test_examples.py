@@ -80,7 +80,7 @@ def test_posterior_file_of_the_quickstart_opens_in_arviz(tmp_path):
     python(str(ROOT / "examples" / "quickstart.py"), "--smoke", "--data", "data.npz", "--output", "out", cwd=tmp_path)
     posterior = az.from_netcdf(str(tmp_path / "out" / "posterior.nc"))["posterior"]
     assert dict(posterior.sizes)["chain"] == 4
-    assert set(posterior.data_vars) == {"z2", "z1_decentered"}
+    assert {"z2", "z1_decentered"} <= set(posterior.data_vars)
 
 
 # No warning passes, but for the one that ArviZ 0.23 gives at its first import of the day.

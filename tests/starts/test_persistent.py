@@ -13,7 +13,7 @@ from programs import contraction, data, frozen, local, parametrised, recorded, s
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor
 
-from pyro_shortrun import Persistent, ShortRunGuide, StepSize
+from pyro_shortrun import Persistent, ShortRunELBO, ShortRunGuide, StepSize
 
 
 def test_persistent_run_continues(dtype):
@@ -174,3 +174,25 @@ def test_longer_runs_from_the_prior_for_data_never_seen():
     steps = ShortRunGuide(local, num_steps=2, step_size=StepSize(0.1, per="step"), start=Persistent())
     with pytest.raises(ValueError, match="num_steps is for runs without"):
         steps.sample_posterior(new, num_steps=3)
+
+
+def test_the_loss_without_traces_is_that_of_trace_elbo():
+    """Of a real latent and of a positive one: the log joint at the draw, and its gradient."""
+
+    def model(x: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(0.7))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            w = pyro.sample("w", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Normal(z * w, scale), obs=x)
+
+    x, found = data(), []
+    for elbo in (Trace_ELBO(), ShortRunELBO()):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = ShortRunGuide(model, num_steps=2, dynamics=contraction(0.01), start=Persistent())
+        for _ in range(3):
+            pyro.param("scale", torch.tensor(0.7)).grad = None
+            loss = elbo.loss_and_grads(model, guide, x)
+            found += [loss, pyro.param("scale").grad.item()]
+    assert found[:6] == pytest.approx(found[6:])
