@@ -213,9 +213,10 @@ def _report(fit: Fit, call: Call) -> None:
 def _check_bounded(fit: Fit, call: Call, target: Target) -> None:
     """Refuse a density that was still rising where no data can have taken it, or where a nat is lost to rounding."""
     if not fit.converged and fit.bound > min(_BEYOND, 1 / target.rounding):
+        where = _moving(fit, call) or ", ".join(f"'{s.name}'" for s in call.density.layout.sites)
         raise ValueError(
             f"the log density has no upper bound: fitting a Gaussian, it rose to {fit.bound:.2g} nats along "
-            f"{_moving(fit, call) or 'all latents'}. Look for a pyro.factor of the wrong sign, or a latent that "
+            f"{where}. Look for a pyro.factor of the wrong sign, or a latent that "
             "neither prior nor data hold."
         )
 

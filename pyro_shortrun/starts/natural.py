@@ -13,6 +13,7 @@ from .target import Target
 
 _TRUST = 4.0  # a precision falls by at most this factor in a step, as wider is more dangerous than narrower
 _STEEPEST = 100.0  # and rises by this one
+_HUGE = 1e100  # curvature of a density that has no upper bound
 _SLACK = 0.1  # nats by which a bound may fall: over few draws, its highest point is not where it is stationary
 _REACH = 0.5  # how far the mean moves, in standard deviations times the root of the dimension
 _FEWEST, _MOST, _HESSIANS = 8, 256, 4000  # draws, and Hessian products, per iteration
@@ -123,6 +124,7 @@ class _Place:
             known = torch.ones_like(known)
         white = whitened(curvature[known].mean(0), fit.factor)
         slope = grad[known].mean(0) @ fit.factor
+        white = white.nan_to_num(0.0, _HUGE, -_HUGE).clamp(-_HUGE, _HUGE)
         values, vectors = torch.linalg.eigh(white)
         bound = (value.mean() + fit.log_scale).item()
         spread = values.clamp(1 / _TRUST, _STEEPEST).log().abs().max().item()
