@@ -120,7 +120,7 @@ def _compiled(module: GraphModule, inputs: list[Tensor], cpp_wrapper: bool) -> F
             node.meta.pop("val", None)
     with config.patch(cpp_wrapper=cpp_wrapper, unsafe_marked_cacheable_functions=cacheable):
         with tracing(TracingContext(fake)):
-            return torch._inductor.compile(module, list(inputs))
+            return torch._inductor.compile(module, [t.detach() for t in inputs])  # else one given twice counts once
 
 
 def _cuda_graphs(module: GraphModule) -> Function:

@@ -14,6 +14,7 @@ _SHORT = 64
 
 def rewrite(module: GraphModule) -> None:
     """In place."""
+    _mark_failures(module)
     _split_transposed_products(module)
     _sum_short_scans(module)
     module.graph.eliminate_dead_code()
@@ -75,3 +76,22 @@ def _is_short(node: Node) -> bool:
     if meta is None or not meta.shape or node.kwargs or not meta.dtype.is_floating_point:
         return False
     return node.args[1] in (-1, len(meta.shape) - 1) and meta.shape[-1] <= _SHORT
+
+
+def _mark_failures(module: GraphModule) -> None:
+    """Factorisations that fail give NaN, in place of an error that a compiled loop cannot raise."""
+    aten = torch.ops.aten
+    for check in [n for n in module.graph.nodes if n.target is aten._linalg_check_errors.default]:
+        info: Any = check.args[0]
+        factorisation = info.args[0]
+        for result in [n for n in factorisation.users if n is not info]:
+            above = len(result.meta["tensor_meta"].shape) - len(info.meta["tensor_meta"].shape)
+            with module.graph.inserting_after(max(info, result)):
+                failed = module.graph.call_function(aten.ne.Scalar, (info, 0))
+            for _ in range(above):
+                with module.graph.inserting_after(failed):
+                    failed = module.graph.call_function(aten.unsqueeze.default, (failed, -1))
+            with module.graph.inserting_after(failed):
+                marked = module.graph.call_function(aten.masked_fill.Scalar, (result, failed, float("nan")))
+            result.replace_all_uses_with(marked, delete_user_cb=lambda user, marked=marked: user is not marked)
+        module.graph.erase_node(check)

@@ -89,3 +89,28 @@ def test_threads_that_compile_leave_inductor_as_it_was():
         assert not entered.wait(0.05)  # while this one is within
     other.join()
     assert entered.is_set() and device_codegens["cpu"] is known
+
+
+def test_factorisations_that_fail_give_nan():
+    """In a batch, those alone."""
+    good = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    both = torch.stack([good, -good])
+    module = make_fx(lambda a: (torch.linalg.cholesky(a).sum((-2, -1)),))(torch.stack([good, good]))
+    rewrite(module)
+    assert "_linalg_check_errors" not in module.code
+    (found,) = module(both)
+    assert found[0] == torch.linalg.cholesky(good).sum() and found[1].isnan()
+
+
+def test_loops_with_factorisations_compile():
+    covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+
+    def block(u, eta):
+        for step in eta:
+            u = u - step * (u @ torch.linalg.cholesky(covariance))
+        return (u,)
+
+    given = torch.randn(3, 2), torch.rand(4, 1)
+    module, constants = trace(Scan(block, Recurrence(1, 1)), given, Live({}, ()))
+    run = inductor.Inductor().build(module, [*given, *constants])
+    torch.testing.assert_close(run(*given, *constants)[0], block(*given)[0])
