@@ -18,6 +18,7 @@ SCRIPTS = DOCS.parent / "examples" / "benchmarks"
 FULL = {
     "anomaly": ("--data mnist.npz --quick", "energy.md#measured"),
     "chains": ("", "chains.md#how-it-compares-with-nuts"),
+    "first_calls": ("", "speed.md#training-steps-as-one-graph"),
     "generators": ("--data FOLDER", "objectives.md#generators"),
     "gradients": ("--data FOLDER --quick --jax-python PYTHON", "objectives.md#sixteen-posteriors"),
     "lae": ("--data mnist.npz --quick", "autoencoder.md#measured"),

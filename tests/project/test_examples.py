@@ -30,6 +30,7 @@ EXPECTED = {
     "fabric": ("gradient of 2 ranks", {"fabric.txt"}),
     "energy_images": ("with energy", {"images.txt", "samples.png", "layers.png"}),
     "langevin_autoencoder": ("std of codes", {"reconstructions.png", "samples.png", "posterior.png", "training.png"}),
+    "first_calls": ("compiler s", {"table.txt", "results.json"}),
     "many_guides": ("alive", {"table.txt", "results.json"}),
     "lae": ("-log p(x)", {"lae.txt", "lae.json", "results.json"}),
     "coopnets": ("taught by regression", {"coopnets.txt", "samples.png", "chains.png"}),
