@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..density.interface import Block, Density
 from ..density.model import LogDensity
-from .graph import Function, Graph, Live, bound, roles, trace
+from .graph import Function, Graph, Live, bound, roles, sources_forgotten, trace
 from .inductor import Backend, Inductor
 from .scan import Scan
 
@@ -52,7 +52,7 @@ class Compiler:
             return None
         if key not in self._graphs:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), sources_forgotten():
                     module, constants = trace(fn, inputs, live)
                     values = [*inputs, *bound(constants, live)]
                     self._graphs[key] = Graph.of(self.backend.build(module, values), constants, live)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -72,6 +73,19 @@ class Same:
 def spec(t: Tensor) -> tuple[Any, ...]:
     """What a compiled graph takes for granted of a tensor."""
     return t.shape, t.stride(), t.dtype, t.device
+
+
+@contextmanager
+def sources_forgotten() -> Iterator[None]:
+    """Without what torch keeps for good: the source text of every graph that is made within, for tracebacks through it,
+    some megabytes for each training step."""
+    kept: dict[str, str] = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
+    before = set(kept)
+    try:
+        yield
+    finally:
+        for name in set(kept) - before:
+            del kept[name]
 
 
 @dataclass(frozen=True)

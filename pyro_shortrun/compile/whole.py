@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from ..density.interface import Block, Density
 from ..density.model import LogDensity
 from .compiler import traceable
-from .graph import Constants, Function, Live, spec, trace
+from .graph import Constants, Function, Live, sources_forgotten, spec, trace
 from .inductor import Backend
 from .reuse import reuse
 from .scan import Scan
@@ -82,6 +82,7 @@ class Whole:
     inputs: Inputs
 
     @classmethod
+    @sources_forgotten()
     def of(cls, compute: Compute, live: Live, backend: Backend) -> Whole:
         """Traced and compiled.
 
