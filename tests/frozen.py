@@ -111,7 +111,8 @@ def of_guide(program: str, kind: str, compile: bool = False, backend: Any = None
     for field in ("log_density", "grad_norm", "log_det", "frozen", "singular"):
         found[field] = _summary(getattr(info, field))
     draws = guide.sample_posterior(*args, num_samples=3)
-    found["draws"] = {k: _summary(v) for k, v in sorted(draws.items())}
+    latents = sorted(site.name for site in guide._first.layout.sites)
+    found["draws"] = {k: _summary(draws[k]) for k in latents}
     return found
 
 

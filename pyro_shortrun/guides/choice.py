@@ -19,12 +19,12 @@ from ..starts.fitted import Gaussian
 from ..starts.start import Start, check_start
 
 
-def by_acceptance(objective: Objective, start: object, step_size: StepSize, is_guess: bool) -> Acceptance | None:
+def by_acceptance(objective: Objective, start: object, step_size: StepSize, is_chosen: bool) -> Acceptance | None:
     """What tunes the step size where there is no bound to do so, if anything does: with ``Refine``, unless it is not
-    learnable; from a start without a density, where it is a first guess."""
+    learnable; from a start without a density, where nobody has given it."""
     if isinstance(objective, Refine):
         return Acceptance(objective.accept) if objective.accept is not None and step_size.learnable else None
-    return Acceptance() if is_guess and isinstance(start, Start) and not start.has_density else None
+    return Acceptance() if is_chosen and isinstance(start, Start) and not start.has_density else None
 
 
 def check_parts(step_size: Any, dynamics: Any, start: Any, objective: Any, full_gradient: bool, metric: Any) -> None:

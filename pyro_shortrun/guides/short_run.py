@@ -136,8 +136,8 @@ class ShortRunGuide(DensityGuide):
             self.objective.check(self.dynamics)
         self.info: RunInfo | None = None
         self._backs_off = dynamics is None and not isinstance(step_size, StepSize)
-        self._acceptance = by_acceptance(self.objective, start, self.dynamics.step_size, self._backs_off)
         self._chooses_step = dynamics is None and step_size is None
+        self._acceptance = by_acceptance(self.objective, start, self.dynamics.step_size, self._chooses_step)
         self._subsamples = False
         self._adapter: tuple[FromGuide, ...] = ()  # not a module: its guide is self.start
         self._calls, self._watch, self.steps = 0, Watch(), Training(compile)

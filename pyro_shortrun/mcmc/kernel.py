@@ -250,7 +250,7 @@ class ShortRunLangevin(MCMCKernel):
 
 
 def _check_combination(kernel: ShortRunLangevin, objective: Objective | None, target_accept_prob: float | None) -> None:
-    if objective is not None and not isinstance(objective, (PathDensity, Annealed)):
+    if objective is not None and type(objective) not in (PathDensity, Annealed):
         kind = type(objective).__name__
         raise NotImplementedError(f"{kind} tunes a ShortRunGuide, not a kernel: use PathDensity() or Annealed().")
     if kernel.dynamics.has_momentum:

@@ -34,7 +34,7 @@ def funnels(model: LogDensity, normal: Normal) -> dict[str, str]:
     for source, place in places.items():
         ahead = torch.zeros_like(loc).index_fill(0, place, 1.0) * sd
         above, below = (_scales(model.read((loc + way * ahead).unsqueeze(0))) for way in (1, -1))
-        for name in here.keys() - {source}:
+        for name in here.keys() & above.keys() & below.keys() - {source}:  # supports may branch
             change = (above[name] / below[name]).log().abs() / 2
             share = sd[places[name]] / here[name].expand(sites[name].shape[1:]).flatten()
             if change.max() > _VARIES and share.median() > _FREE:

@@ -234,5 +234,3 @@ def test_what_annealed_refuses():
         ShortRunGuide(model, num_steps=4, objective=Annealed(), start=Prior())(3)
     with pytest.raises(ValueError, match="noise"):
         ShortRunGuide(model, dynamics=Langevin(0.1, noise=False), objective=Annealed(), start=Prior())
-    with pytest.raises(NotImplementedError, match="ShortRunGuide"):
-        ShortRunLangevin(model, objective=Annealed())

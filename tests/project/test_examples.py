@@ -39,7 +39,7 @@ EXPECTED = {
     "vgrnn": ("AUC", {"vgrnn.png"}),
     "link_prediction": ("no claim", {"links.txt", "results.json"}),
     "anomaly": ("base rate", {"anomaly.txt", "results.json"}),
-    "chains": ("ESS/s", {"chains.txt", "results.json"}),
+    "chains": ("ESS/CPU s", {"table.txt", "results.json"}),
     "posteriordb": ("R-hat", {"table.txt", "results.json"}),
     "gradients": ("posteriors where", {"table.txt", "results.json", "distance.png"}),
     "posteriors": ("Right in all three", {"table.txt", "results.json", "errors.png"}),
@@ -53,7 +53,7 @@ EXPECTED = {
 # Imported by an example.
 MODULES = {"gradients_dais", "gradients_rivals", "posteriordb_models", "record", "speed_models", "speed_jax"}
 MODULES |= {"posteriors_language", "posteriors_methods", "posteriors_models", "posteriors_numpyro", "teaching_images"}
-MODULES |= {"generators_data", "generators_methods"}
+MODULES |= {"generators_data", "generators_methods", "image_files"}
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in MODULES], ids=lambda p: p.stem)
