@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import os
 import platform
+import re
 import secrets
 import shutil
 import time
@@ -41,10 +41,10 @@ def replacing(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Files that :func:`replacing` had begun for ``name``, or any, when its process was killed."""
-    pattern = "*" if name is None else glob.escape(name)
-    for scratch in folder.glob(f".{pattern}.*.part"):
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Files that :func:`replacing` had begun for ``name`` (a regular expression) when its process was killed."""
+    ours = re.compile(rf"\.(?:{name})\..+\.part")
+    for scratch in filter(lambda file: ours.fullmatch(file.name), folder.iterdir()):
         with suppress(FileNotFoundError):  # its process may be alive after all
             if _is_dead(scratch) or time.time() - scratch.stat().st_mtime > _FORGOTTEN:
                 scratch.unlink()

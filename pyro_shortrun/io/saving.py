@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -72,7 +73,7 @@ def save_state(path: str | os.PathLike[str], /, **parts: Any) -> None:
     except (OSError, RuntimeError) as reason:  # torch's, where the disk is full
         first = str(reason).splitlines()[0]
         raise OSError(f"{path} could not be written ({first}); what was there before is there still.") from reason
-    remove_leftovers(Path(path).parent, Path(path).name)
+    remove_leftovers(Path(path).parent, re.escape(Path(path).name))
 
 
 def load_state(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -21,6 +22,7 @@ from ..amortized.guide import LangevinEncoderGuide
 from ..checks import check_count
 from ..guides.short_run import ShortRunGuide
 from .arviz import to_arviz
+from .description import described
 from .files import Checksums, remove_leftovers, replacing, reserve
 
 _RECORD, _SUMS = "stream.json", "stream.sha256"
@@ -93,7 +95,7 @@ def stream_posterior(
         raise ValueError(f"batches must be a list of tensors or tuples, or another iterable, got {batches!r}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    remove_leftovers(folder, rf"part-\d+\.nc|{re.escape(_RECORD)}|{re.escape(_SUMS)}")
     _claim(folder, _job(guide, batches, seed, options))
     sums, paths = Checksums(folder / _SUMS), []
     for i, read in _share(batches, rank, ranks):
@@ -112,7 +114,8 @@ def _job(guide: ShortRunGuide, batches: Iterable[Any], seed: int, options: dict[
     store = pyro.get_param_store()
     tensors = {**{k: store._params[k] for k in store.keys()}, **guide.state_dict()}
     digests = {f"parameter '{k}'": _digest(v) for k, v in sorted(tensors.items()) if isinstance(v, Tensor)}
-    return {"seed": int(seed), **known, **plain, **digests}
+    made = json.loads(json.dumps({f"guide's {k}": v for k, v in described(guide).items()}))
+    return {"seed": int(seed), **known, **plain, **made, **digests}
 
 
 def _digest(value: Tensor) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_shortrun import Prior, ShortRunGuide
 from pyro_shortrun.io import stream_posterior
+from pyro_shortrun.io.files import remove_leftovers
 
 OPTIONS = {"num_samples": 4, "num_chains": 2, "num_prior": 0}
 
@@ -132,3 +133,28 @@ def test_no_crash_of_the_file_library_where_files_may_not_grow(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "refused:" in done.stdout and "part-00000.nc could not be written" in done.stdout
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["stream.json"]
+
+
+def test_files_of_others_stay(tmp_path):
+    other, ours = tmp_path / ".thesis.zip.part", tmp_path / ".part-00000.nc.gone-1-ab.part"
+    for file in (other, ours):
+        file.write_text("x")
+        os.utime(file, (1, 1))
+    remove_leftovers(tmp_path, r"part-\d+\.nc")
+    assert other.exists() and not ours.exists()
+
+
+def test_another_guide_with_the_same_parameters_is_another_job(tmp_path):
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    batches = list(torch.randn(4).split(2))
+    for steps in (2, 40):
+        guide = ShortRunGuide(model, num_steps=steps, start=Prior()).setup(batches[0])
+        if steps == 2:
+            stream_posterior(guide, batches, tmp_path, num_samples=3, num_chains=1)[1].unlink()
+        else:
+            with pytest.raises(ValueError, match="num_steps"):
+                stream_posterior(guide, batches, tmp_path, num_samples=3, num_chains=1)
