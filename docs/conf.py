@@ -36,6 +36,7 @@ nb_execution_mode = "off"
 nitpicky = True  # every reference to something of ours leads somewhere
 nitpick_ignore = [  # what signatures name and no one needs
     ("py:class", "pyro_shortrun.density.program.Binding"),
+    ("py:class", "pyro_shortrun.density.program.Reading"),
     ("py:class", "pyro_shortrun.mcmc.target.Target"),
     ("py:class", "pyro_shortrun.runs.noise.Noise"),
 ]
