@@ -35,27 +35,21 @@ COLUMNS = {
     "CPU s": "7.1f",
     "compiler s": "10.1f",
     "both": "6.1f",
-    "a step ms": "10.2f",
 }
 
 
 def steps(case: Case, compile: bool) -> dict[str, float]:
-    """CPU seconds of three steps, of child processes, and milliseconds of a later step."""
+    """CPU seconds of three steps, and of child processes."""
     from speed import diagonal
 
     guide, elbo = diagonal(case.model, 20, case.step_size, compile)
     svi = ShortRunSVI(case.model, guide, pyro.optim.Adam({"lr": 0.001}), elbo)
 
-    def cpu(count: int) -> float:
-        began = time.process_time()
-        for _ in range(count):
-            svi.step(*case.args)
-        return time.process_time() - began
-
-    first = cpu(3)
+    began = time.process_time()
+    for _ in range(3):
+        svi.step(*case.args)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu(4)  # one of them is compared
-    return {"first": first, "compiler": used.ru_utime + used.ru_stime, "step": 1000 * cpu(20) / 20}
+    return {"first": time.process_time() - began, "compiler": used.ru_utime + used.ru_stime}
 
 
 def child(name: str, compile: bool) -> None:
@@ -90,7 +84,7 @@ def main() -> None:
             for cache in ("cold", "warm"):
                 found = measured(name, folder, not options.smoke)
                 both = found["first"] + found["compiler"]
-                table.rows.append([name, cache, found["first"], found["compiler"], both, found["step"]])
+                table.rows.append([name, cache, found["first"], found["compiler"], both])
                 print(table.line(table.rows[-1]), flush=True)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
