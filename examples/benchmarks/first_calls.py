@@ -24,6 +24,7 @@ from pathlib import Path
 import pyro
 import torch
 from record import Table, record
+from speed import diagonal
 from speed_models import Case, eight_schools, logistic
 
 from pyro_shortrun import ShortRunSVI
@@ -40,8 +41,6 @@ COLUMNS = {
 
 def steps(case: Case, compile: bool) -> dict[str, float]:
     """CPU seconds of three steps, and of child processes."""
-    from speed import diagonal
-
     guide, elbo = diagonal(case.model, 20, case.step_size, compile)
     svi = ShortRunSVI(case.model, guide, pyro.optim.Adam({"lr": 0.001}), elbo)
 

@@ -26,7 +26,7 @@ _COSTLY = {
     _ATEN.convolution.default,
     _ATEN.linalg_solve_triangular.default,
 }
-_NUMBERS_AT_MOST = 2**24  # written down in all
+_NUMBERS_AT_MOST = 2**24  # written down by one loop for another
 
 
 @dataclass

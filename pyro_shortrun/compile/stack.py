@@ -1,4 +1,4 @@
-"""Buffers of compiled loops on the stack: allocated one by one in every step, they would take most of its time.
+"""Buffers of compiled loops on the stack, not allocated one by one in every step.
 
 To be imported where something is compiled only: inductor is slow to load.
 """

@@ -21,7 +21,7 @@ class Persistent(nn.Module, Start):
     r"""Each datum's run starts where its last run ended; the first one starts at the prior.
 
     This is alternating back-propagation (Han, Lu, Zhu, Wu, AAAI 2017). The law of such a start is not known, so there
-    is no bound: the loss that SVI prints is ``-log p(x, z_K)`` alone. A first guess of the step size follows the
+    is no bound: the loss that SVI prints is ``-log p(x, z_K)`` alone. A step size that nobody gave follows the
     acceptance of one Langevin step (:class:`~pyro_shortrun.dynamics.Acceptance`); a ``StepSize`` stays as it is. In
     ``eval()`` mode nothing is stored.
 
